@@ -1,0 +1,37 @@
+"""Guides and the vocabulary they share with rewards: what a plugin author imports.
+
+Importing this needs neither vllm nor torch.
+"""
+
+from guiderail.guides.base import Context, Engine, Guide, Params, Rollouts, Scorer, ScoreResult, answer_events
+from guiderail.guides.best_of_n import draw_scored
+from guiderail.guides.errors import DeadlinePassed, GuiderailError, RewardFailed
+from guiderail.guides.reward import Reward, Services, TextReward
+from guiderail.guides.types import Answer, Candidate, Delta, Event, Final, Message, Scored, ScoreGroup, Token
+
+__all__ = [
+    "Answer",
+    "Candidate",
+    "Context",
+    "DeadlinePassed",
+    "Delta",
+    "Engine",
+    "Event",
+    "Final",
+    "Guide",
+    "GuiderailError",
+    "Message",
+    "Params",
+    "Reward",
+    "RewardFailed",
+    "Rollouts",
+    "ScoreGroup",
+    "ScoreResult",
+    "Scored",
+    "Scorer",
+    "Services",
+    "TextReward",
+    "Token",
+    "answer_events",
+    "draw_scored",
+]

@@ -1,0 +1,83 @@
+"""Best-of-N: draw N answers from the policy, score them, return the one the selection rule picks.
+
+With argmax and a continuous reward the answer's law is N * u^(N-1) in the reward's quantile u, at
+KL(policy || base) <= log N - (N-1)/N (Beirami et al. 2024, arXiv 2401.01879). Costs N answers of
+generation and N scores per reward. Candidates are scored as they finish, not after the last.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import replace
+from typing import ClassVar
+
+from pydantic import Field
+
+from guiderail.guides import base
+from guiderail.guides.base import Context, Guide, answer_events
+from guiderail.guides.errors import DeadlinePassed
+from guiderail.guides.tasks import task_group
+from guiderail.guides.types import Candidate, Event, Scored, TokenLogprob
+
+
+class BestOfN(Guide):
+    """Best-of-N: draws n answers, scores them all and returns the selected one."""
+
+    class Params(base.Params):
+        n: int = Field(default=16, ge=1, le=4096, description="Number of candidate answers drawn from the policy.")
+
+    keeps_format: ClassVar[bool] = True
+
+    def candidates(self) -> int:
+        n: int = self.params.n
+        return n
+
+    async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
+        candidates = await draw_scored(ctx, self.params.n)
+        stopped_by = next((c.finish_reason for c in candidates if not c.finished), None)
+        pool = [c for c in candidates if c.combined is not None]
+        if not pool:  # nothing was finished and scored in time: what there is has to do
+            pool = [c for c in candidates if c.finished] or [c for c in candidates if c.token_ids]
+            if not pool:
+                raise DeadlinePassed("the deadline passed before any candidate had a token")
+            await ctx.score(pool)
+        yield Scored(tuple(candidates))
+        for event in answer_events(ctx.select(pool), candidates, stopped_by):
+            yield event
+
+
+async def draw_scored(ctx: Context, n: int) -> list[Candidate]:
+    """Draws n answers and scores each finished one as soon as it is there. Returned in row order.
+
+    Answers cut off by deadline or budget come back unscored, as do those whose score the deadline overtook.
+    """
+    parts: list[list[str]] = [[] for _ in range(n)]
+    ids: list[list[int]] = [[] for _ in range(n)]
+    logprobs: list[list[TokenLogprob]] = [[] for _ in range(n)]
+    done: dict[int, Candidate] = {}
+    async with (
+        task_group() as scoring,
+        ctx.generate([ctx.prompt] * n, replace(ctx.sampling, stream=False), ctx.seeds(n)) as rollouts,
+    ):
+        async for delta in rollouts:
+            row = delta.row
+            parts[row].append(delta.text)
+            ids[row].extend(delta.token_ids)
+            logprobs[row].extend(delta.logprobs or ())
+            if delta.finish_reason is None:
+                continue
+            done[row] = candidate = Candidate(
+                row, "".join(parts[row]), tuple(ids[row]), delta.finish_reason, delta.stop_reason,
+                tuple(logprobs[row]) or None,
+            )  # fmt: skip
+            if candidate.finished:
+                scoring.create_task(_score_in_time(ctx, candidate))
+    return [done[row] for row in range(n)]
+
+
+async def _score_in_time(ctx: Context, candidate: Candidate) -> None:
+    left = None if ctx.limits.deadline is None else max(0.0, ctx.limits.deadline - time.monotonic())
+    with suppress(TimeoutError):
+        async with asyncio.timeout(left):
+            await ctx.score([candidate])

@@ -1,0 +1,33 @@
+"""Errors that guides, rewards and engines raise. The server turns them into HTTP bodies."""
+
+
+class GuiderailError(Exception):
+    """Base of all errors that Guiderail raises on purpose."""
+
+
+class RequestError(GuiderailError):
+    """The request asks for something impossible. `param` is the path of the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class EngineUnavailable(GuiderailError):
+    """The engine is down, starting or was lost while the request ran. Trying again later may work."""
+
+
+class RewardFailed(GuiderailError):
+    """A reward could not score. Carries the reward's name; no value is made up in its place."""
+
+    def __init__(self, reward: str, reason: str) -> None:
+        super().__init__(f"reward '{reward}' failed: {reason}")
+        self.reward = reward
+
+
+class DeadlinePassed(GuiderailError):
+    """The deadline passed before there was anything to return."""
+
+
+class PluginError(GuiderailError):
+    """A guide or reward that is configured cannot be loaded."""

@@ -1,0 +1,90 @@
+"""What a reward is: a batch of answer groups in, one raw value per answer out.
+
+Values are raw, without a hidden sigmoid or normalisation. Most rewards need no more than a `TextReward`:
+
+    class Exclamations(TextReward):
+        '''Counts exclamation marks.'''
+
+        def score_text(self, prompt: str, answer: str, params: Params) -> float:
+            return float(answer.count("!"))
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from guiderail.guides.base import Engine, Params, ScoreResult
+from guiderail.guides.types import PROMPT, Message, ScoreGroup, TokenPrompt
+
+
+class Renderer(Protocol):
+    """Turns messages into a prompt for the served model, and token ids into text."""
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> TokenPrompt: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a reward may use of the server: the engine, its renderer and the names of its LoRA adapters."""
+
+    engine: Engine
+    renderer: Renderer
+    adapters: frozenset[str] = frozenset()
+
+
+class Reward(ABC):
+    """A reward function or model. The docstring's first line is its public description.
+
+    batched: whether the Scorer collects groups of many requests into one call of `score`. A reward that
+    asks the engine has no use for that (the engine batches) and is called once for each group.
+    """
+
+    Params: ClassVar[type[Params]] = Params
+    batched: ClassVar[bool] = True
+
+    async def start(self, services: Services) -> None:
+        """Loads what the reward needs. Called once before serving; raising stops the server's start."""
+        return
+
+    def check(self, params: Any, services: Services) -> None:
+        """Refuses parameters that are well-formed but cannot work here, by raising ValueError."""
+        return
+
+    @abstractmethod
+    async def score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+        """Raw finite values: one result per group, one value per answer. Raising fails the request."""
+        ...
+
+
+class TextReward(Reward):
+    """A reward of the answer's text alone, computed off the event loop."""
+
+    @abstractmethod
+    def score_text(self, prompt: str, answer: str, params: Any) -> float:
+        """Value of one answer to `prompt`, the text of the last user message (or the raw prompt)."""
+        ...
+
+    async def score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+        return await asyncio.to_thread(self._score, groups)
+
+    def _score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+        return [
+            ScoreResult(
+                tuple(self.score_text(prompt_text(group.messages), a.text, group.params) for a in group.answers)
+            )
+            for group in groups
+        ]
+
+
+def prompt_text(messages: Sequence[Message]) -> str:
+    """What the answer answers: the last user message, or a text completion's prompt; "" if there is neither."""
+    return next((m.content for m in reversed(messages) if m.role in ("user", PROMPT)), "")

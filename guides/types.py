@@ -1,0 +1,163 @@
+"""Value types that guides, rewards and the engine exchange.
+
+They know nothing of HTTP, vLLM or torch. Token ids are plain ints, log-probabilities natural logs,
+times seconds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PROMPT = "prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat turn: `role` is "system", "user" or "assistant".
+
+    A text completion, which has no turns, is one message of role PROMPT with the prompt's text.
+    """
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """A prompt in token ids, and the LoRA adapter (by the operator's name) that continues it."""
+
+    token_ids: tuple[int, ...]
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """How to sample continuations. Names and meanings are vLLM's; None leaves a feature off.
+
+    `stream=False` asks the engine for one delta per finished row instead of one per token: cheaper
+    where nothing is shown before the end.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    json_schema: Mapping[str, Any] | None = None
+    stream: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one emitted token, and of the most likely ones at that place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a row of a generation gained since its last delta.
+
+    `finish_reason` is None while the row runs, then "stop" or "length" as in OpenAI's API, or
+    "deadline", "budget" or "dropped" when the engine was told to give the row up.
+    """
+
+    row: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole or partial answer to score. `partial` marks one that was cut off or goes on."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    partial: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreGroup:
+    """Answers that share a prompt and a reward's parameters: the unit of a score call.
+
+    `params` is an instance of the reward's own `Params`.
+    """
+
+    messages: tuple[Message, ...]
+    prompt: TokenPrompt
+    answers: tuple[Answer, ...]
+    params: Any
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One candidate answer with everything known of it.
+
+    `rewards` holds raw values by the label of the reward in the request; `combined` what selection
+    saw. Both are empty until scored.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stop_reason: int | str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
+    combined: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer ended by itself or at its token limit."""
+        return self.finish_reason in ("stop", "length")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Event: committed text, that is, text that will not be taken back."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Event: candidates that were scored (for observers; it commits nothing)."""
+
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """Event: the answer is complete. Exactly one, and the last.
+
+    `stopped_by` is "deadline" or "budget" when a limit cut the work short, else None. `chosen` is the
+    index of the answer in `candidates`.
+    """
+
+    finish_reason: str
+    stop_reason: int | str | None
+    stopped_by: str | None
+    chosen: int
+    candidates: tuple[Candidate, ...]
+
+
+Event = Token | Scored | Final

@@ -1,0 +1,89 @@
+"""The `guiderail` command. Imports nothing heavy: vLLM's processes import this module again."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
+    ("model", {"help": "embedded name, local folder or Hub id (see `guiderail models`)"}),
+    ("served-model-name", {"help": "name that requests use; default: the model's own"}),
+    ("host", {"help": "address to listen on (127.0.0.1)"}),
+    ("port", {"type": int, "help": "port to listen on (8000)"}),
+    ("api-key", {"action": "append", "help": "require this bearer key; may be repeated"}),
+    ("chat-template", {"help": "Jinja chat template, or the path of one"}),
+    ("dtype", {"help": "auto (bfloat16 on CPU), float32, float16 or bfloat16"}),
+    ("max-model-len", {"type": int, "help": "context length in tokens"}),
+    ("kv-cache-gb", {"type": float, "help": "memory for KV pages on CPU, GiB (2)"}),
+    ("gpu-memory-utilization", {"type": float, "help": "share of GPU memory for the engine (0.9)"}),
+    ("max-num-seqs", {"type": int, "help": "rows decoded at once (128)"}),
+    ("tensor-parallel-size", {"type": int, "help": "GPUs to shard the model over (1)"}),
+    ("compile", {"action": "store_const", "const": True, "help": "compile the model on CPU (slow start)"}),
+    ("lora", {"action": "append", "metavar": "NAME=PATH", "help": "serve a LoRA adapter; may be repeated"}),
+    ("max-lora-rank", {"type": int, "help": "largest rank of an adapter (16)"}),
+    ("guides", {"metavar": "A,B", "help": "load only these guides"}),
+    ("rewards", {"metavar": "A,B", "help": "load only these rewards"}),
+    ("cache-dir", {"help": "folder for converted models (~/.cache/guiderail)"}),
+    ("drain-timeout-s", {"type": float, "help": "seconds that requests in flight get at shutdown (10)"}),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status. Errors that Guiderail knows are one line on stderr."""
+    args = _parser().parse_args(argv)
+    from guiderail.guides.errors import GuiderailError
+    from guiderail.server.settings import load
+
+    try:
+        flags = _flags(args)
+        settings = load(flags, getattr(args, "config", None))
+        if args.command == "serve":
+            from guiderail.server.serve import serve
+
+            return serve(settings)
+        from guiderail.server import listing
+
+        if args.command == "models":
+            return listing.models(settings, args.prepare)
+        if args.command == "version":
+            return listing.version()
+        return listing.plugins(args.command)
+    except GuiderailError as error:
+        print(f"guiderail: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="guiderail", description="Aligns a language model while it decodes.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="serve a model", argument_default=argparse.SUPPRESS)
+    serve.add_argument("--config", metavar="FILE.yaml", help="settings, profiles and limits (deploy/profiles)")
+    for name, options in SERVE_FLAGS:
+        serve.add_argument(f"--{name}", **options)
+    models = commands.add_parser("models", help="list the embedded models, or prepare one")
+    models.add_argument("prepare", nargs="?", metavar="NAME", help="convert this model into the cache now")
+    models.add_argument("--cache-dir", default=argparse.SUPPRESS)
+    commands.add_parser("guides", help="list the guides")
+    commands.add_parser("rewards", help="list the rewards")
+    commands.add_parser("version", help="print the version")
+    return parser
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    names = {name.replace("-", "_") for name, _ in SERVE_FLAGS}
+    flags = {key: value for key, value in vars(args).items() if key in names}
+    for key in ("guides", "rewards"):
+        if key in flags:
+            flags[key] = [name for name in flags[key].split(",") if name]
+    if "lora" in flags:
+        from guiderail.server.settings import SettingsError
+
+        pairs = [item.partition("=") for item in flags["lora"]]
+        if not all(name and path for name, _, path in pairs):
+            raise SettingsError("--lora takes NAME=PATH")
+        flags["lora"] = {name: path for name, _, path in pairs}
+    return flags
+
+
+if __name__ == "__main__":
+    sys.exit(main())

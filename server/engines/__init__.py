@@ -1,0 +1,1 @@
+"""Engines: adapters from a language-model runtime to guiderail.guides.Engine."""

@@ -1,0 +1,130 @@
+"""An engine that comes back: watches the inner engine's processes and builds a new one when they die.
+
+While it is down every call raises EngineUnavailable, which the API answers with 503.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from guiderail.guides.base import Engine, Rollouts
+from guiderail.guides.errors import EngineUnavailable
+from guiderail.guides.types import SamplingSpec, TokenPrompt
+
+log = logging.getLogger("guiderail.engine")
+
+
+class LocalEngine(Engine, Protocol):
+    """What is supervised: an Engine with processes of its own."""
+
+    max_model_len: int
+    vocab_size: int
+    max_logprobs: int
+
+    @property
+    def dead(self) -> bool: ...
+
+    def num_running(self) -> int: ...
+
+    async def close(self) -> None: ...
+
+
+class SupervisedEngine:
+    """guiderail.guides.Engine in front of one that `build` starts, again and again if it has to."""
+
+    def __init__(
+        self,
+        build: Callable[[], Awaitable[LocalEngine]],
+        *,
+        on_restart: Callable[[], None] = lambda: None,
+        poll_s: float = 0.25,
+        backoff_s: float = 1.0,
+    ) -> None:
+        """Polls for death every `poll_s`; failed restarts are tried again after backoff_s, doubling to 60 s."""
+        self._build = build
+        self._on_restart = on_restart
+        self._poll_s = poll_s
+        self._backoff_s = backoff_s
+        self._inner: LocalEngine | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self.max_model_len = self.vocab_size = self.max_logprobs = 0
+
+    async def start(self) -> None:
+        """Builds the engine for the first time. Raises what `build` raises."""
+        await self._adopt()
+        self._watch = asyncio.create_task(self._watch_over())
+
+    async def close(self) -> None:
+        """Ends the engine and the watch over it."""
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+        if self._inner is not None:
+            inner, self._inner = self._inner, None
+            await inner.close()
+
+    @property
+    def up(self) -> bool:
+        """Whether requests are served now."""
+        return self._inner is not None and not self._inner.dead
+
+    def num_running(self) -> int:
+        """Rows open in the engine."""
+        return self._inner.num_running() if self._inner is not None else 0
+
+    def generate(
+        self,
+        prompts: Sequence[TokenPrompt],
+        sampling: SamplingSpec,
+        *,
+        seeds: Sequence[int | None] | None = None,
+        deadline: float | None = None,
+    ) -> Rollouts:
+        return self._now().generate(prompts, sampling, seeds=seeds, deadline=deadline)
+
+    async def next_token_logprobs(
+        self, prompts: Sequence[TokenPrompt], *, top_k: int = 0, token_ids: Sequence[int] = ()
+    ) -> list[dict[int, float]]:
+        return await self._now().next_token_logprobs(prompts, top_k=top_k, token_ids=token_ids)
+
+    async def answer_logprobs(
+        self, prompts: Sequence[TokenPrompt], answers: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        return await self._now().answer_logprobs(prompts, answers)
+
+    def _now(self) -> LocalEngine:
+        if self._inner is None or self._inner.dead:
+            raise EngineUnavailable("the engine is down")
+        return self._inner
+
+    async def _adopt(self) -> None:
+        inner = await self._build()
+        self.max_model_len, self.vocab_size, self.max_logprobs = (
+            inner.max_model_len,
+            inner.vocab_size,
+            inner.max_logprobs,
+        )
+        self._inner = inner
+
+    async def _watch_over(self) -> None:
+        while True:
+            await asyncio.sleep(self._poll_s)
+            if self._inner is None or not self._inner.dead:
+                continue
+            log.error("the engine died; starting it again")
+            dead, self._inner = self._inner, None
+            with contextlib.suppress(Exception):
+                await dead.close()
+            wait = self._backoff_s
+            while self._inner is None:
+                try:
+                    await self._adopt()
+                except Exception as error:
+                    log.error("the engine does not start: %s; next try in %.0f s", error, wait)
+                    await asyncio.sleep(wait)
+                    wait = min(60.0, wait * 2)
+            self._on_restart()
+            log.warning("the engine serves again")

@@ -1,0 +1,285 @@
+"""The vLLM engine: every import of vLLM's internals is in this module (tests/test_layout.py).
+
+`build` starts an AsyncLLM with the settings that were measured to matter on CPU (32-token KV pages,
+all cores for the worker of a small machine). Each row of a generation is one vLLM request of its own,
+so that a row can be dropped alone; prefixes are shared by vLLM's cache.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from guiderail.guides.base import Rollouts
+from guiderail.guides.errors import EngineUnavailable, RequestError
+from guiderail.guides.types import Delta, SamplingSpec, TokenLogprob, TokenPrompt
+from guiderail.server.engines.lora import check_adapter
+from guiderail.server.engines.rollouts import EngineRollouts, new_request_id
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How to start the engine. `adapters` maps LoRA names to folders of the operator's choice."""
+
+    model: str
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    seed: int = 0
+    kv_cache_gb: float = 2.0
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 128
+    enforce_eager: bool | None = None
+    tensor_parallel_size: int = 1
+    adapters: tuple[tuple[str, str], ...] = ()
+    max_lora_rank: int = 16
+    max_logprobs: int = 50
+
+
+def _prepare_environment() -> None:
+    """Sets what vLLM reads from the environment, unless the operator has. Must precede its import."""
+    cores = sorted(os.sched_getaffinity(0))
+    # With "auto" vLLM keeps a core for its scheduler; on a small machine that is half of it.
+    bind = ",".join(map(str, cores)) if len(cores) <= 4 else "auto"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _engine_args(settings: EngineSettings) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    args: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "seed": settings.seed,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_logprobs": settings.max_logprobs,
+        "disable_log_stats": True,
+        "generation_config": "vllm",  # what a request does not say is OpenAI's default, not the model's
+    }
+    if current_platform.is_cpu():
+        args["block_size"] = 32  # the default of 128 caches no prompt below 128 tokens
+        args["enforce_eager"] = settings.enforce_eager is not False  # compiling takes most of a minute
+        args["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
+        if args["dtype"] == "auto":
+            args["dtype"] = "bfloat16"
+    else:
+        args["enforce_eager"] = bool(settings.enforce_eager)
+        args["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    if settings.adapters:
+        args |= {
+            "enable_lora": True,
+            "max_loras": len(settings.adapters),
+            "max_lora_rank": settings.max_lora_rank,
+        }
+    return AsyncEngineArgs(**args)
+
+
+async def build(settings: EngineSettings) -> "VllmEngine":
+    """Starts the engine's processes, loads and checks the adapters, and runs one warm-up request.
+
+    Raises EngineUnavailable when it does not start and RequestError for a bad adapter (param is its name).
+    """
+    _prepare_environment()
+    llm = await asyncio.to_thread(_start, settings)
+    engine = VllmEngine(llm, settings)
+    try:
+        await engine.load_adapters()
+        # The first log-probabilities compile a small kernel (about 2 s); no user should wait for that.
+        await engine.next_token_logprobs([TokenPrompt((0,))], top_k=1)
+    except BaseException:
+        await engine.close()
+        raise
+    return engine
+
+
+def _start(settings: EngineSettings) -> Any:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    try:
+        return AsyncLLM.from_engine_args(_engine_args(settings))
+    except Exception as error:
+        raise EngineUnavailable(f"vLLM does not start with {settings.model}: {error}") from error
+
+
+class VllmEngine:
+    """guiderail.guides.Engine over one AsyncLLM. Use it on the event loop that built it."""
+
+    def __init__(self, llm: Any, settings: EngineSettings) -> None:
+        self._llm = llm
+        self._settings = settings
+        self._lora: dict[str, Any] = {}
+        self.max_model_len: int = llm.model_config.max_model_len
+        self.vocab_size: int = llm.model_config.get_vocab_size()
+        self.max_logprobs = settings.max_logprobs
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's processes are gone."""
+        return bool(self._llm.errored)
+
+    def num_running(self) -> int:
+        """Rows the engine has not finished: running and waiting."""
+        return int(self._llm.get_num_unfinished_requests())
+
+    async def load_adapters(self) -> None:
+        """Loads every adapter now: a bad one raises here, where inside generate it would kill the engine."""
+        from vllm.lora.request import LoRARequest
+
+        for number, (name, path) in enumerate(self._settings.adapters, start=1):
+            check_adapter(name, path, self._settings.max_lora_rank)
+            request = LoRARequest(name, number, path)
+            try:
+                await self._llm.add_lora(request)
+            except Exception as error:
+                raise RequestError(f"LoRA adapter '{name}' at {path} does not load: {error}", name) from error
+            self._lora[name] = request
+
+    def generate(
+        self,
+        prompts: Sequence[TokenPrompt],
+        sampling: SamplingSpec,
+        *,
+        seeds: Sequence[int | None] | None = None,
+        deadline: float | None = None,
+    ) -> Rollouts:
+        params = [_sampling_params(sampling, seed) for seed in (seeds or [sampling.seed] * len(prompts))]
+        return EngineRollouts(self, prompts, params, deadline)
+
+    async def next_token_logprobs(
+        self, prompts: Sequence[TokenPrompt], *, top_k: int = 0, token_ids: Sequence[int] = ()
+    ) -> list[dict[int, float]]:
+        from vllm import SamplingParams
+
+        if token_ids:
+            params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=list(token_ids), detokenize=False)
+            wanted = set(token_ids)
+        else:
+            params = SamplingParams(max_tokens=1, temperature=0, logprobs=top_k, detokenize=False)
+            wanted = None
+        outputs = await asyncio.gather(*(self._one(prompt, params) for prompt in prompts))
+        return [
+            {token: entry.logprob for token, entry in output.logprobs[0].items() if wanted is None or token in wanted}
+            for output, _ in outputs
+        ]
+
+    async def answer_logprobs(
+        self, prompts: Sequence[TokenPrompt], answers: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        joined = [
+            TokenPrompt((*prompt.token_ids, *answer), prompt.adapter)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        outputs = await asyncio.gather(*(self._one(prompt, params) for prompt in joined))
+        results = []
+        for prompt, answer, (_, rows) in zip(prompts, answers, outputs, strict=True):
+            tail = rows[len(prompt.token_ids) :]
+            results.append([row[token].logprob for row, token in zip(tail, answer, strict=True)])
+        return results
+
+    async def _one(self, prompt: TokenPrompt, params: Any) -> tuple[Any, Any]:
+        """Runs one request to its end; returns its completion and its prompt log-probabilities."""
+        last = None
+        async with aclosing(self.stream(prompt, params, new_request_id())) as outputs:
+            async for output in outputs:
+                last = output
+        if last is None:
+            raise EngineUnavailable("the engine returned nothing")
+        return last.outputs[0], last.prompt_logprobs
+
+    async def stream(self, prompt: TokenPrompt, params: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs for one request, its errors turned into ours."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        lora = self._lora[prompt.adapter] if prompt.adapter is not None else None
+        try:
+            async for output in self._llm.generate(
+                tokens_input(list(prompt.token_ids)), params, request_id, lora_request=lora
+            ):
+                yield output
+        except EngineDeadError as error:
+            raise EngineUnavailable("the engine process died") from error
+        except EngineGenerateError as error:
+            cause = error.__cause__
+            if isinstance(cause, ValueError):  # vLLM wraps late validation (grammars) in this
+                raise RequestError(str(cause)) from error
+            raise EngineUnavailable(f"the engine failed: {cause!r}") from error
+        except (VLLMClientError, ValueError) as error:
+            raise RequestError(str(error)) from error
+
+    async def deltas(self, row: int, prompt: TokenPrompt, params: Any, request_id: str) -> AsyncGenerator[Delta, None]:
+        """One request's outputs as deltas of `row`. An aborted one ends with finish reason "abort"."""
+        async with aclosing(self.stream(prompt, params, request_id)) as outputs:
+            async for output in outputs:
+                completion = output.outputs[0]
+                logprobs = _token_logprobs(completion) if params.logprobs is not None else None
+                yield Delta(
+                    row,
+                    completion.text,
+                    tuple(completion.token_ids),
+                    completion.finish_reason,
+                    completion.stop_reason,
+                    logprobs,
+                )
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Frees the engine work of these requests."""
+        if not self.dead:
+            await self._llm.abort(list(request_ids))
+
+    async def close(self) -> None:
+        """Ends the engine's processes. Takes some seconds."""
+        await asyncio.to_thread(self._llm.shutdown, 5)
+
+
+def _sampling_params(spec: SamplingSpec, seed: int | None) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    structured = None
+    if spec.json_schema is not None:
+        structured = StructuredOutputsParams(json=dict(spec.json_schema))
+    try:
+        return SamplingParams(
+            n=1,
+            max_tokens=spec.max_tokens,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            top_k=spec.top_k,
+            min_p=spec.min_p,
+            seed=seed,
+            stop=list(spec.stop) or None,
+            stop_token_ids=list(spec.stop_token_ids) or None,
+            include_stop_str_in_output=spec.include_stop_str_in_output,
+            min_tokens=spec.min_tokens,
+            ignore_eos=spec.ignore_eos,
+            presence_penalty=spec.presence_penalty,
+            frequency_penalty=spec.frequency_penalty,
+            repetition_penalty=spec.repetition_penalty,
+            logit_bias=dict(spec.logit_bias) or None,
+            logprobs=spec.logprobs,
+            skip_special_tokens=spec.skip_special_tokens,
+            structured_outputs=structured,
+            output_kind=RequestOutputKind.DELTA if spec.stream else RequestOutputKind.FINAL_ONLY,
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+
+
+def _token_logprobs(completion: Any) -> tuple[TokenLogprob, ...]:
+    rows = []
+    for token, entries in zip(completion.token_ids, completion.logprobs or (), strict=True):
+        top = sorted(((i, e.logprob) for i, e in entries.items()), key=lambda pair: -pair[1])
+        rows.append(TokenLogprob(token, entries[token].logprob, tuple(top)))
+    return tuple(rows)

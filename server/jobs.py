@@ -1,0 +1,230 @@
+"""From a wire request to a Job: checked against the model and the operator's limits, and run as events.
+
+A Job has one guide run per answer (`n`, times the prompts of a completion request); the runs share one
+spend and one deadline, and their events come merged.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from guiderail.guides.base import Context, Limits
+from guiderail.guides.spend import Spend
+from guiderail.guides.types import PROMPT, Event, Final, Message, SamplingSpec, Token, TokenPrompt
+from guiderail.server.alignment import Alignment
+from guiderail.server.errors import ApiError, bad_request
+from guiderail.server.protocol import ChatRequest, CompletionRequest, SamplingFields
+from guiderail.server.state import ServerState
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request ready to run."""
+
+    model: str
+    alignment: Alignment
+    contexts: tuple[Context, ...]
+    spend: Spend
+
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
+        """(answer's index, event) of all answers as they come. Closing it cancels all work."""
+        if len(self.contexts) == 1:
+            async with aclosing(self._run(0)) as events:
+                async for event in events:
+                    yield 0, event
+            return
+        queue: asyncio.Queue[tuple[int, Event] | BaseException | None] = asyncio.Queue()
+
+        async def pump(index: int) -> None:
+            try:
+                async with aclosing(self._run(index)) as events:
+                    async for event in events:
+                        queue.put_nowait((index, event))
+                queue.put_nowait(None)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        tasks = [asyncio.create_task(pump(index)) for index in range(len(self.contexts))]
+        try:
+            for _ in tasks:
+                while (item := await queue.get()) is not None:
+                    if isinstance(item, BaseException):
+                        raise item
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, index: int) -> AsyncGenerator[Event, None]:
+        accepted = 0
+        async with aclosing(self.alignment.guide.run(self.contexts[index])) as events:
+            async for event in events:
+                if isinstance(event, Token):
+                    accepted += len(event.token_ids)
+                elif isinstance(event, Final):
+                    self.spend.tokens_accepted += accepted
+                yield event
+
+
+def chat_job(state: ServerState, request: ChatRequest) -> Job:
+    """Checks and renders a chat request. Raises ApiError or RequestError."""
+    model, adapter, profile = _model(state, request.model)
+    messages = tuple(Message("system" if m.role == "developer" else m.role, m.text) for m in request.messages)
+    prompt = state.renderer.render(
+        messages,
+        add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
+        continue_final_message=request.continue_final_message,
+    )
+    prompts = [(messages, TokenPrompt(prompt.token_ids, adapter))]
+    return _job(state, request, model, profile, prompts)
+
+
+def completion_job(state: ServerState, request: CompletionRequest) -> Job:
+    """Checks and tokenizes a completion request. Raises ApiError or RequestError."""
+    model, adapter, profile = _model(state, request.model)
+    prompts: list[tuple[tuple[Message, ...], TokenPrompt]] = []
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            ids, text = state.renderer.encode(prompt, add_special_tokens=True), prompt
+        else:
+            ids, text = prompt, state.renderer.decode(_in_vocabulary(state, prompt, "prompt"))
+        if not ids:
+            raise bad_request("'prompt' is empty", "prompt")
+        prompts.append(((Message(PROMPT, text),), TokenPrompt(tuple(ids), adapter)))
+    return _job(state, request, model, profile, prompts)
+
+
+def _job(
+    state: ServerState,
+    request: ChatRequest | CompletionRequest,
+    model: str,
+    profile: str | None,
+    prompts: list[tuple[tuple[Message, ...], TokenPrompt]],
+) -> Job:
+    alignment = state.resolver.resolve(request.alignment, profile)
+    limits = state.settings.limits
+    if request.n > limits.max_n:
+        raise bad_request(f"'n' is {request.n}; this server allows at most {limits.max_n}", "n")
+    candidates = request.n * len(prompts) * alignment.guide.candidates()
+    if candidates > limits.max_candidates:
+        raise bad_request(
+            f"{request.n} x {len(prompts)} answers of {alignment.guide.candidates()} candidates are {candidates} "
+            f"candidates; this server allows at most {limits.max_candidates} per request",
+            "alignment.guide" if alignment.guide.candidates() > 1 else "n",
+        )
+    if (
+        request.response_format is not None
+        and request.response_format.type != "text"
+        and not alignment.guide.keeps_format
+    ):
+        raise bad_request(f"guide '{alignment.guide_name}' cannot keep a response_format", "response_format")
+    logprobs = request.num_logprobs
+    if logprobs is not None and logprobs > state.engine.max_logprobs:
+        field = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
+        raise bad_request(f"'{field}' is {logprobs}; at most {state.engine.max_logprobs} are served", field)
+    _in_vocabulary(state, list(request.logit_bias or ()), "logit_bias")
+    _in_vocabulary(state, request.stop_token_ids, "stop_token_ids")
+
+    deadline = None if alignment.budget.deadline_s is None else time.monotonic() + alignment.budget.deadline_s
+    spend = Spend(prompt_tokens=sum(len(prompt.token_ids) for _, prompt in prompts))
+    contexts = []
+    for messages, prompt in prompts:
+        max_tokens = _max_tokens(state, request, len(prompt.token_ids))
+        if request.min_tokens > max_tokens:
+            raise bad_request(f"'min_tokens' must not exceed max_tokens, which is {max_tokens}", "min_tokens")
+        sampling = _sampling(request, max_tokens, logprobs)
+        contexts += [
+            Context(
+                engine=state.engine,
+                scorer=state.scorer,
+                messages=messages,
+                prompt=prompt,
+                sampling=sampling,
+                rewards=alignment.rewards,
+                selection=alignment.selection,
+                limits=Limits(deadline, alignment.budget.max_tokens_generated),
+                spend=spend,
+                choice=choice,
+            )
+            for choice in range(request.n)
+        ]
+    return Job(model, alignment, tuple(contexts), spend)
+
+
+def _sampling(request: SamplingFields, max_tokens: int, logprobs: int | None) -> SamplingSpec:
+    schema = None
+    if request.response_format is not None and request.response_format.type != "text":
+        given = request.response_format.json_schema
+        schema = given.schema_ if given is not None else {"type": "object"}
+    return SamplingSpec(
+        max_tokens=max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=max(0, request.top_k),
+        min_p=request.min_p,
+        seed=request.seed,
+        stop=request.stops,
+        stop_token_ids=tuple(request.stop_token_ids),
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        min_tokens=request.min_tokens,
+        ignore_eos=request.ignore_eos,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=request.logit_bias or {},
+        logprobs=logprobs,
+        skip_special_tokens=request.skip_special_tokens,
+        json_schema=schema,
+        stream=request.stream,
+    )
+
+
+def _model(state: ServerState, name: str | None) -> tuple[str, str | None, str | None]:
+    """Splits a model name into (name to report, adapter, profile). Raises ApiError 404 if there is none such."""
+    settings = state.settings
+    if name is None:
+        return settings.model_name, None, None
+    base, at, profile = name.rpartition("@")
+    if not at or profile not in state.resolver.profile_names:
+        base, profile = name, ""
+    if base != settings.model_name and base not in settings.lora:
+        known = ", ".join([settings.model_name, *settings.lora])
+        profiles = ", ".join(state.resolver.profile_names) or "none"
+        raise ApiError(
+            404, f"no model '{name}'; served: {known}; profiles for a suffix @name: {profiles}",
+            param="model", code="model_not_found",
+        )  # fmt: skip
+    return name, base if base in settings.lora else None, profile or None
+
+
+def _max_tokens(state: ServerState, request: ChatRequest | CompletionRequest, prompt_len: int) -> int:
+    asked = request.token_limit
+    context, allowed = state.engine.max_model_len, state.settings.limits.max_tokens
+    room = context - prompt_len
+    if room < 1:
+        raise bad_request(
+            f"the prompt has {prompt_len} tokens; the model's context is {context}, one of which must be left",
+            "messages" if isinstance(request, ChatRequest) else "prompt",
+            "context_length_exceeded",
+        )
+    if asked is None:
+        return min(room, allowed or room, request.default_tokens or room)
+    if asked > room:
+        raise bad_request(
+            f"'max_tokens' is {asked}; the prompt's {prompt_len} tokens leave {room} of the context of {context}",
+            "max_tokens",
+            "context_length_exceeded",
+        )
+    if allowed is not None and asked > allowed:
+        raise bad_request(f"'max_tokens' is {asked}; this server allows at most {allowed}", "max_tokens")
+    return asked
+
+
+def _in_vocabulary(state: ServerState, token_ids: list[int], field: str) -> list[int]:
+    for token in token_ids:
+        if not 0 <= token < state.engine.vocab_size:
+            raise bad_request(f"'{field}': token id {token} is outside 0..{state.engine.vocab_size - 1}", field)
+    return token_ids

@@ -1,0 +1,56 @@
+"""Rewards from small published text classifiers. They say what their scorer says, not what is safe or kind.
+
+Both are loaded when the server starts. The profanity model is a pickle, which runs code when it is
+loaded: only the pinned release of its package is accepted.
+"""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from guiderail.guides.base import ScoreResult
+from guiderail.guides.reward import Services, TextReward
+from guiderail.guides.types import ScoreGroup
+
+PROFANITY_VERSION = "1.9.1"
+
+
+class Offensive(TextReward):
+    """Minus the probability of offensive wording by alt-profanity-check, in [-1, 0]: higher is cleaner."""
+
+    def __init__(self) -> None:
+        self._predict: Any = None
+
+    async def start(self, services: Services) -> None:
+        installed = version("alt-profanity-check")
+        if installed != PROFANITY_VERSION:
+            raise RuntimeError(f"alt-profanity-check {installed} is installed; only {PROFANITY_VERSION} is trusted")
+        from profanity_check import predict_prob
+
+        self._predict = predict_prob
+
+    def _score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+        values = [-float(p) for p in self._predict([a.text for group in groups for a in group.answers])]
+        results, start = [], 0
+        for group in groups:
+            results.append(ScoreResult(tuple(values[start : start + len(group.answers)])))
+            start += len(group.answers)
+        return results
+
+    def score_text(self, prompt: str, answer: str, params: Any) -> float:
+        return -float(self._predict([answer])[0])
+
+
+class Sentiment(TextReward):
+    """Sentiment of the answer by the VADER lexicon: its compound value, in [-1, 1]."""
+
+    def __init__(self) -> None:
+        self._analyzer: Any = None
+
+    async def start(self, services: Services) -> None:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        self._analyzer = SentimentIntensityAnalyzer()
+
+    def score_text(self, prompt: str, answer: str, params: Any) -> float:
+        return float(self._analyzer.polarity_scores(answer)["compound"])

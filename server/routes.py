@@ -1,0 +1,167 @@
+"""The HTTP routes. Handlers only: read, make a job, answer."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from guiderail.guides.errors import GuiderailError
+from guiderail.guides.registry import describe
+from guiderail.server.errors import ApiError, bad_request, from_exception, from_validation
+from guiderail.server.http import ClientGone, EventStream, error_response, json_response, read_object, until_disconnect
+from guiderail.server.jobs import Job, chat_job, completion_job
+from guiderail.server.protocol import UNSUPPORTED, ChatRequest, CompletionRequest
+from guiderail.server.sse import chunks, whole, with_keep_alive
+from guiderail.server.state import ServerState
+from guiderail.server.wire import ChatWire, TextWire, Wire
+
+log = logging.getLogger("guiderail.server")
+HEADERS_AFTER_S = 2.0  # how long a stream's start may wait for a first event, to report errors by status
+
+
+def build_router(state: ServerState) -> APIRouter:
+    """All routes over one server state."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        """OpenAI's chat completion, steered by the `alignment` object."""
+        return await _complete(state, request, ChatRequest)
+
+    @router.post("/v1/completions", openapi_extra=_body(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        """OpenAI's text completion, steered by the `alignment` object."""
+        return await _complete(state, request, CompletionRequest)
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        """The served model, its adapters, and each of them with every profile."""
+        bases = [state.settings.model_name, *state.settings.lora]
+        names = bases + [f"{base}@{profile}" for base in bases for profile in state.resolver.profile_names]
+        data = [
+            {
+                "id": name,
+                "object": "model",
+                "created": state.created,
+                "owned_by": "guiderail",
+                "root": state.settings.model,
+                "parent": name.partition("@")[0] if "@" in name else None,
+                "max_model_len": state.engine.max_model_len,
+            }
+            for name in names
+        ]
+        return json_response({"object": "list", "data": data})
+
+    @router.get("/v1/guides")
+    async def guides() -> Response:
+        """The guides a request may name, with their parameters."""
+        data = [
+            {
+                "name": name,
+                "description": describe(cls),
+                "streams": cls.streams,
+                "parameters": cls.Params.model_json_schema(),
+            }
+            for name, cls in sorted(state.guides.items())
+        ]
+        return json_response({"object": "list", "data": data})
+
+    @router.get("/v1/rewards")
+    async def rewards() -> Response:
+        """The rewards a request may name, with their parameters."""
+        data = [
+            {"name": name, "description": describe(type(r)), "parameters": r.Params.model_json_schema()}
+            for name, r in sorted(state.rewards.items())
+        ]
+        return json_response({"object": "list", "data": data})
+
+    @router.get("/health")
+    async def health() -> Response:
+        """200 while the engine serves, 503 while it is being restarted."""
+        up = state.engine.up
+        return json_response({"status": "ok" if up else "engine down, restarting"}, 200 if up else 503)
+
+    @router.get("/version")
+    async def server_version() -> Response:
+        """The server's version."""
+        return json_response({"version": version("guiderail")})
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        body = state.metrics.render(state.engine.num_running(), state.engine.up)
+        return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+async def _complete(
+    state: ServerState, request: Request, model: type[ChatRequest] | type[CompletionRequest]
+) -> Response:
+    try:
+        parsed = _parse(model, await read_object(request))
+        wire: Wire
+        if isinstance(parsed, ChatRequest):
+            wire = ChatWire(chat_job(state, parsed), state.renderer)
+        else:
+            wire = TextWire(completion_job(state, parsed), state.renderer)
+    except (ApiError, GuiderailError) as error:
+        state.metrics.rejected()
+        return error_response(from_exception(error))
+    try:
+        if parsed.stream:
+            usage = parsed.stream_options is not None and parsed.stream_options.include_usage
+            return await _stream(request, chunks(wire.job, wire, state.metrics, include_usage=usage))
+        return json_response(await until_disconnect(request.receive, whole(wire.job, wire, state.metrics)))
+    except ClientGone:
+        return Response(status_code=499)  # nobody reads it
+    except Exception as error:
+        return _failure(wire.job, error)
+
+
+async def _stream(request: Request, source: AsyncGenerator[bytes, None]) -> Response:
+    """Starts the stream once its first event is there, so that early errors have an HTTP status."""
+    first: asyncio.Task[bytes] = asyncio.ensure_future(anext(source))
+    try:
+        await until_disconnect(request.receive, _ready(first))
+    except BaseException:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await source.aclose()
+        raise
+    return EventStream(with_keep_alive(source, first))
+
+
+async def _ready(first: "asyncio.Task[bytes]") -> None:
+    done, _ = await asyncio.wait({first}, timeout=HEADERS_AFTER_S)
+    if done:
+        first.result()
+
+
+def _failure(job: Job, error: Exception) -> Response:
+    api_error = from_exception(error)
+    if api_error.body["error"]["code"] == "internal_error":
+        log.exception("request failed (guide %s)", job.alignment.guide_name, exc_info=error)
+    return error_response(api_error)
+
+
+def _parse(model: type[ChatRequest] | type[CompletionRequest], body: dict[str, Any]) -> ChatRequest | CompletionRequest:
+    for name, reason in UNSUPPORTED.items():
+        if name in body:
+            raise bad_request(f"'{name}': {reason}", name, "unsupported_parameter")
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise from_validation(
+            error, allowed=list(model.model_fields) if len(error.errors()[0]["loc"]) == 1 else ()
+        ) from error
+
+
+def _body(model: type[ChatRequest] | type[CompletionRequest]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,0 +1,110 @@
+"""The Scorer: one queue per reward, drained in batches that mix the requests in flight.
+
+While a batch is scored, further calls collect and make the next one. A group whose caller was cancelled
+is dropped before it is scored. A failing group fails its own request, by the reward's name, and no other.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from guiderail.guides.base import ScoreResult
+from guiderail.guides.errors import EngineUnavailable, RewardFailed
+from guiderail.guides.reward import Reward
+from guiderail.guides.types import ScoreGroup
+from guiderail.server.metrics import Metrics
+
+
+@dataclass(slots=True)
+class _Call:
+    group: ScoreGroup
+    future: asyncio.Future[ScoreResult]
+    queued: float = field(default_factory=time.monotonic)
+
+
+class BatchingScorer:
+    """guiderail.guides.Scorer over the server's rewards."""
+
+    def __init__(
+        self, rewards: Mapping[str, Reward], metrics: Metrics, *, timeout_s: float = 60.0, max_answers: int = 256
+    ) -> None:
+        """`timeout_s` bounds one batch of one reward, `max_answers` its size (a larger group goes alone)."""
+        self._rewards = rewards
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+        self._max_answers = max_answers
+        self._pending: dict[str, list[_Call]] = {name: [] for name in rewards}
+        self._drains: dict[str, asyncio.Task[None]] = {}
+
+    async def score(self, reward: str, group: ScoreGroup) -> ScoreResult:
+        """Scores one group, together with whatever else waits for the same reward. Raises RewardFailed."""
+        if not self._rewards[reward].batched:
+            try:
+                return (await self._score(reward, [group]))[0]
+            except RewardFailed:
+                self._metrics.score_failed(reward)
+                raise
+        call = _Call(group, asyncio.get_running_loop().create_future())
+        self._pending[reward].append(call)
+        if reward not in self._drains:
+            self._drains[reward] = asyncio.create_task(self._drain(reward))
+        return await call.future
+
+    async def _drain(self, name: str) -> None:
+        try:
+            await asyncio.sleep(0)  # calls made in this turn of the loop join the first batch
+            while batch := self._take(name):
+                self._metrics.score_batch(name, sum(len(c.group.answers) for c in batch))
+                for call in batch:
+                    self._metrics.score_wait(name, time.monotonic() - call.queued)
+                await self._run(name, batch)
+        finally:
+            del self._drains[name]
+
+    def _take(self, name: str) -> list[_Call]:
+        """The next batch: calls still wanted, oldest first, up to max_answers answers."""
+        waiting = [call for call in self._pending[name] if not call.future.done()]
+        batch: list[_Call] = []
+        answers = 0
+        for call in waiting:
+            if batch and answers + len(call.group.answers) > self._max_answers:
+                break
+            batch.append(call)
+            answers += len(call.group.answers)
+        self._pending[name] = waiting[len(batch) :]
+        return batch
+
+    async def _run(self, name: str, batch: Sequence[_Call]) -> None:
+        try:
+            results = await self._score(name, [call.group for call in batch])
+        except RewardFailed as failure:
+            if len(batch) == 1:
+                self._metrics.score_failed(name)
+                if not batch[0].future.done():
+                    batch[0].future.set_exception(failure)
+                return
+            for call in batch:  # find out whose fault it is, so that the others get their scores
+                if not call.future.done():
+                    await self._run(name, [call])
+            return
+        for call, result in zip(batch, results, strict=True):
+            if not call.future.done():
+                call.future.set_result(result)
+
+    async def _score(self, name: str, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+        try:
+            results = await asyncio.wait_for(self._rewards[name].score(groups), self._timeout_s)
+        except TimeoutError:
+            raise RewardFailed(name, f"no scores within {self._timeout_s:g} s") from None
+        except EngineUnavailable:
+            raise
+        except Exception as error:
+            raise RewardFailed(name, f"{type(error).__name__}: {error}") from error
+        if [len(result.values) for result in results] != [len(group.answers) for group in groups]:
+            raise RewardFailed(name, "it returned a wrong number of values")
+        for value in (value for result in results for value in result.values):
+            if not math.isfinite(value):
+                raise RewardFailed(name, f"it returned {value}")
+        return results

@@ -1,0 +1,189 @@
+"""`guiderail serve`: starts the engine and the rewards, serves, and leaves no process behind.
+
+SIGTERM and Ctrl-C are honoured at every stage. While the engine is starting its processes are ended
+directly; once it serves, requests in flight get the drain time and the engine is shut down in order.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import psutil
+import uvicorn
+
+from guiderail.guides.base import Guide
+from guiderail.guides.errors import GuiderailError, PluginError
+from guiderail.guides.registry import load_guides, load_rewards
+from guiderail.guides.reward import Reward, Services
+from guiderail.server import models
+from guiderail.server.alignment import Resolver
+from guiderail.server.app import create_app
+from guiderail.server.engines.supervised import LocalEngine, SupervisedEngine
+from guiderail.server.engines.vllm import EngineSettings, build
+from guiderail.server.errors import ApiError
+from guiderail.server.metrics import Metrics
+from guiderail.server.renderer import ChatRenderer
+from guiderail.server.scorer import BatchingScorer
+from guiderail.server.settings import Settings, SettingsError
+from guiderail.server.state import ServerState
+
+
+def say(text: str) -> None:
+    """Tells the operator what is going on."""
+    print(f"guiderail: {text}", file=sys.stderr, flush=True)
+
+
+def serve(settings: Settings) -> int:
+    """Serves until told to stop. Raises GuiderailError if the server cannot start."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    import uvloop
+
+    try:
+        return uvloop.run(_serve(settings))
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _serve(settings: Settings) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    metrics = Metrics(settings.model_name)
+    started = time.monotonic()
+    say(f"preparing {settings.model}")
+    path = await asyncio.to_thread(models.resolve, settings.model, settings.cache, say)
+    engine = SupervisedEngine(lambda: _build(settings, path), on_restart=metrics.restarted)
+    say("starting the engine and loading rewards (about 20 s on a small CPU)")
+    starting = asyncio.create_task(_prepare(settings, path, engine, metrics))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        say("stopped while starting")
+        _end(psutil.Process().children(recursive=True))
+        os._exit(130)  # the thread that builds the engine cannot be interrupted
+    try:
+        state = await starting
+        server = _Server(settings, create_app(state), stop)
+        say(f"ready after {time.monotonic() - started:.0f} s on http://{settings.host}:{settings.port}")
+        await server.run()
+    finally:
+        stopping.cancel()
+        say("ending the engine")
+        processes = psutil.Process().children(recursive=True)
+        await engine.close()
+        _end(processes)
+    say("stopped")
+    return 0
+
+
+async def _build(settings: Settings, path: str) -> LocalEngine:
+    embedded = models.EMBEDDED.get(settings.model)
+    return await build(
+        EngineSettings(
+            model=path,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len or (embedded.max_model_len if embedded else None),
+            kv_cache_gb=settings.kv_cache_gb,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            max_num_seqs=settings.max_num_seqs,
+            enforce_eager=not settings.compile if embedded or settings.compile else None,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            adapters=tuple(settings.lora.items()),
+            max_lora_rank=settings.max_lora_rank,
+        )
+    )
+
+
+async def _prepare(settings: Settings, path: str, engine: SupervisedEngine, metrics: Metrics) -> ServerState:
+    guides = load_guides(settings.guides)
+    starting = asyncio.create_task(engine.start())
+    try:
+        renderer = await asyncio.to_thread(ChatRenderer, path, settings.chat_template)
+        rewards = {name: cls() for name, cls in (await asyncio.to_thread(load_rewards, settings.rewards)).items()}
+        await starting
+    except BaseException:
+        starting.cancel()
+        raise
+    services = Services(engine, renderer, frozenset(settings.lora))
+    await _start_rewards(rewards, services)
+    return assemble(settings, engine, renderer, guides, rewards, services, metrics)
+
+
+async def _start_rewards(rewards: Mapping[str, Reward], services: Services) -> None:
+    for name, reward in rewards.items():
+        try:
+            await reward.start(services)
+        except Exception as error:
+            raise PluginError(
+                f"reward '{name}' does not start: {error!r}; mend it, or leave it out with --rewards"
+            ) from error
+
+
+def assemble(
+    settings: Settings,
+    engine: SupervisedEngine,
+    renderer: ChatRenderer,
+    guides: Mapping[str, type[Guide]],
+    rewards: Mapping[str, Reward],
+    services: Services,
+    metrics: Metrics,
+) -> ServerState:
+    """Joins started parts to a server state. Raises SettingsError if a configured alignment is wrong."""
+    try:
+        resolver = Resolver(guides, rewards, services, settings.alignment, settings.profiles, settings.limits)
+    except ApiError as error:
+        raise SettingsError(f"the configured alignment, profiles or limits are wrong: {error}") from error
+    scorer = BatchingScorer(rewards, metrics)
+    return ServerState(settings, engine, renderer, guides, rewards, resolver, scorer, metrics, int(time.time()))
+
+
+class _Server:
+    """uvicorn, told to stop by an event instead of by signals of its own."""
+
+    def __init__(self, settings: Settings, app: object, stop: asyncio.Event) -> None:
+        self._stop = stop
+        self._settings = settings
+        self._config = uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(settings.drain_timeout_s),
+            lifespan="off",
+        )
+
+    async def run(self) -> None:
+        """Serves until the event is set, then drains. Raises GuiderailError if it cannot listen."""
+        server = uvicorn.Server(self._config)
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        serving = asyncio.create_task(server._serve())
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if self._stop.is_set():
+            say("finishing requests in flight")
+        server.should_exit = True
+        try:
+            await serving
+        except SystemExit:
+            raise GuiderailError(f"cannot listen on {self._settings.host}:{self._settings.port}") from None
+        if not server.started:
+            raise GuiderailError(f"cannot listen on {self._settings.host}:{self._settings.port}")
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """Ends what is left of these processes (vLLM's, listed while they still were our descendants)."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -1,0 +1,104 @@
+"""The server's settings: flags, a YAML file and environment variables. The only reader of the environment.
+
+Precedence: command-line flag, then GUIDERAIL_* variable, then the YAML file given with --config.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from guiderail.guides.errors import GuiderailError
+from guiderail.server.models import DEFAULT_MODEL
+
+
+class SettingsError(GuiderailError):
+    """A flag, variable or line of the configuration file is wrong."""
+
+
+class OperatorLimits(BaseModel):
+    """What no request may exceed. A request that asks for more is refused with the field's name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_n: int = Field(64, ge=1, description="Answers per request (`n`).")
+    max_tokens: int | None = Field(None, ge=1, description="Tokens per answer; default: the model's context.")
+    max_candidates: int = Field(128, ge=1, description="Candidates per request, over all its answers.")
+    max_deadline_s: float | None = Field(None, gt=0, description="Longest deadline; also the default one.")
+    required_rewards: list[dict[str, Any]] = Field(
+        default_factory=list, description="Rewards that a request may not turn off or change, as in `alignment`."
+    )
+
+
+class Settings(BaseSettings):
+    """All settings of `guiderail serve`; `guiderail serve --help` explains them."""
+
+    model_config = SettingsConfigDict(env_prefix="GUIDERAIL_", extra="forbid", frozen=True)
+
+    model: str = DEFAULT_MODEL
+    served_model_name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    api_key: Annotated[list[str], NoDecode] = []
+    cache_dir: Path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "guiderail"
+    chat_template: str | None = None
+
+    dtype: str = "auto"
+    max_model_len: int | None = Field(None, ge=64)
+    kv_cache_gb: float = Field(2.0, gt=0)
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    max_num_seqs: int = Field(128, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    compile: bool = False
+    lora: dict[str, str] = {}
+    max_lora_rank: int = 16
+
+    guides: list[str] | None = None
+    rewards: list[str] | None = None
+    alignment: dict[str, Any] = {}
+    profiles: dict[str, dict[str, Any]] = {}
+    limits: OperatorLimits = OperatorLimits()
+    drain_timeout_s: float = Field(10.0, ge=0)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings)
+
+    @property
+    def model_name(self) -> str:
+        """The name under which requests ask for the model."""
+        return self.served_model_name or self.model.rstrip("/").rpartition("/")[2]
+
+    @property
+    def cache(self) -> Path:
+        """The cache folder, absolute."""
+        return self.cache_dir.expanduser().absolute()
+
+
+def load(flags: dict[str, Any], config: str | None) -> Settings:
+    """Settings from given flags over environment over the YAML file. Raises SettingsError."""
+    from_file: dict[str, Any] = {}
+    if config is not None:
+        try:
+            from_file = yaml.safe_load(Path(config).expanduser().read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise SettingsError(f"--config {config}: {error}") from error
+        if not isinstance(from_file, dict):
+            raise SettingsError(f"--config {config}: expected a mapping of settings")
+    variables = {name for name in Settings.model_fields if f"GUIDERAIL_{name.upper()}" in os.environ}
+    merged = {name: value for name, value in from_file.items() if name not in variables} | flags
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise SettingsError("bad configuration: " + "; ".join(lines)) from error

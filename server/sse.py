@@ -1,0 +1,140 @@
+"""Folds a job's events into one JSON body or into server-sent events. Both see the same events."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any
+
+from pydantic_core import to_json
+
+from guiderail.guides.types import Event, Final, Scored, Token, TokenLogprob
+from guiderail.server.errors import from_exception
+from guiderail.server.jobs import Job
+from guiderail.server.metrics import Metrics
+from guiderail.server.wire import Wire, alignment_report, envelope, usage
+
+KEEP_ALIVE_S = 10.0
+DONE = b"data: [DONE]\n\n"
+
+
+@asynccontextmanager
+async def observed(job: Job, metrics: Metrics) -> AsyncIterator[AsyncIterator[tuple[int, Event]]]:
+    """The job's events, with their times and the outcome put into the metrics."""
+    guide = job.alignment.guide_name
+    metrics.arrived()
+    outcome = "cancelled"  # what is left if neither the end nor an error comes
+    try:
+        async with aclosing(_timed(job, metrics)) as events:
+            yield events
+        outcome = "success"
+    except Exception:
+        outcome = "error"
+        raise
+    finally:
+        metrics.finished(guide, outcome, job.spend, time.monotonic() - job.spend.started)
+
+
+async def _timed(job: Job, metrics: Metrics) -> AsyncGenerator[tuple[int, Event], None]:
+    first = True
+    async with aclosing(job.events()) as events:
+        async for index, event in events:
+            if first and isinstance(event, Token):
+                first = False
+                metrics.first_token(job.alignment.guide_name, time.monotonic() - job.spend.started)
+            yield index, event
+
+
+async def whole(job: Job, wire: Wire, metrics: Metrics) -> dict[str, Any]:
+    """The body of a response that is not streamed."""
+    count = len(job.contexts)
+    texts: list[list[str]] = [[] for _ in range(count)]
+    logprobs: list[list[TokenLogprob]] = [[] for _ in range(count)]
+    finals: dict[int, Final] = {}
+    async with observed(job, metrics) as events:
+        async for index, event in events:
+            match event:
+                case Token():
+                    texts[index].append(event.text)
+                    logprobs[index].extend(event.logprobs or ())
+                case Final():
+                    finals[index] = event
+    wanted = job.contexts[0].sampling.logprobs is not None
+    choices = [wire.choice(i, "".join(texts[i]), logprobs[i] if wanted else None, finals[i]) for i in range(count)]
+    body = envelope(wire, wire.whole_object, choices)
+    return {**body, "usage": usage(job), "alignment": alignment_report(job, [finals[i] for i in range(count)])}
+
+
+async def chunks(job: Job, wire: Wire, metrics: Metrics, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    """The response as server-sent events. An error after the first event is sent as an event of its own.
+
+    Raises what the job raises before its first event, so that it can still become an HTTP status.
+    """
+    finals: dict[int, Final] = {}
+    opened: set[int] = set()
+    count = len(job.contexts)
+
+    def chunk(choices: list[dict[str, Any]], **more: Any) -> bytes:
+        body = envelope(wire, wire.chunk_object, choices) | more
+        if include_usage:
+            body.setdefault("usage", None)
+        return b"data: " + to_json(body) + b"\n\n"
+
+    try:
+        async with observed(job, metrics) as events:
+            async for index, event in events:
+                if isinstance(event, Scored):
+                    continue
+                if index not in opened:
+                    opened.add(index)
+                    if (choice := wire.opening(index)) is not None:
+                        yield chunk([choice])
+                if isinstance(event, Token):
+                    if not event.text and event.logprobs is None:
+                        continue  # held back: half a character, or what may become a stop string
+                    yield chunk([wire.delta(index, event.text, event.logprobs)])
+                    continue
+                finals[index] = event
+                last = len(finals) == count
+                report = {"alignment": alignment_report(job, [finals[i] for i in range(count)])} if last else {}
+                if last and include_usage:
+                    yield chunk([wire.closing(index, event)])
+                    yield chunk([], usage=usage(job), **report)
+                else:
+                    yield chunk([wire.closing(index, event)], **report)
+    except Exception as error:
+        if not opened:
+            raise
+        yield b"data: " + to_json(from_exception(error).body) + b"\n\n"
+    yield DONE
+
+
+async def with_keep_alive(
+    source: AsyncGenerator[bytes, None], first: "asyncio.Task[bytes]"
+) -> AsyncGenerator[bytes, None]:
+    """`source` after its pending first item, with comment lines while nothing comes.
+
+    Proxies cut silent connections, and a guide may search for minutes before it commits to a word.
+    """
+    task = first
+    try:
+        while True:
+            done, _ = await asyncio.wait({task}, timeout=KEEP_ALIVE_S)
+            if not done:
+                yield b": keep-alive\n\n"
+                continue
+            try:
+                item = task.result()
+            except StopAsyncIteration:
+                return
+            except Exception as error:  # before the first chunk, but after the headers
+                yield b"data: " + to_json(from_exception(error).body) + b"\n\n"
+                yield DONE
+                return
+            yield item
+            task = asyncio.ensure_future(anext(source))
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
+            await task
+        await source.aclose()

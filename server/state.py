@@ -1,0 +1,40 @@
+"""What a running server consists of. One frozen object, handed to the routes; there are no globals."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from guiderail.guides.base import Engine, Guide, Scorer
+from guiderail.guides.reward import Reward
+from guiderail.server.alignment import Resolver
+from guiderail.server.metrics import Metrics
+from guiderail.server.renderer import ChatRenderer
+from guiderail.server.settings import Settings
+
+
+class ServedEngine(Engine, Protocol):
+    """The engine as the routes see it: with its limits and its health."""
+
+    max_model_len: int
+    vocab_size: int
+    max_logprobs: int
+
+    @property
+    def up(self) -> bool: ...
+
+    def num_running(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """Everything the routes need."""
+
+    settings: Settings
+    engine: ServedEngine
+    renderer: ChatRenderer
+    guides: Mapping[str, type[Guide]]
+    rewards: Mapping[str, Reward]
+    resolver: Resolver
+    scorer: Scorer
+    metrics: Metrics
+    created: int
