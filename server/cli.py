@@ -1,6 +1,7 @@
 """The `guiderail` command. Imports nothing heavy: vLLM's processes import this module again."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Errors that Guiderail knows are one line on stderr."""
+    _leave_source_folder()
     args = _parser().parse_args(argv)
     from guiderail.guides.errors import GuiderailError
     from guiderail.server.settings import load
@@ -51,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GuiderailError as error:
         print(f"guiderail: {error}", file=sys.stderr)
         return 1
+
+
+def _leave_source_folder() -> None:
+    """Takes the project's root off sys.path (where `python -m` puts it): transformers would import kernels/ from it."""
+    root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != root]
 
 
 def _parser() -> argparse.ArgumentParser:

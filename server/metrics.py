@@ -12,7 +12,7 @@ class Metrics:
     """One server's metrics in a registry of their own."""
 
     def __init__(self, model: str) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         base = ("model_name",)
 

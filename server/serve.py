@@ -23,6 +23,7 @@ from guiderail.guides.reward import Reward, Services
 from guiderail.server import models
 from guiderail.server.alignment import Resolver
 from guiderail.server.app import create_app
+from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.supervised import LocalEngine, SupervisedEngine
 from guiderail.server.engines.vllm import EngineSettings, build
 from guiderail.server.errors import ApiError
@@ -30,7 +31,7 @@ from guiderail.server.metrics import Metrics
 from guiderail.server.renderer import ChatRenderer
 from guiderail.server.scorer import BatchingScorer
 from guiderail.server.settings import Settings, SettingsError
-from guiderail.server.state import ServerState
+from guiderail.server.state import ServedEngine, ServerState
 
 
 def say(text: str) -> None:
@@ -101,21 +102,21 @@ async def _build(settings: Settings, path: str) -> LocalEngine:
 
 
 async def _prepare(settings: Settings, path: str, engine: SupervisedEngine, metrics: Metrics) -> ServerState:
+    # What can be wrong in the configuration is found before the engine takes its time.
     guides = load_guides(settings.guides)
-    starting = asyncio.create_task(engine.start())
-    try:
-        renderer = await asyncio.to_thread(ChatRenderer, path, settings.chat_template)
-        rewards = {name: cls() for name, cls in (await asyncio.to_thread(load_rewards, settings.rewards)).items()}
-        await starting
-    except BaseException:
-        starting.cancel()
-        raise
+    rewards = {name: cls() for name, cls in load_rewards(settings.rewards).items()}
+    for name, folder in settings.lora.items():
+        check_adapter(name, folder, settings.max_lora_rank)
+    renderer = await asyncio.to_thread(ChatRenderer, path, settings.chat_template)
     services = Services(engine, renderer, frozenset(settings.lora))
-    await _start_rewards(rewards, services)
-    return assemble(settings, engine, renderer, guides, rewards, services, metrics)
+    state = assemble(settings, engine, renderer, guides, rewards, services, metrics)
+    await engine.start()
+    await start_rewards(rewards, services)
+    return state
 
 
-async def _start_rewards(rewards: Mapping[str, Reward], services: Services) -> None:
+async def start_rewards(rewards: Mapping[str, Reward], services: Services) -> None:
+    """Starts every reward. Raises PluginError naming the one that does not."""
     for name, reward in rewards.items():
         try:
             await reward.start(services)
@@ -127,14 +128,14 @@ async def _start_rewards(rewards: Mapping[str, Reward], services: Services) -> N
 
 def assemble(
     settings: Settings,
-    engine: SupervisedEngine,
+    engine: ServedEngine,
     renderer: ChatRenderer,
     guides: Mapping[str, type[Guide]],
     rewards: Mapping[str, Reward],
     services: Services,
     metrics: Metrics,
 ) -> ServerState:
-    """Joins started parts to a server state. Raises SettingsError if a configured alignment is wrong."""
+    """Joins the parts to a server state; engine and rewards may start later. Raises SettingsError."""
     try:
         resolver = Resolver(guides, rewards, services, settings.alignment, settings.profiles, settings.limits)
     except ApiError as error:

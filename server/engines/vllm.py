@@ -6,6 +6,7 @@ so that a row can be dropped alone; prefixes are shared by vLLM's cache.
 """
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -46,6 +47,7 @@ def _prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # no process of ours takes the folder kernels/ for a package
 
 
 def _engine_args(settings: EngineSettings) -> Any:
@@ -122,11 +124,11 @@ class VllmEngine:
     @property
     def dead(self) -> bool:
         """Whether the engine's processes are gone."""
-        return bool(self._llm.errored)
+        return self._llm is None or bool(self._llm.errored)
 
     def num_running(self) -> int:
         """Rows the engine has not finished: running and waiting."""
-        return int(self._llm.get_num_unfinished_requests())
+        return 0 if self._llm is None else int(self._llm.get_num_unfinished_requests())
 
     async def load_adapters(self) -> None:
         """Loads every adapter now: a bad one raises here, where inside generate it would kill the engine."""
@@ -240,7 +242,13 @@ class VllmEngine:
 
     async def close(self) -> None:
         """Ends the engine's processes. Takes some seconds."""
-        await asyncio.to_thread(self._llm.shutdown, 5)
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            await asyncio.to_thread(llm.shutdown, 5)
+            # Finalised now: at the interpreter's exit AsyncLLM.__del__ would trip over what is gone by then.
+            llm.output_handler = None
+            del llm
+            gc.collect()
 
 
 def _sampling_params(spec: SamplingSpec, seed: int | None) -> Any:

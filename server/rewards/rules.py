@@ -11,7 +11,7 @@ from typing import Any, Literal
 import regex
 from jsonschema import Draft202012Validator, SchemaError
 from jsonschema.exceptions import ValidationError
-from jsonschema.validators import extend  # type: ignore[attr-defined]
+from jsonschema.validators import extend
 from pydantic import Field
 from referencing import Registry
 from referencing.exceptions import Unresolvable
@@ -155,4 +155,6 @@ def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: An
                     yield from validator.descend(value, subschema, path=key, schema_path=pattern)
 
 
-SafeValidator: Any = extend(Draft202012Validator, {"pattern": _pattern, "patternProperties": _pattern_properties})
+SafeValidator: Any = extend(  # type: ignore[no-untyped-call]
+    Draft202012Validator, {"pattern": _pattern, "patternProperties": _pattern_properties}
+)

@@ -1,0 +1,127 @@
+"""Fixtures shared by all tests: the example plugin, the prepared model, and one real engine and server."""
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from guiderail.guides.registry import load_guides, load_rewards
+from guiderail.guides.reward import Services
+from guiderail.server import models
+from guiderail.server.app import create_app
+from guiderail.server.engines.supervised import SupervisedEngine
+from guiderail.server.engines.vllm import EngineSettings, build
+from guiderail.server.metrics import Metrics
+from guiderail.server.renderer import ChatRenderer
+from guiderail.server.serve import assemble, start_rewards
+from guiderail.server.settings import OperatorLimits, Settings
+from guiderail.server.state import ServerState
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) in sys.path:  # `python -m pytest` puts it there; kernels/ must not be importable by its bare name
+    sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def plugin_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Installs the example plugin into a folder of its own, which is on sys.path during the session."""
+    target = tmp_path_factory.mktemp("plugin")
+    source = tmp_path_factory.mktemp("plugin-source") / "src"
+    subprocess.run(["cp", "-r", str(ROOT / "tests" / "plugin_example"), str(source)], check=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--target", str(target), str(source)], check=True)
+    sys.path.append(str(target))
+    yield str(target)
+    sys.path.remove(str(target))
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    """Folder of the default model, converted if it is not yet."""
+    return models.resolve(models.DEFAULT_MODEL, Settings().cache)
+
+
+@pytest.fixture(scope="session")
+def adapters(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two LoRA adapters made by hand: "zero" changes nothing, "noise" changes the answers."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((Path(model_path) / "config.json").read_text())
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for name, scale in (("zero", 0.0), ("noise", 0.05)):
+        folder = tmp_path_factory.mktemp(f"lora-{name}")
+        tensors = {}
+        for layer in range(layers):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(8, hidden, generator=generator)
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(hidden, 8, generator=generator) * scale
+        save_file(tensors, folder / "adapter_model.safetensors")
+        body = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+        (folder / "adapter_config.json").write_text(json.dumps(body))
+        made[name] = str(folder)
+    return made
+
+
+@dataclass(frozen=True)
+class Live:
+    """The running server."""
+
+    url: str
+    state: ServerState
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def live(model_path: str, adapters: dict[str, str], plugin_path: str) -> AsyncIterator[Live]:
+    """The real server over the real engine on a real socket, shared by all tests that need one."""
+    settings = Settings(
+        lora=adapters,
+        profiles={"cheerful": {"guide": {"name": "best_of_n", "n": 4}, "rewards": [{"name": "sentiment"}]}},
+        limits=OperatorLimits(max_n=8, max_tokens=512, max_candidates=64, max_deadline_s=120),
+    )
+    engine = SupervisedEngine(
+        lambda: build(EngineSettings(model=model_path, max_model_len=1024, adapters=tuple(adapters.items())))
+    )
+    await engine.start()
+    renderer = ChatRenderer(model_path)
+    services = Services(engine, renderer, frozenset(adapters))
+    rewards = {name: cls() for name, cls in load_rewards().items()}
+    await start_rewards(rewards, services)
+    state = assemble(settings, engine, renderer, load_guides(), rewards, services, Metrics(settings.model_name))
+    async with serving(state) as url:
+        yield Live(url, state)
+    await engine.close()
+
+
+class serving:
+    """Serves a state with uvicorn on a free port of 127.0.0.1 for the time of the block; gives the URL."""
+
+    def __init__(self, state: ServerState) -> None:
+        import uvicorn
+
+        self._server = uvicorn.Server(
+            uvicorn.Config(create_app(state), log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+        )
+
+    async def __aenter__(self) -> str:
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self._task = asyncio.create_task(self._server._serve([self._socket]))
+        while not self._server.started:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    async def __aexit__(self, *error: object) -> None:
+        self._server.should_exit = True
+        await self._task
+        self._socket.close()

@@ -1,0 +1,87 @@
+"""The shape of the source tree: import direction, where vLLM is imported, what transformers can mistake."""
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("kernels", "guides", "server")  # each may import itself and those before it
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_file_keeps_the_rules(path: Path) -> None:
+    names = imports(path)
+    rank = PACKAGES.index(path.relative_to(ROOT).parts[0])
+    for later in PACKAGES[rank + 1 :]:
+        assert not any(n == f"guiderail.{later}" or n.startswith(f"guiderail.{later}.") for n in names)
+    assert not any(n.split(".")[0] in PACKAGES for n in names), "imports go through guiderail."
+    if path != ROOT / "server" / "engines" / "vllm.py":
+        assert not any(n.split(".")[0] == "vllm" for n in names), "vLLM is imported in server/engines/vllm.py alone"
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), "says in its first lines what it does"
+    assert text.count("\n") <= 300
+
+
+def test_every_package_is_distributed() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(config["tool"]["setuptools"]["packages"])
+    there = {
+        ".".join(["guiderail", *path.parent.relative_to(ROOT).parts]) for path in FILES if path.name == "__init__.py"
+    }
+    assert listed == there
+
+
+def test_guides_need_neither_torch_nor_vllm() -> None:
+    code = "import sys, guiderail.guides; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_kernels_is_not_importable_by_its_bare_name_here() -> None:
+    spec = find_spec("kernels")
+    places = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or ())]
+    assert not any(Path(place).is_relative_to(ROOT) and ".venv" not in place for place in places)
+
+
+def test_transformers_is_not_fooled_from_the_repository_root() -> None:
+    """Where the root is on sys.path (as under `python -m`), our command takes it off before anything else."""
+    probe = (
+        "import importlib.util, runpy, sys; sys.argv = ['guiderail', 'version']\n"
+        "assert importlib.util.find_spec('kernels').origin.endswith('kernels/__init__.py'), 'the trap is not set'\n"
+        "try: runpy.run_module('guiderail.server.cli', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "import transformers.integrations.hub_kernels\n"
+        "print('fooled', is_kernels_available(), 'kernels' in sys.modules)\n"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    run = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "fooled False False" in run.stdout, run.stdout + run.stderr
+
+
+def test_no_machine_paths_or_hosts_are_committed() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        path = ROOT / name
+        if path.suffix in {".png", ".safetensors", ".gz"} or path.is_symlink():
+            continue
+        assert "/work/" + "main" not in path.read_text(), name
