@@ -75,10 +75,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def next_token_logprobs(
-        self, prompts: Sequence[TokenPrompt], *, top_k: int = 0, token_ids: Sequence[int] = ()
-    ) -> list[dict[int, float]]:
-        """Log-probabilities of the next token: of the top_k likeliest, or of exactly `token_ids`."""
+    async def next_token_logprobs(self, prompts: Sequence[TokenPrompt], top_k: int) -> list[dict[int, float]]:
+        """Log-probabilities of the `top_k` likeliest next tokens after each prompt, by token id."""
         ...
 
     async def answer_logprobs(

@@ -80,9 +80,6 @@ def _parser() -> argparse.ArgumentParser:
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     names = {name.replace("-", "_") for name, _ in SERVE_FLAGS}
     flags = {key: value for key, value in vars(args).items() if key in names}
-    for key in ("guides", "rewards"):
-        if key in flags:
-            flags[key] = [name for name in flags[key].split(",") if name]
     if "lora" in flags:
         from guiderail.server.settings import SettingsError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from guiderail.guides.errors import GuiderailError
@@ -56,8 +56,8 @@ class Settings(BaseSettings):
     lora: dict[str, str] = {}
     max_lora_rank: int = 16
 
-    guides: list[str] | None = None
-    rewards: list[str] | None = None
+    guides: Annotated[list[str] | None, NoDecode] = None
+    rewards: Annotated[list[str] | None, NoDecode] = None
     alignment: dict[str, Any] = {}
     profiles: dict[str, dict[str, Any]] = {}
     limits: OperatorLimits = OperatorLimits()
@@ -74,10 +74,16 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, env_settings)
 
+    @field_validator("api_key", "guides", "rewards", mode="before")
+    @classmethod
+    def _comma_separated(cls, value: Any) -> Any:
+        return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
     @property
     def model_name(self) -> str:
-        """The name under which requests ask for the model."""
-        return self.served_model_name or self.model.rstrip("/").rpartition("/")[2]
+        """The name under which requests ask for the model: a folder's last part, anything else as it is."""
+        folder = Path(self.model).expanduser()
+        return self.served_model_name or (folder.resolve().name if folder.is_dir() else self.model)
 
     @property
     def cache(self) -> Path:

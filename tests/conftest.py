@@ -1,27 +1,23 @@
 """Fixtures shared by all tests: the example plugin, the prepared model, and one real engine and server."""
 
-import asyncio
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from serving import Live, serving
 
 from guiderail.guides.registry import load_guides, load_rewards
 from guiderail.guides.reward import Services
 from guiderail.server import models
-from guiderail.server.app import create_app
 from guiderail.server.engines.supervised import SupervisedEngine
 from guiderail.server.engines.vllm import EngineSettings, build
 from guiderail.server.metrics import Metrics
 from guiderail.server.renderer import ChatRenderer
 from guiderail.server.serve import assemble, start_rewards
 from guiderail.server.settings import OperatorLimits, Settings
-from guiderail.server.state import ServerState
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) in sys.path:  # `python -m pytest` puts it there; kernels/ must not be importable by its bare name
@@ -73,14 +69,6 @@ def adapters(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return made
 
 
-@dataclass(frozen=True)
-class Live:
-    """The running server."""
-
-    url: str
-    state: ServerState
-
-
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def live(model_path: str, adapters: dict[str, str], plugin_path: str) -> AsyncIterator[Live]:
     """The real server over the real engine on a real socket, shared by all tests that need one."""
@@ -101,27 +89,3 @@ async def live(model_path: str, adapters: dict[str, str], plugin_path: str) -> A
     async with serving(state) as url:
         yield Live(url, state)
     await engine.close()
-
-
-class serving:
-    """Serves a state with uvicorn on a free port of 127.0.0.1 for the time of the block; gives the URL."""
-
-    def __init__(self, state: ServerState) -> None:
-        import uvicorn
-
-        self._server = uvicorn.Server(
-            uvicorn.Config(create_app(state), log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
-        )
-
-    async def __aenter__(self) -> str:
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self._task = asyncio.create_task(self._server._serve([self._socket]))
-        while not self._server.started:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-
-    async def __aexit__(self, *error: object) -> None:
-        self._server.should_exit = True
-        await self._task
-        self._socket.close()

@@ -85,10 +85,8 @@ class SupervisedEngine:
     ) -> Rollouts:
         return self._now().generate(prompts, sampling, seeds=seeds, deadline=deadline)
 
-    async def next_token_logprobs(
-        self, prompts: Sequence[TokenPrompt], *, top_k: int = 0, token_ids: Sequence[int] = ()
-    ) -> list[dict[int, float]]:
-        return await self._now().next_token_logprobs(prompts, top_k=top_k, token_ids=token_ids)
+    async def next_token_logprobs(self, prompts: Sequence[TokenPrompt], top_k: int) -> list[dict[int, float]]:
+        return await self._now().next_token_logprobs(prompts, top_k)
 
     async def answer_logprobs(
         self, prompts: Sequence[TokenPrompt], answers: Sequence[Sequence[int]]

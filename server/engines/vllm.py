@@ -6,7 +6,6 @@ so that a row can be dropped alone; prefixes are shared by vLLM's cache.
 """
 
 import asyncio
-import gc
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -18,6 +17,8 @@ from guiderail.guides.errors import EngineUnavailable, RequestError
 from guiderail.guides.types import Delta, SamplingSpec, TokenLogprob, TokenPrompt
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.rollouts import EngineRollouts, new_request_id
+
+FORCED = "guiderail_forced"  # as in vllm_processors.py, which only vLLM's processes import
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +76,13 @@ def _engine_args(settings: EngineSettings) -> Any:
         args["enforce_eager"] = bool(settings.enforce_eager)
         args["gpu_memory_utilization"] = settings.gpu_memory_utilization
     if settings.adapters:
-        args |= {
-            "enable_lora": True,
-            "max_loras": len(settings.adapters),
-            "max_lora_rank": settings.max_lora_rank,
-        }
+        # One slot more than adapters: vLLM's CPU path gives rows without adapter the weights of the last
+        # slot when another row of the batch has one. Unused, that slot holds zeros, which is what they need.
+        args |= {"enable_lora": True, "max_loras": len(settings.adapters) + 1, "max_lora_rank": settings.max_lora_rank}
+    if AsyncEngineArgs(**args).create_engine_config().use_v2_model_runner:
+        args["enable_trace_replay"] = True
+    else:
+        args["logits_processors"] = ["guiderail.server.engines.vllm_processors:ForcedTokens"]
     return AsyncEngineArgs(**args)
 
 
@@ -154,49 +157,47 @@ class VllmEngine:
         params = [_sampling_params(sampling, seed) for seed in (seeds or [sampling.seed] * len(prompts))]
         return EngineRollouts(self, prompts, params, deadline)
 
-    async def next_token_logprobs(
-        self, prompts: Sequence[TokenPrompt], *, top_k: int = 0, token_ids: Sequence[int] = ()
-    ) -> list[dict[int, float]]:
+    async def next_token_logprobs(self, prompts: Sequence[TokenPrompt], top_k: int) -> list[dict[int, float]]:
         from vllm import SamplingParams
 
-        if token_ids:
-            params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=list(token_ids), detokenize=False)
-            wanted = set(token_ids)
-        else:
-            params = SamplingParams(max_tokens=1, temperature=0, logprobs=top_k, detokenize=False)
-            wanted = None
+        params = SamplingParams(max_tokens=1, temperature=0, logprobs=top_k, detokenize=False)
         outputs = await asyncio.gather(*(self._one(prompt, params) for prompt in prompts))
-        return [
-            {token: entry.logprob for token, entry in output.logprobs[0].items() if wanted is None or token in wanted}
-            for output, _ in outputs
-        ]
+        return [{token: entry.logprob for token, entry in output.logprobs[0].items()} for output in outputs]
 
     async def answer_logprobs(
         self, prompts: Sequence[TokenPrompt], answers: Sequence[Sequence[int]]
     ) -> list[list[float]]:
+        # The answers are decoded again with every token forced: that uses the prefix cache, where vLLM's
+        # prompt_logprobs bypass it (3 times slower on CPU) and kill an engine that has LoRA adapters.
+        # logprob_token_ids would do for single tokens, but spoils the top_logprobs of other rows in the batch.
+        outputs = await asyncio.gather(
+            *(self._one(p, self._forced(answer)) for p, answer in zip(prompts, answers, strict=True))
+        )
+        return [
+            [row[token].logprob for row, token in zip(output.logprobs, answer, strict=True)]
+            for output, answer in zip(outputs, answers, strict=True)
+        ]
+
+    def _forced(self, answer: Sequence[int]) -> Any:
+        """Sampling parameters of a row that decodes exactly `answer`."""
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        joined = [
-            TokenPrompt((*prompt.token_ids, *answer), prompt.adapter)
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        outputs = await asyncio.gather(*(self._one(prompt, params) for prompt in joined))
-        results = []
-        for prompt, answer, (_, rows) in zip(prompts, answers, outputs, strict=True):
-            tail = rows[len(prompt.token_ids) :]
-            results.append([row[token].logprob for row, token in zip(tail, answer, strict=True)])
-        return results
+        forced: dict[str, Any] = {"extra_args": {FORCED: list(answer)}}
+        if self._llm.vllm_config.use_v2_model_runner:
+            forced = {"trace_decode_token_ids": list(answer)}
+        return SamplingParams(
+            max_tokens=len(answer), temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **forced
+        )
 
-    async def _one(self, prompt: TokenPrompt, params: Any) -> tuple[Any, Any]:
-        """Runs one request to its end; returns its completion and its prompt log-probabilities."""
+    async def _one(self, prompt: TokenPrompt, params: Any) -> Any:
+        """Runs one request to its end and returns its completion, with all its tokens."""
         last = None
         async with aclosing(self.stream(prompt, params, new_request_id())) as outputs:
             async for output in outputs:
                 last = output
         if last is None:
             raise EngineUnavailable("the engine returned nothing")
-        return last.outputs[0], last.prompt_logprobs
+        return last.outputs[0]
 
     async def stream(self, prompt: TokenPrompt, params: Any, request_id: str) -> AsyncGenerator[Any, None]:
         """vLLM's outputs for one request, its errors turned into ours."""
@@ -214,11 +215,11 @@ class VllmEngine:
             raise EngineUnavailable("the engine process died") from error
         except EngineGenerateError as error:
             cause = error.__cause__
-            if isinstance(cause, ValueError):  # vLLM wraps late validation (grammars) in this
-                raise RequestError(str(cause)) from error
+            if isinstance(cause, ValueError):  # vLLM wraps late validation in this
+                raise _refusal(cause, params) from error
             raise EngineUnavailable(f"the engine failed: {cause!r}") from error
         except (VLLMClientError, ValueError) as error:
-            raise RequestError(str(error)) from error
+            raise _refusal(error, params) from error
 
     async def deltas(self, row: int, prompt: TokenPrompt, params: Any, request_id: str) -> AsyncGenerator[Delta, None]:
         """One request's outputs as deltas of `row`. An aborted one ends with finish reason "abort"."""
@@ -245,10 +246,13 @@ class VllmEngine:
         if self._llm is not None:
             llm, self._llm = self._llm, None
             await asyncio.to_thread(llm.shutdown, 5)
-            # Finalised now: at the interpreter's exit AsyncLLM.__del__ would trip over what is gone by then.
-            llm.output_handler = None
-            del llm
-            gc.collect()
+            # Its __del__ calls shutdown once more, at the interpreter's exit when what it needs is gone.
+            llm.shutdown = lambda timeout=None: None
+
+
+def _refusal(error: Exception, params: Any) -> RequestError:
+    """vLLM's objection to a request; with a schema it is nearly always the grammar made of that."""
+    return RequestError(str(error), "response_format" if params.structured_outputs is not None else None)
 
 
 def _sampling_params(spec: SamplingSpec, seed: int | None) -> Any:

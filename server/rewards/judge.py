@@ -1,6 +1,6 @@
 """The served model as judge: how likely it says yes, rather than no, to a question about the answer.
 
-Read from the next token's log-probabilities, so a verdict costs one prompt and no generation. The
+Read from the log-probabilities of the next token, so a verdict costs a prompt and no generation. The
 question, the answer and the rubric come in this order, so that judging many answers to one question
 shares the prefix.
 """
@@ -16,8 +16,7 @@ from guiderail.guides.base import ScoreResult
 from guiderail.guides.reward import Reward, Services, prompt_text
 from guiderail.guides.types import Message, ScoreGroup, TokenPrompt
 
-YES = ("Yes", " Yes", "yes", " yes")
-NO = ("No", " No", "no", " no")
+YES, NO = "Yes", "No"
 
 
 class Judge(Reward):
@@ -36,15 +35,16 @@ class Judge(Reward):
 
     def __init__(self) -> None:
         self._services: Services | None = None
-        self._yes: tuple[int, ...] = ()
-        self._no: tuple[int, ...] = ()
+        self._verdicts = (0, 0)
 
     async def start(self, services: Services) -> None:
         self._services = services
-        self._yes = _first_tokens(services, YES)
-        self._no = _first_tokens(services, NO)
-        if set(self._yes) & set(self._no):
+        # After a template's generation prompt the reply starts at once, after "Reply:" with a space.
+        space = "" if services.renderer.has_chat_template else " "
+        yes, no = (services.renderer.encode(space + word)[0] for word in (YES, NO))
+        if yes == no:
             raise ValueError("this tokenizer gives yes and no the same first token, so it cannot judge")
+        self._verdicts = (yes, no)
 
     def check(self, params: Any, services: Services) -> None:
         if params.adapter is not None and params.adapter not in services.adapters:
@@ -57,8 +57,9 @@ class Judge(Reward):
         results = []
         for group in groups:
             prompts = [self._prompt(services, group, answer.text) for answer in group.answers]
-            rows = await services.engine.next_token_logprobs(prompts, token_ids=(*self._yes, *self._no))
-            values = tuple(yes_probability(row, self._yes, self._no) for row in rows)
+            verdicts = [(token,) for token in self._verdicts] * len(prompts)
+            rows = await services.engine.answer_logprobs([p for p in prompts for _ in self._verdicts], verdicts)
+            values = tuple(yes_probability(yes[0], no[0]) for yes, no in zip(rows[::2], rows[1::2], strict=True))
             results.append(ScoreResult(values, sum(len(p.token_ids) for p in prompts)))
         return results
 
@@ -73,14 +74,6 @@ class Judge(Reward):
         return TokenPrompt(tuple(ids), group.params.adapter)
 
 
-def yes_probability(row: dict[int, float], yes: Sequence[int], no: Sequence[int]) -> float:
-    """P(yes) / (P(yes) + P(no)) from next-token log-probabilities, summed over spellings."""
-    p_yes = math.fsum(math.exp(row[token]) for token in yes)
-    p_no = math.fsum(math.exp(row[token]) for token in no)
-    if p_yes + p_no == 0.0:
-        raise ValueError("the model gives neither yes nor no any probability")
-    return p_yes / (p_yes + p_no)
-
-
-def _first_tokens(services: Services, spellings: Sequence[str]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(services.renderer.encode(text)[0] for text in spellings))
+def yes_probability(yes: float, no: float) -> float:
+    """P(yes) / (P(yes) + P(no)) from the two log-probabilities, without underflow."""
+    return 1.0 / (1.0 + math.exp(min(no - yes, 700.0)))

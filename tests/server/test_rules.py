@@ -109,8 +109,7 @@ def test_bad_parameters_are_refused(reward: TextReward, params: dict[str, Any], 
 
 
 def test_yes_probability() -> None:
-    row = {1: -1.0, 2: -2.0, 3: -1.0, 4: -2.0}
-    assert yes_probability(row, [1, 2], [3, 4]) == pytest.approx(0.5)
-    assert yes_probability({1: -0.1, 2: -100.0}, [1], [2]) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="neither"):
-        yes_probability({1: -1e9, 2: -1e9}, [1], [2])
+    assert yes_probability(-1.0, -1.0) == 0.5
+    assert yes_probability(-2.0, -1.0) == pytest.approx(1 / (1 + 2.718281828))
+    assert yes_probability(-1e9, -1.0) == pytest.approx(0.0)
+    assert yes_probability(-1.0, -1e9) == 1.0

@@ -87,10 +87,8 @@ class ScriptedEngine:
             if each in self._stops:
                 self._stops[each].set()
 
-    async def next_token_logprobs(
-        self, prompts: Sequence[TokenPrompt], *, top_k: int = 0, token_ids: Sequence[int] = ()
-    ) -> list[dict[int, float]]:
-        return [dict.fromkeys(token_ids, -1.0) for _ in prompts]
+    async def next_token_logprobs(self, prompts: Sequence[TokenPrompt], top_k: int) -> list[dict[int, float]]:
+        return [dict.fromkeys(range(top_k), -1.0) for _ in prompts]
 
     async def answer_logprobs(
         self, prompts: Sequence[TokenPrompt], answers: Sequence[Sequence[int]]

@@ -1,0 +1,149 @@
+"""`guiderail serve` as a process: start, engine loss and return, SIGTERM, Ctrl-C, and nothing left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+COMMAND = [str(Path(sys.executable).with_name("guiderail")), "serve", "--max-model-len", "512", "--kv-cache-gb", "0.25"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Serve:
+    """A server process of ours and everything that descends from it."""
+
+    def __init__(self, log: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        self.log = log
+        self._seen: dict[int, psutil.Process] = {}
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*COMMAND, "--port", str(port), *flags], stdout=file, stderr=file, env={**os.environ, **(env or {})}
+            )
+
+    def family(self) -> list[psutil.Process]:
+        """Living processes that are or were descendants."""
+        if self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                self._seen[child.pid] = child
+        return [p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def wait(self, condition: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, self.log.read_text()[-3000:]
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            self.family()
+            time.sleep(0.1)
+
+    def health(self) -> int:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=2).status_code
+        except httpx.TransportError:
+            return 0
+
+    def end(self, number: int, seconds: float = 30) -> int:
+        """Sends the signal; returns the exit status once the process and its whole family are gone."""
+        self.family()
+        self.process.send_signal(number)
+        status = self.process.wait(seconds)
+        _, alive = psutil.wait_procs(self.family(), timeout=5)
+        assert not alive, f"left behind: {alive}"
+        return status
+
+    def kill(self) -> None:
+        for each in self.family():
+            each.kill()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
+    servers: list[Serve] = []
+
+    def start(*flags: str, env: dict[str, str] | None = None) -> Serve:
+        servers.append(Serve(tmp_path / f"{len(servers)}.log", *flags, env=env))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
+    started: Callable[..., Serve], model_path: str
+) -> None:
+    server = started()
+    server.wait(lambda: server.health() == 200, 120)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+
+    (core,) = (p for p in server.family() if "EngineCore" in "".join(p.cmdline()))
+    core.kill()
+    server.wait(lambda: server.health() == 503, 10)
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+    server.wait(lambda: server.health() == 200, 120)
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+    assert "guiderail:engine_restarts_total" in (metrics := httpx.get(f"{server.url}/metrics").text)
+    assert 'engine_restarts_total{model_name="smollm2-135m-instruct"} 1.0' in metrics
+
+    assert server.end(signal.SIGTERM) == 0
+    assert "stopped" in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_starting_leaves_nothing(started: Callable[..., Serve], model_path: str) -> None:
+    server = started()
+    server.wait(lambda: any("EngineCore" in "".join(p.cmdline()) for p in server.family()), 60)
+    assert server.end(signal.SIGINT) == 130
+    assert "stopped while starting" in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "nope"], "not an embedded model (smollm2-135m-instruct, gemma3-270m)"),
+        (["--rewards", "length,nope"], "no entry point 'nope'"),
+        (["--lora", "a=/nowhere"], "LoRA adapter 'a': cannot read"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+)
+def test_a_start_that_cannot_work_says_why_in_one_line(
+    started: Callable[..., Serve], model_path: str, flags: list[str], message: str
+) -> None:
+    server = started(*flags)
+    assert server.process.wait(60) == 1
+    last = server.log.read_text().strip().splitlines()[-1]
+    assert last.startswith("guiderail: ")
+    assert message in last
+
+
+def test_a_broken_plugin_stops_the_start(started: Callable[..., Serve], model_path: str, tmp_path: Path) -> None:
+    (tmp_path / "sour.py").write_text("raise RuntimeError('sour milk')")
+    info = tmp_path / "sour-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sour\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[guiderail.guides]\nsour = sour:Guide\n")
+    server = started(env={"PYTHONPATH": str(tmp_path)})
+    assert server.process.wait(60) == 1
+    assert "'sour'" in server.log.read_text()
+    assert "sour milk" in server.log.read_text()
