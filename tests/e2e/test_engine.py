@@ -47,7 +47,7 @@ async def test_answer_logprobs_agree_with_transformers(live: Live, reference: to
         wanted = expected(reference, ask.token_ids, answer)
         assert len(row) == len(answer)
         assert max(abs(a - b) for a, b in zip(row, wanted, strict=True)) < 0.35
-        assert abs(sum(row) - sum(wanted)) / len(row) < 0.1
+        assert abs(sum(row) - sum(wanted)) / len(row) < 0.35 / math.sqrt(len(row))
     other = prompt(live, (Message("user", "Count to three."),))
     assert abs(rows[0][0] - expected(reference, other.token_ids, answers[0])[0]) > 0.5, "the prompt makes no difference"
 

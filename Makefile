@@ -1,0 +1,47 @@
+# Each target sets up what it needs. `make setup` is quick once it has run: it depends on the lock alone.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements-cpu.lock
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+export PYTHONSAFEPATH := 1
+
+.PHONY: setup serve test check fix bench clean
+
+setup: $(READY)
+	@$(BIN)/guiderail models smollm2-135m-instruct >/dev/null
+
+$(READY): $(LOCK) pyproject.toml
+	@echo "guiderail: installing into $(VENV) (once, about a minute)" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first: 2.13.0 is the CPU build where pip is offered one, else the default build with its own needs.
+	@grep -v '^#' $(LOCK) | grep -v '^triton==' > $(VENV)/constraints.txt
+	@$(PIP) --constraint $(VENV)/constraints.txt torch==2.13.0 || { \
+	  echo "guiderail: pip found no torch 2.13.0 for this Python: configure an index or a folder that offers it" \
+	       "(pip config set global.extra-index-url URL, or PIP_FIND_LINKS=FOLDER), then run make again." >&2; exit 1; }
+	@$(PIP) --no-deps --requirement $(LOCK)
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+serve: setup
+	@$(BIN)/guiderail serve $(ARGS)
+
+test: setup
+	@$(BIN)/pytest $(ARGS)
+
+check: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q tests/test_layout.py
+
+fix: $(READY)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup
+	@$(BIN)/python -P tests/bench/bench_server.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

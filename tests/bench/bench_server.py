@@ -1,0 +1,215 @@
+"""Guiderail against raw vLLM, side by side in one run: `make bench`.
+
+Two engines of the same settings live at once: one driven in this process through AsyncLLM, one behind
+`guiderail serve` in processes of its own. They take turns, never running together, and each figure is
+the median over rounds of the ratio within a round. Writes BENCHMARKS.json and its part of BENCHMARKS.md.
+
+    plain       16 concurrent clients, each asking for one answer of 64 tokens after another;
+                ratio of tokens per second, server to raw vLLM with 16 rows kept in flight
+    best_of_16  one request, best of 16 x 64 tokens with the rule reward `length`;
+                ratio of time to raw vLLM generating 16 x 64 tokens after the same prompt
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from report import write_section
+
+CLIENTS, TOKENS = 16, 64
+QUESTIONS = [
+    "What is the capital of {}?", "Tell me three facts about {}.", "Write two sentences on the weather in {}.",
+    "How would you travel to {} from here?", "Name a dish from {} and describe it.",
+]  # fmt: skip
+PLACES = ["France", "Peru", "Kenya", "Japan", "Norway", "Egypt", "Canada", "Vietnam", "Chile", "Greece", "India"]
+
+
+def messages(i: int) -> list[dict[str, str]]:
+    text = QUESTIONS[i % len(QUESTIONS)].format(PLACES[i % len(PLACES)])
+    return [{"role": "user", "content": f"({i}) {text}"}]
+
+
+class Raw:
+    """vLLM's AsyncLLM in this process, with nothing of ours around it but the settings."""
+
+    async def start(self) -> None:
+        from vllm.sampling_params import RequestOutputKind
+
+        from guiderail.server import models
+        from guiderail.server.engines.vllm import EngineSettings, build
+        from guiderail.server.renderer import ChatRenderer
+        from guiderail.server.settings import Settings
+
+        path = models.resolve(models.DEFAULT_MODEL, Settings().cache)
+        self._engine = await build(EngineSettings(model=path, max_model_len=2048))
+        self._llm = self._engine._llm
+        self._renderer = ChatRenderer(path)
+        self._kind = RequestOutputKind.FINAL_ONLY
+        self._n = 0
+
+    async def _answer(self, ids: tuple[int, ...], n: int = 1) -> int:
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+
+        params = SamplingParams(n=n, max_tokens=TOKENS, ignore_eos=True, output_kind=self._kind)
+        self._n += 1
+        count = 0
+        async for output in self._llm.generate(tokens_input(list(ids)), params, f"raw-{self._n}"):
+            count += sum(len(o.token_ids) for o in output.outputs)
+        return count
+
+    def ids(self, i: int) -> tuple[int, ...]:
+        from guiderail.guides.types import Message
+
+        return self._renderer.render([Message(m["role"], m["content"]) for m in messages(i)]).token_ids
+
+    async def plain(self, first: int, count: int) -> float:
+        """Tokens per second with CLIENTS rows in flight. Rendering is inside, as it is for the server."""
+        numbers = iter(range(first, first + count))
+
+        async def client() -> int:
+            return sum([await self._answer(self.ids(i)) for i in numbers])
+
+        started = time.perf_counter()
+        tokens = sum(await asyncio.gather(*(client() for _ in range(CLIENTS))))
+        return tokens / (time.perf_counter() - started)
+
+    async def sixteen(self, i: int) -> float:
+        """Seconds for 16 answers to one prompt."""
+        started = time.perf_counter()
+        assert await self._answer(self.ids(i), n=16) == 16 * TOKENS
+        return time.perf_counter() - started
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+class Served:
+    """`guiderail serve` in processes of its own, asked over HTTP."""
+
+    async def start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [str(Path(sys.executable).with_name("guiderail")), "serve", "--port", str(port)]
+        self._process = subprocess.Popen(
+            [*command, "--max-model-len", "2048"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self._http = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", timeout=120, limits=httpx.Limits(max_connections=64)
+        )
+        for _ in range(600):
+            try:
+                if (await self._http.get("/health")).status_code == 200:
+                    return
+            except httpx.TransportError:
+                await asyncio.sleep(0.2)
+        raise RuntimeError("the server does not start")
+
+    async def _answer(self, i: int, **fields: Any) -> dict[str, Any]:
+        body = {"messages": messages(i), "max_tokens": TOKENS, "ignore_eos": True, **fields}
+        response = await self._http.post("/v1/chat/completions", json=body)
+        response.raise_for_status()
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    async def _streamed(self, i: int) -> int:
+        body = {"messages": messages(i), "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
+        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+            text = b"".join([part async for part in response.aiter_raw()])
+        found = re.findall(rb'"tokens_accepted":(\d+)', text)
+        return int(found[-1])
+
+    async def plain(self, first: int, count: int, *, stream: bool = False) -> float:
+        """Tokens per second with CLIENTS clients, each with one request after another."""
+        numbers = iter(range(first, first + count))
+
+        async def client() -> int:
+            if stream:
+                return sum([await self._streamed(i) for i in numbers])
+            return sum([(await self._answer(i))["usage"]["completion_tokens"] for i in numbers])
+
+        started = time.perf_counter()
+        tokens = sum(await asyncio.gather(*(client() for _ in range(CLIENTS))))
+        return tokens / (time.perf_counter() - started)
+
+    async def sixteen(self, i: int) -> float:
+        """Seconds for best of 16 x 64 tokens with the reward `length`."""
+        alignment = {"guide": {"name": "best_of_n", "n": 16}, "rewards": [{"name": "length"}]}
+        started = time.perf_counter()
+        answer = await self._answer(i, alignment=alignment)
+        seconds = time.perf_counter() - started
+        assert answer["alignment"]["spend"]["tokens_generated"] == 16 * TOKENS
+        return seconds
+
+    async def close(self) -> None:
+        await self._http.aclose()
+        self._process.terminate()
+        self._process.wait(30)
+
+
+async def main(rounds: int) -> None:
+    raw, served = Raw(), Served()
+    print("starting two engines", file=sys.stderr)
+    await raw.start()
+    await served.start()
+    rows: dict[str, list[tuple[float, float]]] = {"plain": [], "plain, streamed": [], "best_of_16": []}
+    try:
+        count = 3 * CLIENTS
+        for number in range(-1, rounds):  # round -1 warms both up
+            base = 1000 * (number + 2)
+            plain = (await raw.plain(base, count), await served.plain(base + 100, count))
+            streamed = (await raw.plain(base + 200, count), await served.plain(base + 300, count, stream=True))
+            best = [(await raw.sixteen(base + 400 + i), await served.sixteen(base + 500 + i)) for i in range(3)]
+            if number < 0:
+                continue
+            rows["plain"].append(plain)
+            rows["plain, streamed"].append(streamed)
+            rows["best_of_16"] += best
+            print(f"round {number + 1}: {plain=} {streamed=} {best=}", file=sys.stderr)
+    finally:
+        await served.close()
+        await raw.close()
+    report(rows)
+
+
+def report(rows: dict[str, list[tuple[float, float]]]) -> None:
+    targets = {"plain": ">= 0.95", "plain, streamed": "(no target)", "best_of_16": "<= 1.10"}
+    units = {"plain": "tokens/s", "plain, streamed": "tokens/s", "best_of_16": "s"}
+    lines = [
+        "Guiderail's server against raw vLLM (AsyncLLM in-process, same settings), alternating in one run. "
+        "Ratio: median over rounds of server / raw, with the smallest and largest.",
+        "",
+        "| case | raw vLLM | Guiderail | ratio | range | target | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    data: dict[str, Any] = {}
+    for name, pairs in rows.items():
+        ratios = [ours / theirs for theirs, ours in pairs]
+        ratio = statistics.median(ratios)
+        raw, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+        target = targets[name]
+        met = {">": lambda r: r >= 0.95, "<": lambda r: r <= 1.10}.get(target[0])
+        verdict = "" if met is None else "met" if met(ratio) else "**missed**"
+        lines.append(
+            f"| {name} | {raw:.4g} {units[name]} | {ours:.4g} {units[name]} | {ratio:.3f} "
+            f"| {min(ratios):.3f}-{max(ratios):.3f} | {target} | {verdict} |"
+        )
+        data[name] = {"pairs": pairs, "ratio": ratio, "target": target, "met": None if met is None else met(ratio)}
+    write_section("server", "Server overhead", "make bench", lines, data)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    os.environ.setdefault("GUIDERAIL_BENCH", "1")
+    asyncio.run(main(parser.parse_args().rounds))
