@@ -13,7 +13,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor
 
-FORCED = "guiderail_forced"
+from guiderail.server.engines.vllm_params import FORCED
 
 
 class ForcedTokens(LogitsProcessor):  # type: ignore[misc]

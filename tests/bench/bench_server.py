@@ -12,7 +12,6 @@ the median over rounds of the ratio within a round. Writes BENCHMARKS.json and i
 
 import argparse
 import asyncio
-import os
 import re
 import socket
 import statistics
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from report import write_section
 
 CLIENTS, TOKENS = 16, 64
@@ -101,7 +102,7 @@ class Served:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [str(Path(sys.executable).with_name("guiderail")), "serve", "--port", str(port)]
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: ASYNC220
             [*command, "--max-model-len", "2048"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self._http = httpx.AsyncClient(
@@ -211,5 +212,4 @@ def report(rows: dict[str, list[tuple[float, float]]]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    os.environ.setdefault("GUIDERAIL_BENCH", "1")
     asyncio.run(main(parser.parse_args().rounds))

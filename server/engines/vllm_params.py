@@ -1,0 +1,57 @@
+"""Between our sampling parameters and log-probabilities and vLLM's. Imports vLLM only inside functions."""
+
+from typing import Any
+
+from guiderail.guides.errors import RequestError
+from guiderail.guides.types import SamplingSpec, TokenLogprob
+
+FORCED = "guiderail_forced"  # key of SamplingParams.extra_args; see vllm_processors.py
+
+
+def refusal(error: Exception, params: Any) -> RequestError:
+    """vLLM's objection to a request; with a schema it is nearly always the grammar made of that."""
+    return RequestError(str(error), "response_format" if params.structured_outputs is not None else None)
+
+
+def sampling_params(spec: SamplingSpec, seed: int | None) -> Any:
+    """vLLM's SamplingParams for one row. Raises RequestError for values that vLLM refuses."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    structured = None
+    if spec.json_schema is not None:
+        structured = StructuredOutputsParams(json=dict(spec.json_schema))
+    try:
+        return SamplingParams(
+            n=1,
+            max_tokens=spec.max_tokens,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            top_k=spec.top_k,
+            min_p=spec.min_p,
+            seed=seed,
+            stop=list(spec.stop) or None,
+            stop_token_ids=list(spec.stop_token_ids) or None,
+            include_stop_str_in_output=spec.include_stop_str_in_output,
+            min_tokens=spec.min_tokens,
+            ignore_eos=spec.ignore_eos,
+            presence_penalty=spec.presence_penalty,
+            frequency_penalty=spec.frequency_penalty,
+            repetition_penalty=spec.repetition_penalty,
+            logit_bias=dict(spec.logit_bias) or None,
+            logprobs=spec.logprobs,
+            skip_special_tokens=spec.skip_special_tokens,
+            structured_outputs=structured,
+            output_kind=RequestOutputKind.DELTA if spec.stream else RequestOutputKind.FINAL_ONLY,
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+
+
+def token_logprobs(completion: Any) -> tuple[TokenLogprob, ...]:
+    """Log-probabilities of a completion's new tokens, likeliest first beside each."""
+    rows = []
+    for token, entries in zip(completion.token_ids, completion.logprobs or (), strict=True):
+        top = sorted(((i, e.logprob) for i, e in entries.items()), key=lambda pair: -pair[1])
+        rows.append(TokenLogprob(token, entries[token].logprob, tuple(top)))
+    return tuple(rows)
