@@ -157,6 +157,7 @@ class _Server:
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=int(settings.drain_timeout_s),
+            timeout_keep_alive=75,  # longer than clients and proxies keep idle connections, so that they close them
             lifespan="off",
         )
 

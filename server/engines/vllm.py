@@ -106,7 +106,7 @@ async def build(settings: EngineSettings) -> "VllmEngine":
     try:
         await engine.load_adapters()
         # The first log-probabilities compile a small kernel (about 2 s); no user should wait for that.
-        await engine.nexttoken_logprobs([TokenPrompt((0,))], top_k=1)
+        await engine.next_token_logprobs([TokenPrompt((0,))], top_k=1)
     except BaseException:
         await engine.close()
         raise
@@ -166,7 +166,7 @@ class VllmEngine:
         params = [sampling_params(sampling, seed) for seed in (seeds or [sampling.seed] * len(prompts))]
         return EngineRollouts(self, prompts, params, deadline)
 
-    async def nexttoken_logprobs(self, prompts: Sequence[TokenPrompt], top_k: int) -> list[dict[int, float]]:
+    async def next_token_logprobs(self, prompts: Sequence[TokenPrompt], top_k: int) -> list[dict[int, float]]:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0, logprobs=top_k, detokenize=False)
