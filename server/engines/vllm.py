@@ -48,6 +48,7 @@ def _prepare_environment() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # no process of ours takes the folder kernels/ for a package
     # Intel's OpenMP, where it is installed, gives 8 to 18% more tokens/s on 2 cores than the default that
@@ -73,6 +74,7 @@ def _engine_args(settings: EngineSettings) -> Any:
         "max_num_seqs": settings.max_num_seqs,
         "max_logprobs": settings.max_logprobs,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "generation_config": "vllm",  # what a request does not say is OpenAI's default, not the model's
     }
     if current_platform.is_cpu():
