@@ -97,8 +97,8 @@ class ScoreResult:
 class Scorer(Protocol):
     """Scores groups of answers with rewards by name; batches across the requests in flight."""
 
-    async def score(self, reward: str, group: ScoreGroup) -> ScoreResult:
-        """Raises RewardFailed when the reward fails."""
+    async def score(self, reward: str, group: ScoreGroup, owner: int = 0) -> ScoreResult:
+        """`owner` tells requests apart, for fairness. Raises RewardFailed when the reward fails."""
         ...
 
 
@@ -148,7 +148,9 @@ class Context:
         answers = tuple(Answer(c.text, c.token_ids, partial=not c.finished) for c in candidates)
         with self.spend.scoring.span(), self.spend.working.span():
             results = await together(
-                self.scorer.score(term.name, ScoreGroup(self.messages, self.prompt, answers, term.params))
+                self.scorer.score(
+                    term.name, ScoreGroup(self.messages, self.prompt, answers, term.params), id(self.spend)
+                )
                 for term in self.rewards
             )
         for term, result in zip(self.rewards, results, strict=True):

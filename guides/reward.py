@@ -59,6 +59,10 @@ class Reward(ABC):
         """Refuses parameters that are well-formed but cannot work here, by raising ValueError."""
         return
 
+    async def close(self) -> None:
+        """Frees what `start` made. Called once, at the server's end."""
+        return
+
     @abstractmethod
     async def score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
         """Raw finite values: one result per group, one value per answer. Raising fails the request."""

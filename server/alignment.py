@@ -112,7 +112,7 @@ class Resolver:
                 raise bad_request(
                     f"unknown field 'alignment.{key}'; allowed: {allowed}", f"alignment.{key}", "unknown_parameter"
                 )
-        terms = self._terms(merged.get("rewards") or [])
+        terms = self.terms(merged.get("rewards") or [], "alignment.rewards")
         guide_name, guide = self._guide(merged.get("guide"), bool(terms))
         if self._required and not guide.steers:
             names = ", ".join(term.name for term in self._required)
@@ -148,18 +148,17 @@ class Resolver:
         cls = self._guides[name]
         return name, cls(_parse(cls.Params, rest, "alignment.guide"))
 
-    def _terms(self, specs: Any) -> tuple[RewardTerm, ...]:
+    def terms(self, specs: Any, where: str = "rewards") -> tuple[RewardTerm, ...]:
+        """The rewards of a list of specs, with those that the operator requires. Raises ApiError (400)."""
         if not isinstance(specs, list):
-            raise bad_request("'alignment.rewards' must be a list", "alignment.rewards")
-        asked = [self._reward(spec, f"alignment.rewards[{i}]") for i, spec in enumerate(specs)]
+            raise bad_request(f"'{where}' must be a list", where)
+        asked = [self._reward(spec, f"{where}[{i}]") for i, spec in enumerate(specs)]
         required = {term.name for term in self._required}
         terms = (*self._required, *(term for term in asked if term.name not in required))
         labels = [term.label for term in terms]
         for i, label in enumerate(labels):
             if label in labels[:i]:
-                raise bad_request(
-                    f"two rewards are labelled '{label}'; give each a 'label' of its own", "alignment.rewards"
-                )
+                raise bad_request(f"two rewards are labelled '{label}'; give each a 'label' of its own", where)
         return terms
 
     def _reward(self, spec: Any, where: str) -> RewardTerm:

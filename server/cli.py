@@ -24,6 +24,14 @@ SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("max-lora-rank", {"type": int, "help": "largest rank of an adapter (16)"}),
     ("guides", {"metavar": "A,B", "help": "load only these guides"}),
     ("rewards", {"metavar": "A,B", "help": "load only these rewards"}),
+    (
+        "reward",
+        {
+            "action": "append",
+            "metavar": "NAME=PATH[,KEY=VALUE]",
+            "help": "serve a reward model (folder, Hub id or bundled head); keys: backend, head, dtype, kv_gb",
+        },
+    ),
     ("cache-dir", {"help": "folder for converted models (~/.cache/guiderail)"}),
     ("drain-timeout-s", {"type": float, "help": "seconds that requests in flight get at shutdown (10)"}),
 ]
@@ -47,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if args.command == "models":
             return listing.models(settings, args.prepare)
+        if args.command == "rewards" and args.task == "train":
+            from guiderail.server.training.command import train
+
+            return train(args)
         if args.command == "version":
             return listing.version()
         return listing.plugins(args.command)
@@ -64,7 +76,7 @@ def _leave_source_folder() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="guiderail", description="Aligns a language model while it decodes.")
     commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="serve a model", argument_default=argparse.SUPPRESS)
+    serve = commands.add_parser("serve", help="serve a model", argument_default=argparse.SUPPRESS, allow_abbrev=False)
     serve.add_argument("--config", metavar="FILE.yaml", help="settings, profiles and limits (deploy/profiles)")
     for name, options in SERVE_FLAGS:
         serve.add_argument(f"--{name}", **options)
@@ -72,7 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("prepare", nargs="?", metavar="NAME", help="convert this model into the cache now")
     models.add_argument("--cache-dir", default=argparse.SUPPRESS)
     commands.add_parser("guides", help="list the guides")
-    commands.add_parser("rewards", help="list the rewards")
+    rewards = commands.add_parser("rewards", help="list the rewards, or train a reward head")
+    tasks = rewards.add_subparsers(dest="task")
+    train = tasks.add_parser("train", help="fit a Bradley-Terry head on preference pairs")
+    from guiderail.server.training.command import add_arguments
+
+    add_arguments(train)
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -80,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     names = {name.replace("-", "_") for name, _ in SERVE_FLAGS}
     flags = {key: value for key, value in vars(args).items() if key in names}
+    if "reward" in flags:
+        from guiderail.server.rewards.spec import parse_flag
+
+        flags["reward"] = dict(parse_flag(item) for item in flags["reward"])
     if "lora" in flags:
         from guiderail.server.settings import SettingsError
 

@@ -72,7 +72,7 @@ class Job:
 def chat_job(state: ServerState, request: ChatRequest) -> Job:
     """Checks and renders a chat request. Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
-    messages = tuple(Message("system" if m.role == "developer" else m.role, m.text) for m in request.messages)
+    messages = tuple(m.message for m in request.messages)
     prompt = state.renderer.render(
         messages,
         add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,

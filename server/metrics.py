@@ -1,8 +1,11 @@
 """Prometheus metrics, all named here: guiderail:..., after the pattern of vLLM's."""
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from guiderail.guides.spend import Spend
+from guiderail.server.rewards.stats import RunnerStats
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -34,6 +37,12 @@ class Metrics:
         self._batch = histogram("reward_batch_size", "Answers per batch.", SIZES, "reward")
         self._wait = histogram("reward_queue_time_seconds", "Wait of a score call.", SECONDS, "reward")
         self._failed = counter("reward_failures", "Score calls that failed.", "reward")
+        self._runner = Gauge(
+            "guiderail:reward_model_tokens",
+            "Reward models' tokens since the start: asked for, computed, and saved by sharing or cache (cached).",
+            (*base, "reward", "kind"),
+            registry=self.registry,
+        )
         self._running.labels(model)
         self._restarts.labels(model)
 
@@ -74,8 +83,11 @@ class Metrics:
         """The engine was started again."""
         self._restarts.labels(self._model).inc()
 
-    def render(self, engine_rows: int, engine_up: bool) -> bytes:
-        """The text of /metrics."""
+    def render(self, engine_rows: int, engine_up: bool, runners: Mapping[str, RunnerStats]) -> bytes:
+        """The text of /metrics. `runners`: the counts of each reward model."""
+        for reward, stats in runners.items():
+            for kind in ("asked", "computed", "cached"):
+                self._runner.labels(self._model, reward, kind).set(getattr(stats, f"tokens_{kind}"))
         self._rows.labels(self._model).set(engine_rows)
         self._up.labels(self._model).set(engine_up)
         return generate_latest(self.registry)

@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
 
+from guiderail.guides.types import Message
+
 UNSUPPORTED = {
     "tools": "tool calling is not supported yet",
     "tool_choice": "tool calling is not supported yet",
@@ -54,6 +56,11 @@ class ChatMessage(Wire):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+
+    @property
+    def message(self) -> Message:
+        """The turn as guides know it; OpenAI's developer role is a system message."""
+        return Message("system" if self.role == "developer" else self.role, self.text)
 
     @property
     def text(self) -> str:
@@ -167,6 +174,27 @@ class ChatRequest(SamplingFields):
     def num_logprobs(self) -> int | None:
         """Top log-probabilities per token for the engine, None for none at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class AnswerFields(Wire):
+    """An answer to score; `partial` marks one that goes on."""
+
+    text: str
+    partial: StrictBool = False
+
+
+class ScoreInput(Wire):
+    """A conversation and the answers to its last message."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    answers: list[str | AnswerFields] = Field(min_length=1, max_length=1024)
+
+
+class ScoreRequest(Wire):
+    """Body of POST /v1/rewards/score; `rewards` as in the alignment object."""
+
+    inputs: list[ScoreInput] = Field(min_length=1, max_length=1024)
+    rewards: list[str | dict[str, Any]] = Field(min_length=1)
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]

@@ -4,18 +4,20 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
 from guiderail.guides.errors import GuiderailError
 from guiderail.guides.registry import describe
 from guiderail.server.errors import ApiError, bad_request, from_exception, from_validation
 from guiderail.server.http import ClientGone, EventStream, error_response, json_response, read_object, until_disconnect
-from guiderail.server.jobs import Job, chat_job, completion_job
-from guiderail.server.protocol import UNSUPPORTED, ChatRequest, CompletionRequest
+from guiderail.server.jobs import chat_job, completion_job
+from guiderail.server.protocol import UNSUPPORTED, ChatRequest, CompletionRequest, ScoreRequest
+from guiderail.server.rewards.neural import NeuralReward
+from guiderail.server.scoring import score_request
 from guiderail.server.sse import chunks, whole, with_keep_alive
 from guiderail.server.state import ServerState
 from guiderail.server.wire import ChatWire, TextWire, Wire
@@ -80,6 +82,17 @@ def build_router(state: ServerState) -> APIRouter:
         ]
         return json_response({"object": "list", "data": data})
 
+    @router.post("/v1/rewards/score", openapi_extra=_body(ScoreRequest))
+    async def score(request: Request) -> Response:
+        """Scores given answers to given messages: raw values by reward, and combined."""
+        try:
+            parsed = parse(ScoreRequest, await read_object(request))
+            return json_response(await until_disconnect(request.receive, score_request(state, parsed)))
+        except ClientGone:
+            return Response(status_code=499)
+        except Exception as error:
+            return _failure("score", error)
+
     @router.get("/health")
     async def health() -> Response:
         """200 while the engine serves, 503 while it is being restarted."""
@@ -94,7 +107,8 @@ def build_router(state: ServerState) -> APIRouter:
     @router.get("/metrics")
     async def metrics() -> Response:
         """Prometheus metrics."""
-        body = state.metrics.render(state.engine.num_running(), state.engine.up)
+        runners = {n: r.stats for n, r in state.rewards.items() if isinstance(r, NeuralReward) and r.stats is not None}
+        body = state.metrics.render(state.engine.num_running(), state.engine.up, runners)
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
@@ -104,7 +118,7 @@ async def _complete(
     state: ServerState, request: Request, model: type[ChatRequest] | type[CompletionRequest]
 ) -> Response:
     try:
-        parsed = _parse(model, await read_object(request))
+        parsed = parse(model, await read_object(request))
         wire: Wire
         if isinstance(parsed, ChatRequest):
             wire = ChatWire(chat_job(state, parsed), state.renderer)
@@ -121,7 +135,7 @@ async def _complete(
     except ClientGone:
         return Response(status_code=499)  # nobody reads it
     except Exception as error:
-        return _failure(wire.job, error)
+        return _failure(wire.job.alignment.guide_name, error)
 
 
 async def _stream(request: Request, source: AsyncGenerator[bytes, None]) -> Response:
@@ -143,14 +157,18 @@ async def _ready(first: "asyncio.Task[bytes]") -> None:
         first.result()
 
 
-def _failure(job: Job, error: Exception) -> Response:
+def _failure(what: str, error: Exception) -> Response:
     api_error = from_exception(error)
     if api_error.body["error"]["code"] == "internal_error":
-        log.exception("request failed (guide %s)", job.alignment.guide_name, exc_info=error)
+        log.error("request failed (%s)", what, exc_info=error)
     return error_response(api_error)
 
 
-def _parse(model: type[ChatRequest] | type[CompletionRequest], body: dict[str, Any]) -> ChatRequest | CompletionRequest:
+W = TypeVar("W", bound=BaseModel)
+
+
+def parse(model: type[W], body: dict[str, Any]) -> W:
+    """The wire model of a body. Raises ApiError (400)."""
     for name, reason in UNSUPPORTED.items():
         if name in body:
             raise bad_request(f"'{name}': {reason}", name, "unsupported_parameter")
@@ -162,6 +180,6 @@ def _parse(model: type[ChatRequest] | type[CompletionRequest], body: dict[str, A
         ) from error
 
 
-def _body(model: type[ChatRequest] | type[CompletionRequest]) -> dict[str, Any]:
+def _body(model: type[BaseModel]) -> dict[str, Any]:
     schema = model.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

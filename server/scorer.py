@@ -1,12 +1,15 @@
 """The Scorer: one queue per reward, drained in batches that mix the requests in flight.
 
-While a batch is scored, further calls collect and make the next one. A group whose caller was cancelled
-is dropped before it is scored. A failing group fails its own request, by the reward's name, and no other.
+Calls collect for a few milliseconds, and then for as long as the batch before them is scored; a batch is
+filled under a token budget, one group of each request in turn, so that a request with many candidates does
+not keep others waiting. A group whose caller was cancelled is dropped before it is scored. A failing group
+fails its own request, by the reward's name, and no other.
 """
 
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,25 +23,41 @@ from guiderail.server.metrics import Metrics
 @dataclass(slots=True)
 class _Call:
     group: ScoreGroup
+    owner: int
     future: asyncio.Future[ScoreResult]
     queued: float = field(default_factory=time.monotonic)
+
+    @property
+    def tokens(self) -> int:
+        """Roughly what scoring costs: the prompt once, and every answer (in the served model's tokens)."""
+        return len(self.group.prompt.token_ids) + sum(len(a.token_ids) or len(a.text) // 4 for a in self.group.answers)
 
 
 class BatchingScorer:
     """guiderail.guides.Scorer over the server's rewards."""
 
     def __init__(
-        self, rewards: Mapping[str, Reward], metrics: Metrics, *, timeout_s: float = 60.0, max_answers: int = 256
+        self,
+        rewards: Mapping[str, Reward],
+        metrics: Metrics,
+        *,
+        timeout_s: float = 60.0,
+        max_tokens: int = 16384,
+        wait_s: float = 0.002,
     ) -> None:
-        """`timeout_s` bounds one batch of one reward, `max_answers` its size (a larger group goes alone)."""
+        """timeout_s: for one batch of one reward. max_tokens: its size (a larger group goes alone).
+
+        wait_s: how long the first call of an idle reward waits for company.
+        """
         self._rewards = rewards
         self._metrics = metrics
         self._timeout_s = timeout_s
-        self._max_answers = max_answers
+        self._max_tokens = max_tokens
+        self._wait_s = wait_s
         self._pending: dict[str, list[_Call]] = {name: [] for name in rewards}
         self._drains: dict[str, asyncio.Task[None]] = {}
 
-    async def score(self, reward: str, group: ScoreGroup) -> ScoreResult:
+    async def score(self, reward: str, group: ScoreGroup, owner: int = 0) -> ScoreResult:
         """Scores one group, together with whatever else waits for the same reward. Raises RewardFailed."""
         if not self._rewards[reward].batched:
             try:
@@ -46,7 +65,7 @@ class BatchingScorer:
             except RewardFailed:
                 self._metrics.score_failed(reward)
                 raise
-        call = _Call(group, asyncio.get_running_loop().create_future())
+        call = _Call(group, owner, asyncio.get_running_loop().create_future())
         self._pending[reward].append(call)
         if reward not in self._drains:
             self._drains[reward] = asyncio.create_task(self._drain(reward))
@@ -54,7 +73,7 @@ class BatchingScorer:
 
     async def _drain(self, name: str) -> None:
         try:
-            await asyncio.sleep(0)  # calls made in this turn of the loop join the first batch
+            await asyncio.sleep(self._wait_s)
             while batch := self._take(name):
                 self._metrics.score_batch(name, sum(len(c.group.answers) for c in batch))
                 for call in batch:
@@ -64,16 +83,24 @@ class BatchingScorer:
             del self._drains[name]
 
     def _take(self, name: str) -> list[_Call]:
-        """The next batch: calls still wanted, oldest first, up to max_answers answers."""
-        waiting = [call for call in self._pending[name] if not call.future.done()]
+        """The next batch: calls still wanted, one of each owner in turn, up to max_tokens."""
+        turns: dict[int, deque[_Call]] = {}
+        for call in self._pending[name]:
+            if not call.future.done():
+                turns.setdefault(call.owner, deque()).append(call)
         batch: list[_Call] = []
-        answers = 0
-        for call in waiting:
-            if batch and answers + len(call.group.answers) > self._max_answers:
+        tokens = 0
+        owners = deque(turns)
+        while owners:
+            owner = owners.popleft()
+            tokens += turns[owner][0].tokens
+            if batch and tokens > self._max_tokens:
                 break
-            batch.append(call)
-            answers += len(call.group.answers)
-        self._pending[name] = waiting[len(batch) :]
+            batch.append(turns[owner].popleft())
+            if turns[owner]:
+                owners.append(owner)
+        taken = {id(call) for call in batch}
+        self._pending[name] = [c for c in self._pending[name] if id(c) not in taken and not c.future.done()]
         return batch
 
     async def _run(self, name: str, batch: Sequence[_Call]) -> None:

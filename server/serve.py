@@ -29,6 +29,7 @@ from guiderail.server.engines.vllm import EngineSettings, build
 from guiderail.server.errors import ApiError
 from guiderail.server.metrics import Metrics
 from guiderail.server.renderer import ChatRenderer
+from guiderail.server.rewards.loading import neural_reward
 from guiderail.server.scorer import BatchingScorer
 from guiderail.server.settings import Settings, SettingsError
 from guiderail.server.state import ServedEngine, ServerState
@@ -77,6 +78,8 @@ async def _serve(settings: Settings) -> int:
         stopping.cancel()
         say("ending the engine")
         processes = psutil.Process().children(recursive=True)
+        for reward in state.rewards.values():
+            await reward.close()
         await engine.close()
         _end(processes)
     say("stopped")
@@ -104,7 +107,11 @@ async def _build(settings: Settings, path: str) -> LocalEngine:
 async def _prepare(settings: Settings, path: str, engine: SupervisedEngine, metrics: Metrics) -> ServerState:
     # What can be wrong in the configuration is found before the engine takes its time.
     guides = load_guides(settings.guides)
-    rewards = {name: cls() for name, cls in load_rewards(settings.rewards).items()}
+    rewards: dict[str, Reward] = {name: cls() for name, cls in load_rewards(settings.rewards).items()}
+    for name, spec in settings.reward.items():
+        if name in rewards:
+            raise SettingsError(f"--reward {name}: there is already a reward of this name")
+        rewards[name] = neural_reward(spec, settings.cache, say)
     for name, folder in settings.lora.items():
         check_adapter(name, folder, settings.max_lora_rank)
     renderer = await asyncio.to_thread(ChatRenderer, path, settings.chat_template)

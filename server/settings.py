@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from guiderail.guides.errors import GuiderailError
 from guiderail.server.models import DEFAULT_MODEL
+from guiderail.server.rewards.spec import RewardModelSpec
 
 
 class SettingsError(GuiderailError):
@@ -61,6 +62,7 @@ class Settings(BaseSettings):
     alignment: dict[str, Any] = {}
     profiles: dict[str, dict[str, Any]] = {}
     limits: OperatorLimits = OperatorLimits()
+    reward: dict[str, RewardModelSpec] = {}
     drain_timeout_s: float = Field(10.0, ge=0)
 
     @classmethod

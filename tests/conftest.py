@@ -10,12 +10,14 @@ import pytest_asyncio
 from serving import Live, serving
 
 from guiderail.guides.registry import load_guides, load_rewards
-from guiderail.guides.reward import Services
+from guiderail.guides.reward import Reward, Services
 from guiderail.server import models
 from guiderail.server.engines.supervised import SupervisedEngine
 from guiderail.server.engines.vllm import EngineSettings, build
 from guiderail.server.metrics import Metrics
 from guiderail.server.renderer import ChatRenderer
+from guiderail.server.rewards.loading import neural_reward
+from guiderail.server.rewards.spec import RewardModelSpec
 from guiderail.server.serve import assemble, start_rewards
 from guiderail.server.settings import OperatorLimits, Settings
 
@@ -69,8 +71,24 @@ def adapters(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return made
 
 
+@pytest.fixture(scope="session")
+def reward_head(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A reward head with two random heads on the default model, as `guiderail rewards train` would write it."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("head")
+    weight = torch.randn(2, 576, generator=torch.Generator().manual_seed(1)) * 0.03
+    save_file({"score.weight": weight}, folder / "head.safetensors")
+    card = {"format": "guiderail-reward-head", "version": 1, "base": models.DEFAULT_MODEL, "hidden_size": 576}
+    (folder / "reward.json").write_text(json.dumps(card | {"heads": ["one", "two"]}))
+    return str(folder)
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def live(model_path: str, adapters: dict[str, str], plugin_path: str) -> AsyncIterator[Live]:
+async def live(model_path: str, adapters: dict[str, str], plugin_path: str, reward_head: str) -> AsyncIterator[Live]:
     """The real server over the real engine on a real socket, shared by all tests that need one."""
     settings = Settings(
         lora=adapters,
@@ -83,9 +101,11 @@ async def live(model_path: str, adapters: dict[str, str], plugin_path: str) -> A
     await engine.start()
     renderer = ChatRenderer(model_path)
     services = Services(engine, renderer, frozenset(adapters))
-    rewards = {name: cls() for name, cls in load_rewards().items()}
+    rewards: dict[str, Reward] = {name: cls() for name, cls in load_rewards().items()}
+    rewards["neural"] = neural_reward(RewardModelSpec(path=reward_head), settings.cache, print)
     await start_rewards(rewards, services)
     state = assemble(settings, engine, renderer, load_guides(), rewards, services, Metrics(settings.model_name))
     async with serving(state) as url:
         yield Live(url, state)
+    await rewards["neural"].close()
     await engine.close()

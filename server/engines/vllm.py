@@ -40,7 +40,7 @@ class EngineSettings:
     max_logprobs: int = 50
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """Sets what vLLM reads from the environment, unless the operator has. Must precede its import."""
     cores = sorted(os.sched_getaffinity(0))
     # With "auto" vLLM keeps a core for its scheduler; on a small machine that is half of it.
@@ -61,8 +61,8 @@ def _prepare_environment() -> None:
                 os.environ["LD_PRELOAD"] = f"{library}:{preload}" if preload else library
 
 
-def _engine_args(settings: EngineSettings) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
+def base_args(settings: EngineSettings) -> dict[str, Any]:
+    """Engine arguments that generating and pooling engines share."""
     from vllm.platforms import current_platform
 
     args: dict[str, Any] = {
@@ -72,7 +72,6 @@ def _engine_args(settings: EngineSettings) -> Any:
         "seed": settings.seed,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "max_num_seqs": settings.max_num_seqs,
-        "max_logprobs": settings.max_logprobs,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "generation_config": "vllm",  # what a request does not say is OpenAI's default, not the model's
@@ -86,6 +85,13 @@ def _engine_args(settings: EngineSettings) -> Any:
     else:
         args["enforce_eager"] = bool(settings.enforce_eager)
         args["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    return args
+
+
+def _engine_args(settings: EngineSettings) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    args = base_args(settings) | {"max_logprobs": settings.max_logprobs}
     if settings.adapters:
         # One slot more than adapters: vLLM's CPU path gives rows without adapter the weights of the last
         # slot when another row of the batch has one. Unused, that slot holds zeros, which is what they need.
@@ -102,7 +108,7 @@ async def build(settings: EngineSettings) -> "VllmEngine":
 
     Raises EngineUnavailable when it does not start and RequestError for a bad adapter (param is its name).
     """
-    _prepare_environment()
+    prepare_environment()
     llm = await asyncio.to_thread(_start, settings)
     engine = VllmEngine(llm, settings)
     try:

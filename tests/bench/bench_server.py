@@ -97,20 +97,23 @@ class Raw:
 class Served:
     """`guiderail serve` in processes of its own, asked over HTTP."""
 
+    def __init__(self, *flags: str) -> None:
+        self.flags = flags
+
     async def start(self) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [str(Path(sys.executable).with_name("guiderail")), "serve", "--port", str(port)]
         self._process = subprocess.Popen(  # noqa: ASYNC220
-            [*command, "--max-model-len", "2048"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, "--max-model-len", "2048", *self.flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        self._http = httpx.AsyncClient(
+        self.http = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}", timeout=120, limits=httpx.Limits(max_connections=64)
         )
         for _ in range(600):
             try:
-                if (await self._http.get("/health")).status_code == 200:
+                if (await self.http.get("/health")).status_code == 200:
                     return
             except httpx.TransportError:
                 await asyncio.sleep(0.2)
@@ -118,14 +121,14 @@ class Served:
 
     async def _answer(self, i: int, **fields: Any) -> dict[str, Any]:
         body = {"messages": messages(i), "max_tokens": TOKENS, "ignore_eos": True, **fields}
-        response = await self._http.post("/v1/chat/completions", json=body)
+        response = await self.http.post("/v1/chat/completions", json=body)
         response.raise_for_status()
         answer: dict[str, Any] = response.json()
         return answer
 
     async def _streamed(self, i: int) -> int:
         body = {"messages": messages(i), "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
-        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+        async with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
             text = b"".join([part async for part in response.aiter_raw()])
         found = re.findall(rb'"tokens_accepted":(\d+)', text)
         return int(found[-1])
@@ -143,9 +146,9 @@ class Served:
         tokens = sum(await asyncio.gather(*(client() for _ in range(CLIENTS))))
         return tokens / (time.perf_counter() - started)
 
-    async def sixteen(self, i: int) -> float:
-        """Seconds for best of 16 x 64 tokens with the reward `length`."""
-        alignment = {"guide": {"name": "best_of_n", "n": 16}, "rewards": [{"name": "length"}]}
+    async def sixteen(self, i: int, reward: str = "length") -> float:
+        """Seconds for best of 16 x 64 tokens with one reward."""
+        alignment = {"guide": {"name": "best_of_n", "n": 16}, "rewards": [{"name": reward}]}
         started = time.perf_counter()
         answer = await self._answer(i, alignment=alignment)
         seconds = time.perf_counter() - started
@@ -153,7 +156,7 @@ class Served:
         return seconds
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self.http.aclose()
         self._process.terminate()
         self._process.wait(30)
 

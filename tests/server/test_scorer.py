@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from fakes import Faulty
 
+from guiderail.guides import ScoreResult
 from guiderail.guides.errors import RewardFailed
 from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
 from guiderail.server.metrics import Metrics
@@ -29,10 +30,26 @@ async def test_concurrent_calls_share_a_batch() -> None:
 
 async def test_a_batch_is_bounded_and_a_larger_group_goes_alone() -> None:
     reward = Faulty()
-    queue = scorer(reward, max_answers=4)
-    sizes = [3, 3, 9, 1]
-    await asyncio.gather(*(queue.score("r", group(answers=size)) for size in sizes))
-    assert reward.batches == [1, 1, 1, 1]
+    queue = scorer(reward, max_tokens=4)  # a group costs its prompt's one token and nothing for answers of one letter
+    await asyncio.gather(*(queue.score("r", group()) for _ in range(6)), queue.score("r", group("x" * 400)))
+    assert reward.batches == [4, 2, 1]
+
+
+async def test_requests_take_turns() -> None:
+    """A request with many groups does not keep another's single group out of the first batch."""
+    reward = Faulty()
+    order: list[str] = []
+    original = reward.score
+
+    async def spy(groups: list[ScoreGroup]) -> list[ScoreResult]:
+        order.extend(g.answers[0].text for g in groups)
+        return await original(groups)
+
+    reward.score = spy  # type: ignore[method-assign,assignment]
+    queue = scorer(reward, max_tokens=2)
+    many = [queue.score("r", group("a"), owner=1) for _ in range(4)]
+    await asyncio.gather(*many, queue.score("r", group("b"), owner=2))
+    assert order == ["a", "b", "a", "a", "a"]
 
 
 async def test_a_failing_group_fails_alone() -> None:

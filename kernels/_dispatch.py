@@ -1,0 +1,89 @@
+"""Decides whether an operation runs its Triton or its torch path, and holds what every wrapper shares.
+
+Rule: a CUDA tensor takes the Triton path where Triton imports; everything else takes the torch path.
+`force` overrides the rule for tests (the Triton path runs on CPU tensors under Triton's interpreter).
+
+Kernel files take `tl`, `triton` and `jit` from here, so that they import on machines without Triton; the
+stand-ins are never called there, because `use_triton` is then False.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+    tl = SimpleNamespace(constexpr=object)
+
+__all__ = ["FLOATS", "check", "fail_if", "force", "jit", "next_power_of_2", "tl", "triton", "use_triton"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+AVAILABLE = triton is not None
+
+_forced: Literal["triton", "torch"] | None = None
+
+
+def jit(fn: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the plain function where there is no Triton."""
+    return triton.jit(fn) if AVAILABLE else fn
+
+
+def use_triton(tensor: Any) -> bool:
+    """True where this tensor's operation must run its Triton kernel."""
+    if _forced is not None:
+        return _forced == "triton"
+    return AVAILABLE and bool(tensor.is_cuda)
+
+
+@contextmanager
+def force(path: Literal["triton", "torch"]) -> Iterator[None]:
+    """Makes every operation take the named path, whatever the device; for tests and benchmarks.
+
+    Raises ValueError for another name and RuntimeError for "triton" where Triton does not import.
+    """
+    global _forced
+    if path not in ("triton", "torch"):
+        raise ValueError(f"path must be 'triton' or 'torch', not {path!r}")
+    if path == "triton" and not AVAILABLE:
+        raise RuntimeError("Triton does not import on this machine")
+    before, _forced = _forced, path
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n (1 for n <= 1): Triton block sizes are powers of two."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def check(name: str, tensor: Any, shape: Sequence[int | None], dtypes: Sequence[Any], device: Any = None) -> None:
+    """Raises ValueError naming the argument unless its shape (None: any size), dtype and device are as asked."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.dim() != len(shape) or any(w is not None and w != g for w, g in zip(shape, tensor.shape, strict=True)):
+        wanted = ", ".join("?" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], not {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be {wanted}, not {str(tensor.dtype).removeprefix('torch.')}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, not on {tensor.device}")
+
+
+def fail_if(problems: Sequence[tuple[Any, str]]) -> None:
+    """Raises ValueError with the message of the first problem whose 0-dim bool tensor is true.
+
+    The flags are read together, so that a wrapper waits for the device once.
+    """
+    flags = torch.stack([flag for flag, _ in problems]).tolist()
+    for flag, (_, message) in zip(flags, problems, strict=True):
+        if flag:
+            raise ValueError(message)

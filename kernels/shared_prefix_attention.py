@@ -1,0 +1,200 @@
+"""Attention for ragged batches that share prefixes: each prefix is attended to once for all that continue it.
+
+The rows of a batch are new tokens in depth-first order of a tree of segments (prompt, answers so far,
+candidates, rollouts). Row i, at position p_i, attends to
+  - its own segment, causally, and
+  - the tokens of every segment above it (`Context`), whose keys and values lie in a pool.
+Because of the order, the rows beneath a segment are one range, so a context is one block of queries times
+one block of keys. Each block gives a partial softmax (output o_j, log-sum-exp l_j); partials merge as
+    o = sum_j exp(l_j - l) o_j,   l = log sum_j exp(l_j)
+(the split softmax of FlashAttention, Dao et al. 2022, arXiv 2205.14135, section 3.1). No padding is computed.
+
+Optional: sliding window w (keys at positions > p_i - w) and logit soft-cap c (s -> c tanh(s / c)).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from guiderail.kernels._dispatch import use_triton
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Pool rows `slots` [C] int64, at positions first_position.., seen by query rows start..end-1."""
+
+    start: int
+    end: int
+    slots: Any
+    first_position: int
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the rows of a batch belong. Make one per batch; all layers use it.
+
+    segments: (start, end) rows of each segment, in order, covering all rows.
+    contexts: what the segments see above themselves.
+    positions: [T] int64, position of each row in its own sequence.
+    """
+
+    segments: tuple[tuple[int, int], ...]
+    contexts: tuple[Context, ...]
+    positions: Any
+
+    def __post_init__(self) -> None:
+        edges = [0]
+        for start, end in self.segments:
+            if start != edges[-1] or end <= start:
+                raise ValueError(f"segments must cover the rows in order, without gaps or empty ones: {self.segments}")
+            edges.append(end)
+        if self.positions.shape != (edges[-1],):
+            raise ValueError(f"positions must have shape ({edges[-1]},), not {tuple(self.positions.shape)}")
+        for context in self.contexts:
+            if not 0 <= context.start < context.end <= edges[-1] or len(context.slots) == 0:
+                raise ValueError(f"context {context.start}..{context.end} lies outside the rows or is empty")
+
+
+def shared_prefix_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    key_pool: Any,
+    value_pool: Any,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Any:
+    """Attention output [T, Hq, D] of the batch's rows, in query's dtype, accumulated in float32.
+
+    query: [T, Hq, D]; key, value: [T, Hkv, D] of the same rows; key_pool, value_pool: [P, Hkv, D], holding the
+    contexts' tokens. fp16, bf16 or fp32, all of one dtype; Hq a multiple of Hkv. scale defaults to D ** -0.5.
+    Raises ValueError for shapes or dtypes that do not fit.
+    """
+    _check(query, key, value, key_pool, value_pool, layout, window, softcap)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if use_triton(query):
+        from guiderail.kernels._shared_prefix_triton import attention
+
+        return attention(query, key, value, key_pool, value_pool, layout, scale, window, softcap)
+    return _torch(query, key, value, key_pool, value_pool, layout, scale, window, softcap)
+
+
+def _check(q: Any, k: Any, v: Any, kp: Any, vp: Any, layout: Layout, window: int | None, softcap: float | None) -> None:
+    rows, heads, dim = q.shape if q.dim() == 3 else (0, 0, 0)
+    if rows != layout.positions.shape[0]:
+        raise ValueError(f"query must be [{layout.positions.shape[0]}, heads, dim], not {tuple(q.shape)}")
+    kv_heads = k.shape[1] if k.dim() == 3 else 0
+    if k.shape != (rows, kv_heads, dim) or v.shape != k.shape or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"key {tuple(k.shape)} and value {tuple(v.shape)} do not fit query {tuple(q.shape)}")
+    if kp.dim() != 3 or kp.shape[1:] != k.shape[1:] or vp.shape != kp.shape:
+        raise ValueError(f"key_pool {tuple(kp.shape)} and value_pool {tuple(vp.shape)} must be [P, {kv_heads}, {dim}]")
+    if len({q.dtype, k.dtype, v.dtype, kp.dtype, vp.dtype}) != 1 or q.dtype not in (
+        torch.float16, torch.bfloat16, torch.float32,
+    ):  # fmt: skip
+        raise ValueError("query, key, value and pools must share one dtype of float16, bfloat16 and float32")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, not {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, not {softcap}")
+
+
+def _torch(
+    q: Any, k: Any, v: Any, kp: Any, vp: Any, layout: Layout, scale: float, window: int | None, softcap: float | None
+) -> Any:
+    """The CPU path: fused blocks where there is no mask but causality, explicit scores otherwise."""
+    longest = int(layout.positions.max()) + 1
+    if window is not None and window >= longest:
+        window = None  # nothing is ever out of the window
+    fused = q.device.type == "cpu" and window is None and softcap is None
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    for length, starts in _by_length(layout.segments).items():
+        _segments(q, k, v, out, lse, length, starts, layout, scale, window, softcap, fused)
+    for context in layout.contexts:
+        rows = slice(context.start, context.end)
+        keys, values = kp.index_select(0, context.slots), vp.index_select(0, context.slots)
+        if fused:
+            part, part_lse = _fused_context(q[rows], keys, values, scale)
+        else:
+            first = context.first_position
+            key_positions = torch.arange(first, first + len(context.slots), device=q.device)
+            part, part_lse = _explicit(
+                q[rows], keys, values, layout.positions[rows], key_positions, scale, window, softcap
+            )
+        _merge(out[rows], lse[rows], part, part_lse)
+    return out
+
+
+def _by_length(segments: tuple[tuple[int, int], ...]) -> dict[int, list[int]]:
+    """Starts of the segments of each length: equal ones are one dense batch, so that nothing is padded."""
+    found: dict[int, list[int]] = {}
+    for start, end in segments:
+        found.setdefault(end - start, []).append(start)
+    return found
+
+
+def _segments(
+    q: Any, k: Any, v: Any, out: Any, lse: Any, length: int, starts: list[int], layout: Layout,
+    scale: float, window: int | None, softcap: float | None, fused: bool,
+) -> None:  # fmt: skip
+    """Causal attention of all segments of one length among themselves, into out and lse."""
+    step = torch.arange(length, device=q.device)
+    if len(starts) * length == starts[-1] - starts[0] + length:  # they lie side by side
+        rows: Any = slice(starts[0], starts[-1] + length)
+    else:
+        rows = (torch.tensor(starts, device=q.device)[:, None] + step).reshape(-1)
+    batch = (len(starts), length)
+    if fused:
+        heads = (each[rows].unflatten(0, batch).transpose(1, 2) for each in (q, k, v))  # [B, H, L, D]
+        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, is_causal=True, scale=scale)
+        out[rows] = part.transpose(1, 2).flatten(0, 1)
+        lse[rows] = part_lse.transpose(1, 2).flatten(0, 1)
+        return
+    for start in starts:
+        own = slice(start, start + length)
+        where = layout.positions[own]
+        out_part, part_lse = _explicit(q[own], k[own], v[own], where, where, scale, window, softcap)
+        out[own], lse[own] = out_part.to(out.dtype), part_lse
+
+
+def _fused_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any]:
+    """Unmasked attention of rows [n, Hq, D] to keys [C, Hkv, D]; the query heads of a KV head become rows."""
+    n, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    share = heads // kv_heads
+    folded = q.view(n, kv_heads, share, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, share * n, dim)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        folded, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale
+    )
+    out = out.view(kv_heads, share, n, dim).permute(2, 0, 1, 3).reshape(n, heads, dim)
+    return out, lse.reshape(heads, n).t()
+
+
+def _explicit(
+    q: Any, k: Any, v: Any, q_at: Any, k_at: Any, scale: float, window: int | None, softcap: float | None
+) -> tuple[Any, Any]:
+    """Masked attention with scores written out: out [n, Hq, D] and log-sum-exp [n, Hq], both float32."""
+    share = q.shape[1] // k.shape[1]
+    keys = k.float().repeat_interleave(share, 1)
+    scores = torch.einsum("nhd,chd->hnc", q.float(), keys) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    hidden = k_at[None, :] > q_at[:, None]
+    if window is not None:
+        hidden = hidden | (k_at[None, :] <= q_at[:, None] - window)
+    scores = scores.masked_fill(hidden, -math.inf)
+    lse = torch.logsumexp(scores, -1)  # -inf where a row sees none of these keys
+    weights = torch.exp(scores - lse[..., None]).nan_to_num(0.0)
+    return torch.einsum("hnc,chd->nhd", weights, v.float().repeat_interleave(share, 1)), lse.t()
+
+
+def _merge(out: Any, lse: Any, part: Any, part_lse: Any) -> None:
+    """Merges a partial softmax into (out, lse), in place."""
+    weight = torch.sigmoid(part_lse - lse).nan_to_num(0.0)[..., None]  # of the part; both -inf: nothing seen yet
+    out.copy_(torch.lerp(out.float(), part.float(), weight))
+    torch.logaddexp(lse, part_lse, out=lse)

@@ -1,0 +1,76 @@
+"""A vLLM pooling engine as a reward model's backend: sequences in, raw head values out.
+
+For models whose architecture vLLM knows as a sequence classifier. vLLM batches and caches prefixes by
+itself; activations are off, so that no sigmoid hides the values.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from guiderail.guides.errors import EngineUnavailable
+from guiderail.server.engines.vllm import EngineSettings, base_args, prepare_environment
+from guiderail.server.rewards.stats import RunnerStats
+
+
+async def build_pooling(settings: EngineSettings) -> "VllmPooler":
+    """Starts the engine's processes. Raises EngineUnavailable if it does not start."""
+    prepare_environment()
+    llm = await asyncio.to_thread(_start, settings)
+    return VllmPooler(llm)
+
+
+def _start(settings: EngineSettings) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    try:
+        # A whole group of candidates should fit into one pass, so that its prefix is shared within it.
+        args = base_args(settings) | {"runner": "pooling", "max_num_batched_tokens": 8192}
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+    except Exception as error:
+        raise EngineUnavailable(f"vLLM does not start with reward model {settings.model}: {error}") from error
+
+
+class VllmPooler:
+    """guiderail.server.rewards.neural.Backend over one AsyncLLM of pooling kind."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self.heads = int(llm.model_config.hf_config.num_labels)
+        self.longest: int = llm.model_config.max_model_len
+        self.stats = RunnerStats()
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """[S][heads] raw values. Raises EngineUnavailable if the engine is lost."""
+        return await asyncio.gather(*(self._one(tokens) for tokens in sequences))
+
+    async def _one(self, tokens: Sequence[int]) -> list[float]:
+        from vllm import PoolingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        params = PoolingParams(task="classify", use_activation=False)
+        last: Any = None
+        try:
+            async for output in self._llm.encode(tokens_input(list(tokens)), params, uuid.uuid4().hex):
+                last = output
+        except EngineDeadError as error:
+            raise EngineUnavailable("the reward model's engine died") from error
+        cached = last.num_cached_tokens or 0
+        self.stats.tokens_asked += len(tokens)
+        self.stats.tokens_cached += cached
+        self.stats.tokens_computed += len(tokens) - cached
+        self.stats.passes += 1
+        values: list[float] = last.outputs.data.float().tolist()
+        return values
+
+    async def close(self) -> None:
+        """Ends the engine's processes."""
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()
+            await asyncio.to_thread(llm.shutdown, 5)
+            llm.shutdown = lambda timeout=None: None

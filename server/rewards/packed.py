@@ -1,0 +1,207 @@
+"""The packed runner: scores token sequences with a reward model, computing every shared prefix once.
+
+Sequences go into a prefix tree; what the tree lacks is computed in one forward pass without padding, each
+segment attending to the ones above it (guiderail.kernels.shared_prefix_attention). Keys and values stay in
+a pool of bounded size, so that scoring a longer answer costs its new tokens only. Works for any
+transformers model that uses the shared attention interface. Not thread-safe: one thread owns a runner.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from guiderail.kernels import reward_head
+from guiderail.kernels.shared_prefix_attention import Context, Layout, shared_prefix_attention
+from guiderail.server.rewards.fast_modules import norm_parts, speed_up
+from guiderail.server.rewards.prefix_tree import Node, PrefixTree
+from guiderail.server.rewards.stats import RunnerStats
+
+IMPLEMENTATION = "guiderail_packed"
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What the attention of one forward pass needs."""
+
+    layout: Layout
+    self_slots: Any
+
+
+class PackedRunner:
+    """Scores sequences at their last token with `heads` [K, hidden] on top of a decoder model."""
+
+    def __init__(self, decoder: Any, heads: Any, *, capacity: int, max_pass_tokens: int = 8192) -> None:
+        """decoder: the transformers base model (without head), on its device and in its dtype.
+
+        capacity: tokens whose keys and values are kept. max_pass_tokens: largest forward pass.
+        """
+        register()
+        self._decoder = decoder.eval()
+        config = decoder.config.get_text_config()
+        parts = norm_parts(decoder.norm)
+        if parts is None:
+            raise ValueError(f"{type(decoder).__name__} does not end in an RMSNorm that is known")
+        self._norm_weight, self._eps, self._norm_minus_one = parts[0].detach(), parts[1], parts[2]
+        decoder.norm = torch.nn.Identity()  # reward_head norms the gathered rows instead of all
+        first = next(decoder.parameters())
+        self._device, self._dtype = first.device, first.dtype
+        if self._device.type == "cpu":
+            speed_up(decoder)
+        decoder.set_attn_implementation(IMPLEMENTATION)
+        self._heads = heads.to(self._device, torch.float32)
+        kv_heads = config.num_key_value_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, 2, capacity, kv_heads, dim)
+        self._pool = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        self._tree = PrefixTree(capacity)
+        self._max_pass_tokens = min(max_pass_tokens, capacity)
+        self.stats = RunnerStats()
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are held now."""
+        return self._tree.used_slots
+
+    def clear(self) -> None:
+        """Forgets all keys and values."""
+        self._tree = PrefixTree(self._tree.capacity)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def score(self, sequences: Sequence[Sequence[int]]) -> Any:
+        """[S, K] float32 on the CPU: the heads' raw values after the last token of each (non-empty) sequence.
+
+        Raises ValueError for a sequence that is empty or longer than the pool.
+        """
+        for tokens in sequences:
+            if not 0 < len(tokens) <= self._max_pass_tokens:
+                raise ValueError(f"a sequence has {len(tokens)} tokens; 1 to {self._max_pass_tokens} can be scored")
+        scores: list[Any] = []
+        start = 0
+        while start < len(sequences):
+            end, room = start, self._max_pass_tokens
+            while end < len(sequences) and len(sequences[end]) <= room:  # as if nothing were shared: always fits
+                room -= len(sequences[end])
+                end += 1
+            scores += self._score_batch(sequences[start:end])
+            start = end
+        return torch.stack(scores)
+
+    def _score_batch(self, sequences: Sequence[Sequence[int]]) -> list[Any]:
+        tree = self._tree
+        try:
+            ends = [tree.insert(tokens) for tokens in sequences]
+            for node in ends:
+                if node.ready and node.score is None:
+                    tree.split_last(node)
+            order, work = self._plan()
+            asked = sum(map(len, sequences))
+            self.stats.tokens_asked += asked
+            if order:
+                hidden = self._forward(order, work)
+                wanted = [node for node in dict.fromkeys(ends) if not node.ready]
+                rows = {id(node): end - 1 for node, (_, end) in zip(order, work.layout.segments, strict=True)}
+                last = torch.tensor([rows[id(node)] for node in wanted], device=self._device)
+                values = reward_head(
+                    hidden, last, self._norm_weight, self._eps, self._heads, None,
+                    gemma_style=self._norm_minus_one, validate=False,
+                ).cpu()  # fmt: skip
+                for node, value in zip(wanted, values, strict=True):
+                    node.score = value
+                for node in order:
+                    node.ready = True
+            self.stats.tokens_cached += asked - sum(len(node.tokens) for node in order)
+            return [node.score for node in ends]
+        except BaseException:
+            tree.drop_unready()
+            raise
+        finally:
+            tree.unpin()
+
+    def _plan(self) -> tuple[list[Node], _Pass]:
+        """New nodes in depth-first order, and who attends to what."""
+        order: list[Node] = []
+        segments: list[tuple[int, int]] = []
+        found: list[tuple[int, int, list[Any], int]] = []  # rows start, end; slot arrays; first position
+
+        def visit(node: Node, row: int) -> int:
+            """Lays out the pinned nodes of a subtree from `row` on; returns the row after them."""
+            if not node.ready:
+                order.append(node)
+                segments.append((row, row + len(node.tokens)))
+                row += len(node.tokens)
+            context = len(found)
+            if node.tokens:
+                found.append((row, row, [node.slots], node.start))
+            end = row
+            for child in node.children.values():
+                if child.pinned:
+                    end = visit(child, end)
+            if node.tokens:
+                found[context] = (row, end, [node.slots], node.start)
+            return end
+
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(100_000)  # a path has at most as many nodes as tokens
+        try:
+            rows = visit(self._tree.root, 0)
+        finally:
+            sys.setrecursionlimit(limit)
+        merged: list[tuple[int, int, list[Any], int]] = []
+        for start, end, slots, position in found:
+            if end == start:
+                continue
+            if merged and merged[-1][:2] == (start, end):  # a chain: the same rows see both
+                merged[-1][2].extend(slots)
+            else:
+                merged.append((start, end, slots, position))
+        device = self._device
+        contexts = tuple(
+            Context(start, end, torch.from_numpy(np.concatenate(slots)).to(device), position)
+            for start, end, slots, position in merged
+        )
+        positions = np.concatenate([np.arange(n.start, n.end) for n in order]) if order else np.empty(0, np.int64)
+        self_slots = np.concatenate([n.slots for n in order]) if order else np.empty(0, np.int64)
+        self.stats.tokens_computed += rows
+        layout = Layout(tuple(segments), contexts, torch.from_numpy(positions).to(device))
+        return order, _Pass(layout, torch.from_numpy(self_slots).to(device))
+
+    def _forward(self, order: Sequence[Node], work: _Pass) -> Any:
+        """Hidden states [T, H] of the new tokens before the final norm; fills the pool."""
+        ids = torch.tensor([token for node in order for token in node.tokens], device=self._device)
+        self.stats.passes += 1
+        output = self._decoder(
+            input_ids=ids[None],
+            position_ids=work.layout.positions[None],
+            use_cache=False,
+            guiderail_pass=work,
+            guiderail_pool=self._pool,
+        )
+        return output.last_hidden_state[0]
+
+
+def register() -> None:
+    """Makes the packed attention known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
+
+
+def _attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **kwargs: Any
+) -> tuple[Any, None]:
+    """transformers' attention function: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
+    work: _Pass = kwargs["guiderail_pass"]
+    keys, values = kwargs["guiderail_pool"][module.layer_idx]
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    keys.index_copy_(0, work.self_slots, k)
+    values.index_copy_(0, work.self_slots, v)
+    out = shared_prefix_attention(
+        q.contiguous(), k, v, keys, values, work.layout,
+        scale=scaling, window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"),
+    )  # fmt: skip
+    return out[None], None

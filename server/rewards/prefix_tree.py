@@ -1,0 +1,162 @@
+"""A radix tree of token sequences whose keys and values are kept, with a bounded number of token slots.
+
+Sequences that begin alike share nodes, whatever the reason: a common prompt, an answer that went on, a
+rollout of a candidate. The tree knows tokens and slots only; the runner computes what is missing.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+class NoRoom(Exception):
+    """The sequences of one batch need more slots than there are."""
+
+
+@dataclass(eq=False)
+class Node:
+    """Consecutive tokens, the slots of their keys and values, and what was scored after the last of them.
+
+    `ready` is False until the runner has computed the node; `score` is None until asked for.
+    """
+
+    tokens: tuple[int, ...]
+    slots: np.ndarray[Any, np.dtype[np.int64]]
+    start: int
+    parent: "Node | None"
+    ready: bool = False
+    score: Any = None
+    used: int = 0
+    pinned: bool = False
+    children: dict[int, "Node"] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + len(self.tokens)
+
+
+class PrefixTree:
+    """The tree over `capacity` slots. Least recently used leaves make room for new nodes."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.root = Node((), np.empty(0, np.int64), 0, None, ready=True)
+        self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)
+        self._n_free = capacity
+        self._clock = 0
+
+    @property
+    def used_slots(self) -> int:
+        """Slots that hold tokens now."""
+        return self.capacity - self._n_free
+
+    def insert(self, tokens: Sequence[int]) -> Node:
+        """The node that ends with `tokens` (not empty), made and split as needed, and pinned with its ancestors.
+
+        Raises NoRoom if pinned nodes leave too few slots; the tree is then as before, but for evictions.
+        """
+        self._clock += 1
+        node, at = self.root, 0
+        self._touch(node)
+        while at < len(tokens):
+            child = node.children.get(tokens[at])
+            if child is None:
+                child = self._append(node, tuple(tokens[at:]))
+            else:
+                common = _common(child.tokens, tokens, at)
+                if common < len(child.tokens):
+                    child = self._split(child, common)
+            node, at = child, at + len(child.tokens)
+            self._touch(node)
+        return node
+
+    def split_last(self, node: Node) -> Node:
+        """A ready node whose score was never asked for: its last token becomes a node to be computed again."""
+        if len(node.tokens) > 1:
+            head = self._split(node, len(node.tokens) - 1)
+            self._touch(head)
+        node.ready = False
+        return node
+
+    def unpin(self) -> None:
+        """Ends a batch: every node may be evicted again."""
+        for node in self.walk():
+            node.pinned = False
+
+    def drop_unready(self) -> None:
+        """Removes nodes that were never computed (their batch failed), with all beneath them."""
+        for node in [n for n in self.walk() if not n.ready and n.parent is not None and n.parent.ready]:
+            for each in list(_subtree(node)):
+                self._release(each.slots)
+            self._unlink(node)
+
+    def walk(self) -> Iterator[Node]:
+        """All nodes, parents before children."""
+        return _subtree(self.root)
+
+    def _touch(self, node: Node) -> None:
+        node.used, node.pinned = self._clock, True
+
+    def _append(self, parent: Node, tokens: tuple[int, ...]) -> Node:
+        node = Node(tokens, self._take(len(tokens)), parent.end, parent)
+        parent.children[tokens[0]] = node
+        return node
+
+    def _split(self, node: Node, length: int) -> Node:
+        """Puts the node's first `length` tokens into a new parent of it, which is returned."""
+        assert node.parent is not None
+        head = Node(node.tokens[:length], node.slots[:length], node.start, node.parent, node.ready, used=node.used)
+        head.pinned = node.pinned
+        node.parent.children[head.tokens[0]] = head
+        node.tokens, node.slots, node.start, node.parent = node.tokens[length:], node.slots[length:], head.end, head
+        head.children[node.tokens[0]] = node
+        return head
+
+    def _take(self, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if self._n_free < count:
+            self._evict(count)
+        self._n_free -= count
+        return self._free[self._n_free : self._n_free + count][::-1].copy()
+
+    def _release(self, slots: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        self._free[self._n_free : self._n_free + len(slots)] = slots[::-1]
+        self._n_free += len(slots)
+
+    def _evict(self, count: int) -> None:
+        leaves = sorted((n for n in self.walk() if not n.children and not n.pinned and n.parent), key=lambda n: n.used)
+        while self._n_free < count:
+            if not leaves:
+                raise NoRoom(f"{count} tokens do not fit into the {self._n_free} free slots of {self.capacity}")
+            leaf = leaves.pop(0)
+            parent = leaf.parent
+            assert parent is not None
+            self._release(leaf.slots)
+            self._unlink(leaf)
+            if not parent.children and not parent.pinned and parent.parent is not None:
+                leaves.append(parent)
+                leaves.sort(key=lambda n: n.used)
+
+    @staticmethod
+    def _unlink(node: Node) -> None:
+        assert node.parent is not None
+        del node.parent.children[node.tokens[0]]
+
+
+def _subtree(node: Node) -> Iterator[Node]:
+    stack = [node]
+    while stack:
+        each = stack.pop()
+        yield each
+        stack.extend(each.children.values())
+
+
+def _common(tokens: tuple[int, ...], other: Sequence[int], at: int) -> int:
+    """How many of `tokens` equal other[at:]."""
+    limit = min(len(tokens), len(other) - at)
+    for i in range(limit):
+        if tokens[i] != other[at + i]:
+            return i
+    return limit
