@@ -21,6 +21,10 @@ import torch
 from guiderail.kernels._dispatch import use_triton
 
 
+LARGEST_SCORE, SMALLEST_TOTAL = 60.0, 1e-20  # between them exp() and its sums keep bfloat16's precision
+PRODUCT_SIZE = 65_536  # rows times keys from which the plain products win
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """Pool rows `slots` [C] int64, at positions first_position.., seen by query rows start..end-1."""
@@ -162,8 +166,38 @@ def _segments(
         out[own], lse[own] = out_part.to(out.dtype), part_lse
 
 
+def _product_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | None:
+    """As _fused_context by plain bfloat16 products: faster on CPU for many rows, where oneDNN runs them at full speed.
+
+    Scores and unnormalised weights are rounded to bfloat16, as in transformers' eager attention. No row maximum is
+    subtracted (a third of the time): None is returned where that could overflow or lose a row, for the fused path.
+    """
+    n, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    share = heads // kv_heads
+    folded = (q * scale).view(n, kv_heads, share, dim).permute(1, 2, 0, 3).reshape(kv_heads, share * n, dim)
+    out = torch.empty((n, heads, dim), dtype=torch.float32)
+    lse = torch.empty((heads, n), dtype=torch.float32)
+    for head in range(kv_heads):
+        weights = torch.mm(folded[head], k[:, head].t())  # [share * n, C]
+        if float(weights.amax()) > LARGEST_SCORE:
+            return None
+        total = weights.exp_().sum(-1, dtype=torch.float32)
+        if float(total.min()) < SMALLEST_TOTAL:
+            return None
+        part = torch.mm(weights, v[:, head]) / total[:, None]
+        mine = slice(head * share, (head + 1) * share)
+        out[:, mine] = part.view(share, n, dim).transpose(0, 1)
+        lse[mine] = total.log_().view(share, n)
+    return out, lse.t()
+
+
 def _fused_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any]:
     """Unmasked attention of rows [n, Hq, D] to keys [C, Hkv, D]; the query heads of a KV head become rows."""
+    if q.dtype == torch.bfloat16 and q.shape[0] * len(k) >= PRODUCT_SIZE:
+        made = _product_context(q, k, v, scale)
+        if made is not None:
+            return made
     n, heads, dim = q.shape
     kv_heads = k.shape[1]
     share = heads // kv_heads

@@ -53,13 +53,13 @@ def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]
         pooler = await build_pooling(EngineSettings(model=folder, dtype=spec.dtype, kv_cache_gb=spec.kv_gb))
         return pooler, AutoTokenizer.from_pretrained(folder), pooler.longest
 
-    return NeuralReward(load, spec.head)
+    return NeuralReward(load, spec.head, at_end_of_turn=_is_head(head_folder(spec.path)))
 
 
 def classifier_folder(path: str, cache: Path, say: Callable[[str], None] = lambda text: None) -> str:
     """A folder or Hub id that vLLM loads as a sequence classifier; a reward head is joined to its base, once."""
-    folder = BUNDLED.get(path, Path(path).expanduser())
-    if not (folder / "reward.json").is_file():
+    folder = head_folder(path)
+    if not _is_head(folder):
         return models.resolve(path, cache, say)
     card = json.loads((folder / "reward.json").read_text())
     digest = models.file_sha256(folder / "head.safetensors")[:12]
@@ -94,6 +94,15 @@ def write_classifier(model: LoadedModel, base: Path, target: Path) -> None:
         shutil.copy(file, target)
 
 
+def head_folder(path: str) -> Path:
+    """Where a reward head of this name or path would be."""
+    return BUNDLED.get(path, Path(path).expanduser())
+
+
+def _is_head(folder: Path) -> bool:
+    return (folder / "reward.json").is_file()
+
+
 def capacity(decoder: Any, gigabytes: float) -> int:
     """How many tokens' keys and values fit into so many GiB."""
     config = decoder.config.get_text_config()
@@ -111,8 +120,8 @@ def load_model(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    folder = BUNDLED.get(path, Path(path).expanduser())
-    if (folder / "reward.json").is_file():
+    folder = head_folder(path)
+    if _is_head(folder):
         return _load_head(folder, cache, kind, device, say)
     from transformers import AutoModelForSequenceClassification
 

@@ -52,9 +52,20 @@ class NeuralReward(Reward):
 
     batched: ClassVar[bool] = True
 
-    def __init__(self, load: Callable[[], Awaitable["tuple[Backend, Any, int | None]"]], head: int = 0) -> None:
-        """`load` returns the backend, the tokenizer and the longest input (None: no limit)."""
+    def __init__(
+        self,
+        load: Callable[[], Awaitable["tuple[Backend, Any, int | None]"]],
+        head: int = 0,
+        *,
+        at_end_of_turn: bool = False,
+    ) -> None:
+        """`load` returns the backend, the tokenizer and the longest input (None: no limit).
+
+        at_end_of_turn: score at the token that ends the answer's turn, where reward heads are trained, and
+        not after what a template puts behind it (ChatML: a line break), where sequence classifiers are.
+        """
         self._load = load
+        self._at_end_of_turn = at_end_of_turn
         self._head = head
         self._backend: Backend | None = None
         self._tokenizer: Any = None
@@ -125,7 +136,7 @@ class NeuralReward(Reward):
         # An empty last turn cannot be continued in a template; it ends there as it would if it were whole.
         goes_on = partial and bool(turns[-1]["content"].strip())
         text: str = self._tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=goes_on)
-        return text
+        return text.rstrip() if self._at_end_of_turn and not goes_on else text
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=not self._tokenizer.chat_template)["input_ids"]

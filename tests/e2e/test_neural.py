@@ -26,6 +26,7 @@ def reference(model_path: str, reward_head: str) -> Any:
     def score(answer: str, *, partial: bool = False) -> Any:
         turns = [*ASK, {"role": "assistant", "content": answer}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=partial)
+        text = text if partial else text.rstrip()  # a head scores at the end of the turn
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             return model(ids).last_hidden_state[0, -1] @ weight.T

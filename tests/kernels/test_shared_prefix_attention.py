@@ -152,6 +152,17 @@ def test_triton_path_on_gpu(name: str, dtype: Any, options: dict[str, Any]) -> N
     compare(shapes(dtype, "cuda")[name], **options)
 
 
+@pytest.mark.parametrize("size", [1.0, 12.0, 200.0])
+def test_large_bfloat16_blocks_on_cpu(size: float) -> None:
+    """The plain products (ordinary sizes) and, where scores grow too large for them, the fused fallback."""
+    case = Case([64] * 8, [200], [(0, 0, [0])] * 8, (6, 2), 32, torch.bfloat16)
+    case.q *= size
+    got, wanted = case.run(), case.reference()
+    assert torch.isfinite(got).all()
+    # Scores of magnitude |s| are rounded by |s| / 256, which changes weights by as much, relatively.
+    assert (got.double() - wanted).abs().max() < 0.05 * max(1.0, size**0.5)
+
+
 def test_a_wrong_prefix_is_noticed() -> None:
     """The control: what the tests compare does depend on the prefix."""
     case = shapes(torch.float32)["unequal candidates"]

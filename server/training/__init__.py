@@ -1,0 +1,1 @@
+"""Training of scalar reward heads from preference pairs: `guiderail rewards train`."""

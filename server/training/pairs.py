@@ -1,0 +1,158 @@
+"""Preference pairs from JSON lines: reading, parsing, and errors that name the file's line.
+
+No error and no report quotes a pair's text: preference data is often offensive.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from guiderail.guides.errors import GuiderailError
+from guiderail.guides.types import Message
+
+ROLES = {"Human": "user", "Assistant": "assistant"}
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+class TrainingError(GuiderailError):
+    """A head cannot be trained from what was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to the same messages, `chosen` preferred to `rejected` by whoever labelled them.
+
+    `line` counts from 1. The answers are stripped of surrounding whitespace, as chat templates expect.
+    """
+
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    line: int
+
+    @property
+    def key(self) -> str:
+        """What pairs are kept together by: the conversation's first user message, else all of its messages.
+
+        Coarser than the prompt, so that two prompts which continue one conversation also stay together.
+        """
+        opening = next((m.content for m in self.messages if m.role == "user"), None)
+        return json.dumps([[m.role, m.content] for m in self.messages]) if opening is None else opening
+
+
+@dataclass(frozen=True, slots=True)
+class PairFile:
+    """The usable pairs of a file, how many lines were left out and why, and the file's own SHA-256."""
+
+    pairs: tuple[Pair, ...]
+    skipped: dict[str, int]
+    sha256: str
+
+
+class _Unusable(Exception):
+    """A well-formed line that holds no preference between two answers to one prompt."""
+
+
+def read_pairs(path: Path) -> PairFile:
+    """Reads a .jsonl or .jsonl.gz file in one of two shapes, line by line:
+
+    - `{"chosen": dialogue, "rejected": dialogue}` with turns marked "\\n\\nHuman:" and "\\n\\nAssistant:"
+      (HH-RLHF, Bai et al. 2022); the turns that both share are the prompt;
+    - `{"messages": [{"role", "content"}, ...], "chosen": answer, "rejected": answer}`.
+
+    Lines whose dialogues part before the last answer, or whose answers are equal, are left out and
+    counted. Raises TrainingError naming file and line for anything malformed.
+    """
+    try:
+        raw = path.read_bytes()
+        data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        lines = data.decode().split("\n")  # not splitlines: JSON strings may hold U+2028
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path}: cannot be read: {error}") from error
+    pairs: list[Pair] = []
+    skipped: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            pairs.append(_pair(line, number))
+        except _Unusable as reason:
+            skipped[str(reason)] = skipped.get(str(reason), 0) + 1
+        except ValueError as error:
+            raise TrainingError(f"{path}:{number}: {error}") from None
+    if not pairs:
+        raise TrainingError(f"{path}: no usable pairs")
+    return PairFile(tuple(pairs), skipped, hashlib.sha256(raw).hexdigest())
+
+
+def parse_dialogue(text: str) -> tuple[Message, ...]:
+    """Messages of an HH-RLHF dialogue. Raises ValueError if it does not begin with a turn's marker."""
+    marks = list(_TURN.finditer(text))
+    if not marks or marks[0].start() != 0:
+        raise ValueError('not a dialogue: it must begin with "\\n\\nHuman:" or "\\n\\nAssistant:"')
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return tuple(Message(ROLES[mark[1]], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True))
+
+
+def _pair(line: str, number: int) -> Pair:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        position = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"not JSON{position}") from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    unknown = sorted(set(row) - {"messages", "chosen", "rejected"})
+    if unknown:
+        raise ValueError(f"unknown field '{unknown[0]}'; there are: messages, chosen, rejected")
+    texts = [_text(row, "chosen"), _text(row, "rejected")]
+    if "messages" in row:
+        messages = _messages(row["messages"])
+        chosen, rejected = (text.strip() for text in texts)
+    else:
+        messages, chosen, rejected = _from_dialogues(texts)
+    if chosen == rejected:
+        raise _Unusable("the answers are equal")
+    return Pair(messages, chosen, rejected, number)
+
+
+def _text(row: dict[str, Any], field: str) -> str:
+    if not isinstance(row.get(field), str):
+        raise ValueError(f"'{field}' must be a string" if field in row else f"'{field}' is missing")
+    text: str = row[field]
+    return text
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("'messages' must be a list of at least one message")
+    for index, item in enumerate(value):
+        fine = isinstance(item, dict) and set(item) == {"role", "content"} and isinstance(item["content"], str)
+        if not fine or item["role"] not in ("system", "user", "assistant"):
+            raise ValueError(
+                f"'messages[{index}]' must be {{'role', 'content'}} with role system, user or assistant and a text"
+            )
+    if value[-1]["role"] != "user":
+        raise ValueError("'messages' must end with the user's message; the answers are in 'chosen' and 'rejected'")
+    return tuple(Message(item["role"], item["content"]) for item in value)
+
+
+def _from_dialogues(texts: list[str]) -> tuple[tuple[Message, ...], str, str]:
+    dialogues = []
+    for field, text in zip(("chosen", "rejected"), texts, strict=True):
+        try:
+            messages = parse_dialogue(text)
+        except ValueError as error:
+            raise ValueError(f"'{field}' is {error}") from None
+        if len(messages) < 2 or messages[-1].role != "assistant":
+            raise ValueError(f"'{field}' must hold a prompt and end with an Assistant turn")
+        dialogues.append(messages)
+    first, second = dialogues
+    if first[:-1] != second[:-1]:
+        raise _Unusable("the dialogues part before their last answer")
+    return first[:-1], first[-1].content, second[-1].content

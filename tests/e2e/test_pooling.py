@@ -1,0 +1,33 @@
+"""The vLLM pooling backend: the same values as the packed one, from an engine of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.server.rewards.loading import neural_reward
+from guiderail.server.rewards.spec import RewardModelSpec
+from guiderail.server.settings import Settings
+
+
+@pytest.mark.slow
+async def test_both_backends_give_the_same_values(model_path: str, reward_head: str, tmp_path: Path) -> None:
+    services: Any = None
+    (tmp_path / "models").symlink_to(Settings().cache / "models")  # the base is there; what is made goes to tmp_path
+    ask = (Message("user", "Tell me about your day and a friend."),)
+    texts = ["I met Ana.", "No.", "My friend Ana and I walked along the river, and then we had soup."]
+    found = {}
+    for backend in ("packed", "vllm"):
+        spec = RewardModelSpec(path=reward_head, backend=backend, kv_gb=0.25)
+        reward = neural_reward(spec, tmp_path, print)
+        await reward.start(services)
+        try:
+            for head in ([1.0, 0.0], [0.0, 1.0]):
+                group = ScoreGroup(ask, TokenPrompt((1,)), tuple(map(Answer, texts)), reward.Params(heads=head))
+                found[backend, head[0]] = (await reward.score([group]))[0]
+        finally:
+            await reward.close()
+    for head in (1.0, 0.0):
+        assert found["packed", head].values == pytest.approx(found["vllm", head].values, abs=0.08)
+        assert found["packed", head].tokens == found["vllm", head].tokens
