@@ -154,7 +154,12 @@ def _segments(
         rows = (torch.tensor(starts, device=q.device)[:, None] + step).reshape(-1)
     batch = (len(starts), length)
     if fused:
-        heads = (each[rows].unflatten(0, batch).transpose(1, 2) for each in (q, k, v))  # [B, H, L, D]
+        dense = [each[rows].unflatten(0, batch) for each in (q, k, v)]  # [B, L, H, D]
+        made = _product_segments(dense[0], dense[1], dense[2], scale)
+        if made is not None:
+            out[rows], lse[rows] = made
+            return
+        heads = (each.transpose(1, 2) for each in dense)
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, is_causal=True, scale=scale)
         out[rows] = part.transpose(1, 2).flatten(0, 1)
         lse[rows] = part_lse.transpose(1, 2).flatten(0, 1)
@@ -190,6 +195,32 @@ def _product_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | 
         out[:, mine] = part.view(share, n, dim).transpose(0, 1)
         lse[mine] = total.log_().view(share, n)
     return out, lse.t()
+
+
+def _product_segments(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | None:
+    """Causal attention within segments [B, L, H, D] by plain bfloat16 products; see _product_context.
+
+    Returns out [B * L, Hq, D] float32 and log-sum-exp [B * L, Hq], or None where the fused path must be taken.
+    """
+    batch, length, heads, dim = q.shape
+    if q.dtype != torch.bfloat16 or batch * length * length < PRODUCT_SIZE:
+        return None
+    kv_heads = k.shape[2]
+    share = heads // kv_heads
+    folded = (q * scale).view(batch, length, kv_heads, share, dim).permute(0, 2, 3, 1, 4)
+    folded = folded.reshape(batch * kv_heads, share * length, dim)
+    keys = k.permute(0, 2, 3, 1).reshape(batch * kv_heads, dim, length)
+    weights = torch.bmm(folded, keys)  # [B * Hkv, share * L, L]
+    if float(weights.amax()) > LARGEST_SCORE:
+        return None
+    causal = torch.ones(length, length, dtype=q.dtype).tril_()
+    weights.exp_().view(-1, length, length).mul_(causal)
+    total = weights.sum(-1, dtype=torch.float32)
+    if float(total.min()) < SMALLEST_TOTAL:
+        return None
+    out = torch.bmm(weights, v.transpose(1, 2).reshape(batch * kv_heads, length, dim)) / total[..., None]
+    out = out.view(batch, kv_heads, share, length, dim).permute(0, 3, 1, 2, 4).reshape(batch * length, heads, dim)
+    return out, total.log_().view(batch, heads, length).transpose(1, 2).reshape(batch * length, heads)
 
 
 def _fused_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any]:

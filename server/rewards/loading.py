@@ -15,7 +15,7 @@ from typing import Any
 
 from guiderail.guides.errors import GuiderailError
 from guiderail.server import models
-from guiderail.server.rewards.neural import Backend, NeuralReward, PackedBackend
+from guiderail.server.rewards.neural import Backend, NeuralReward, PackedBackend, scoring_thread
 from guiderail.server.rewards.spec import RewardModelSpec
 
 BUNDLED = {path.name: path for path in sorted((Path(__file__).parent / "heads").glob("*")) if path.is_dir()}
@@ -43,13 +43,14 @@ def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]
 
     async def load() -> tuple[Backend, Any, int | None]:
         if spec.backend == "packed":
-            return await asyncio.to_thread(packed)
+            return await asyncio.get_running_loop().run_in_executor(scoring_thread(), packed)
         from transformers import AutoTokenizer
 
         from guiderail.server.engines.vllm import EngineSettings
         from guiderail.server.engines.vllm_pooling import build_pooling
 
-        folder = await asyncio.to_thread(classifier_folder, spec.path, cache, say)
+        loop = asyncio.get_running_loop()
+        folder = await loop.run_in_executor(scoring_thread(), classifier_folder, spec.path, cache, say)
         pooler = await build_pooling(EngineSettings(model=folder, dtype=spec.dtype, kv_cache_gb=spec.kv_gb))
         return pooler, AutoTokenizer.from_pretrained(folder), pooler.longest
 

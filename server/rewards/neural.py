@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
@@ -157,6 +158,16 @@ def _aggregate(values: Sequence[float], how: str) -> float:
     return values[-1]
 
 
+@cache
+def scoring_thread() -> ThreadPoolExecutor:
+    """The one thread of this process that runs torch, for all reward models, their loading included.
+
+    GNU OpenMP keeps a pool of workers for each thread that ever ran a parallel region. As soon as there are
+    more of them than cores it stops spinning at barriers, which makes scoring a third slower on two cores.
+    """
+    return ThreadPoolExecutor(1, "guiderail-reward", _yield_to_engine)
+
+
 def _yield_to_engine() -> None:
     """Lowers the priority of this thread, and so of the OpenMP threads it starts, below the engine's.
 
@@ -166,20 +177,19 @@ def _yield_to_engine() -> None:
 
 
 class PackedBackend:
-    """Backend over a PackedRunner and the one thread that owns it."""
+    """Backend over a PackedRunner, which the scoring thread owns."""
 
     def __init__(self, runner: Any, heads: int) -> None:
         self._runner = runner
         self.heads = heads
         self.stats: RunnerStats = runner.stats
-        self._thread = ThreadPoolExecutor(1, "guiderail-reward", _yield_to_engine)
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         loop = asyncio.get_running_loop()
         values: list[list[float]] = await loop.run_in_executor(
-            self._thread, lambda: self._runner.score(sequences).tolist()
+            scoring_thread(), lambda: self._runner.score(sequences).tolist()
         )
         return values
 
     async def close(self) -> None:
-        self._thread.shutdown(wait=False)
+        self._runner = None

@@ -59,8 +59,8 @@ def train(args: argparse.Namespace) -> int:
         raise TrainingError(f"--out {out}: exists and is not an empty folder")
     data = read_pairs(source)
     _say(f"{len(data.pairs)} pairs; lines left out: {data.skipped or 'none'}")
-    report, weight, deltas = _run(args, data)
-    _write(out, args, report, weight, deltas)
+    report, weight, tuned = _run(args, data)
+    _write(out, args, report, weight, tuned)
     from guiderail.server.training.report import verdict
 
     held = report["held_out"]
@@ -85,7 +85,7 @@ def _fault(args: argparse.Namespace) -> str | None:
 
 
 def _run(args: argparse.Namespace, data: "PairFile") -> "tuple[dict[str, Any], Tensor, dict[str, Tensor]]":
-    """Report, weight [H] float32 and deltas. The held-out answers are scored in the last step alone."""
+    """Report, weight [H] float32 and tuned parameters. The held-out answers are scored in the last step alone."""
     import numpy as np
     import torch
 
@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace, data: "PairFile") -> "tuple[dict[str, Any], T
 
     l2, tried = head.cross_validate(chosen, rejected, fold)
     weight, _ = head.fit_folded(chosen, rejected, l2)
-    tuning, deltas = None, {}
+    tuning, parameters = None, {}
     if args.unfreeze:
         seen = torch.tensor(fold) != 0
         tuned = head.finetune(
@@ -130,7 +130,7 @@ def _run(args: argparse.Namespace, data: "PairFile") -> "tuple[dict[str, Any], T
         )
         tuning = {"best_epoch": tuned.best_epoch, "validation_loss": tuned.validation_loss}
         if tuned.best_epoch:  # else the frozen head, fitted on the whole training part, stands
-            weight, deltas = tuned.weight, tuned.deltas
+            weight, parameters = tuned.weight, tuned.parameters
             states = reading.features(model, [sequences[2 * index + side] for index in inside for side in (0, 1)])
 
     kept = weight.float()  # what is saved is what is evaluated
@@ -174,7 +174,7 @@ def _run(args: argparse.Namespace, data: "PairFile") -> "tuple[dict[str, Any], T
         "train": {"accuracy": report.estimate(report.credit(trained[0::2] - trained[1::2]))},
         "held_out": report.evaluate(scores[0::2], scores[1::2], lengths[:, 0], lengths[:, 1]),
     }
-    return result, kept, deltas
+    return result, kept, parameters
 
 
 def reward_config(report: dict[str, Any], hidden_size: int) -> dict[str, Any]:
@@ -202,18 +202,18 @@ def exact_command(args: argparse.Namespace, out: Path) -> str:
     return shlex.join(words)
 
 
-def save_weights(folder: Path, weight: "Tensor", deltas: "dict[str, Tensor]") -> None:
-    """Writes head.safetensors: `score.weight` [1, H] float32, and what is to be added to the base's parameters."""
+def save_weights(folder: Path, weight: "Tensor", tuned: "dict[str, Tensor]") -> None:
+    """Writes head.safetensors, float32: `score.weight` [1, H] and, whole, the base's parameters that were tuned."""
     from safetensors.torch import save_file
 
-    tensors = {"score.weight": weight.float().reshape(1, -1), **{name: d.float() for name, d in deltas.items()}}
+    tensors = {"score.weight": weight.float().reshape(1, -1), **{name: p.float() for name, p in tuned.items()}}
     path = folder / WEIGHTS
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     path.chmod(0o644)
 
 
 def _write(
-    out: Path, args: argparse.Namespace, report: dict[str, Any], weight: "Tensor", deltas: "dict[str, Tensor]"
+    out: Path, args: argparse.Namespace, report: dict[str, Any], weight: "Tensor", tuned: "dict[str, Tensor]"
 ) -> None:
     """The folder is made under another name and renamed, so that it is complete or absent."""
     from guiderail.server.training.report import card, reliability_plot
@@ -222,7 +222,7 @@ def _write(
     scratch = out.with_name(f".{out.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    save_weights(scratch, weight, deltas)
+    save_weights(scratch, weight, tuned)
     (scratch / CONFIG).write_text(json.dumps(reward_config(report, weight.numel()), indent=2) + "\n")
     (scratch / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (scratch / "README.md").write_text(card(report, exact_command(args, out)))

@@ -125,13 +125,13 @@ def cross_validate(
 
 @dataclass(slots=True)
 class Tuned:
-    """Outcome of fine-tuning. `deltas` (tuned minus base, float32, by the causal model's parameter names) and
-    `weight` [H] float64 are of the best epoch; with `best_epoch` 0 nothing was better than the frozen backbone."""
+    """Outcome of fine-tuning. `parameters` (the tuned layers' whole tensors, float32, by the causal model's names)
+    and `weight` [H] float64 are of the best epoch; with `best_epoch` 0 nothing was better than the frozen backbone."""
 
     best_epoch: int
     validation_loss: list[float]
     weight: Tensor
-    deltas: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def finetune(
@@ -205,9 +205,9 @@ def finetune(
             best_state = {name: parameter.detach().clone() for name, parameter in names.items()}
         elif epoch - best >= patience:
             break
-    deltas = {}
+    kept = {}
     for name, parameter in names.items():
         parameter.requires_grad_(False).copy_(best_state[name])
         if best:
-            deltas[f"{model.base_model_prefix}.{name}"] = best_state[name] - base[name]
-    return Tuned(best, losses, best_weight.double() / frozen[1], deltas)
+            kept[f"{model.base_model_prefix}.{name}"] = best_state[name]
+    return Tuned(best, losses, best_weight.double() / frozen[1], kept)

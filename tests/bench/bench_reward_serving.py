@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
-from bench_scoring import draw, model_folder
+from bench_scoring import apart, draw, model_folder
 from bench_server import Raw, Served, messages
 from report import write_section
 
@@ -89,7 +89,7 @@ async def score_for(http: httpx.AsyncClient, seconds: float) -> int:
 async def main(rounds: int) -> None:
     random.seed(0)
     with tempfile.TemporaryDirectory() as name:
-        folder = model_folder(Path(name) / "model")
+        folder = await apart(model_folder, Path(name) / "model")
         batched = await batching(folder, rounds)
         raw, served = Raw(), Served("--reward", f"rm={folder}")
         await raw.start()

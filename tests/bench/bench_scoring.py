@@ -6,7 +6,6 @@ of 64, all new in every round. Rounds alternate over the methods; a figure is th
 
 import argparse
 import asyncio
-import os
 import random
 import statistics
 import sys
@@ -65,12 +64,14 @@ class Methods:
         from transformers import AutoModelForSequenceClassification
 
         from guiderail.server.rewards.loading import load_model
+        from guiderail.server.rewards.neural import PackedBackend
         from guiderail.server.rewards.packed import PackedRunner
 
         self.plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).eval()
         self.plain.config.pad_token_id = 2
         loaded = load_model(folder, Path("/nonexistent"), "bfloat16")
         self.runner = PackedRunner(loaded.decoder, loaded.heads, capacity=32768)
+        self.backend = PackedBackend(self.runner, 1)  # as in the server: one thread owns the runner
         self.vllm: Any = None
 
     async def start(self, folder: str) -> None:
@@ -94,11 +95,11 @@ class Methods:
 
     async def transformers_padded(self) -> float:
         _, sequences = self.new()
-        return await timed(lambda: asyncio.to_thread(self.padded, sequences))
+        return await timed(lambda: apart(self.padded, sequences))
 
     async def transformers_one_by_one(self) -> float:
         _, sequences = self.new()
-        return await timed(lambda: asyncio.to_thread(lambda: [self.padded([s]) for s in sequences]))
+        return await timed(lambda: apart(lambda: [self.padded([s]) for s in sequences]))
 
     async def vllm_cold(self) -> float:
         _, sequences = self.new()
@@ -118,8 +119,8 @@ class Methods:
     async def packed(self, before: list[list[int]], sequences: list[list[int]]) -> float:
         self.runner.clear()
         if before:
-            self.runner.score(before)
-        return await timed(lambda: asyncio.to_thread(self.runner.score, sequences))
+            await self.backend.score(before)
+        return await timed(lambda: self.backend.score(sequences))
 
     async def packed_cold(self) -> float:
         return await self.packed([], self.new()[1])
@@ -133,6 +134,13 @@ class Methods:
         return await self.packed(sequences, [s + draw(EXTENSION) for s in sequences])
 
 
+async def apart(work: Callable[..., Any], *args: Any) -> Any:
+    """Runs torch work in the thread that does all of it in the server, too (see scoring_thread)."""
+    from guiderail.server.rewards.neural import scoring_thread
+
+    return await asyncio.get_running_loop().run_in_executor(scoring_thread(), work, *args)
+
+
 async def timed(work: Callable[[], Awaitable[Any]]) -> float:
     started = time.perf_counter()
     await work()
@@ -141,15 +149,14 @@ async def timed(work: Callable[[], Awaitable[Any]]) -> float:
 
 async def main(rounds: int) -> None:
     random.seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as name:
-        folder = model_folder(Path(name) / "model")
-        methods = Methods(folder)
+        folder = await apart(model_folder, Path(name) / "model")
+        methods = await apart(Methods, folder)
         await methods.start(folder)
         _, sequences = methods.new()
-        ours = methods.runner.score(sequences)[:, 0]
+        ours = (await apart(methods.runner.score, sequences))[:, 0]
         theirs = torch.tensor([value[0] for value in await methods.vllm.score(sequences)])
-        plain = methods.padded(sequences).float()
+        plain = (await apart(methods.padded, sequences)).float()
         spread = plain.std().item()
         gaps = {"packed": (ours - plain).abs().max().item(), "vllm": (theirs - plain).abs().max().item()}
         names = [
@@ -165,7 +172,7 @@ async def main(rounds: int) -> None:
                 if number:
                     times[each].append(value)
             if number:
-                times["gemm_limit_cold"].append(gemm_limit(PROMPT + CANDIDATES * LENGTH))
+                times["gemm_limit_cold"].append(await apart(gemm_limit, PROMPT + CANDIDATES * LENGTH))
             print(f"round {number}: " + ", ".join(f"{k} {v[-1]:.0f}" for k, v in times.items() if v), file=sys.stderr)
         await methods.vllm.close()
     report(times, gaps, spread)

@@ -231,18 +231,19 @@ class TestFineTuning:
         options: dict[str, Any] = {"layers": 1, "l2": 0.001, "lr": 0.003, "epochs": 6, "seed": 0}
         return head.finetune(model, sequences, frozen, range(30), range(30, 40), **{**options, **kwargs})
 
-    def test_it_learns_and_the_deltas_give_the_tuned_model(self) -> None:
+    def test_it_learns_and_its_parameters_give_the_tuned_model(self) -> None:
         model, sequences, frozen = self.make()
         tuned = self.tune(model, sequences, frozen)
         assert tuned.validation_loss[0] == pytest.approx(math.log(2))
         assert tuned.best_epoch > 0
         assert tuned.validation_loss[tuned.best_epoch] == min(tuned.validation_loss) < 0.5
-        assert tuned.deltas
-        assert all(name.startswith("model.layers.2.") for name in tuned.deltas)
-        assert all(delta.abs().max() > 0 for delta in tuned.deltas.values())
+        assert tuned.parameters
+        assert all(name.startswith("model.layers.2.") for name in tuned.parameters)
         again, _, _ = self.make()
-        for name, delta in tuned.deltas.items():
-            again.get_parameter(name.removeprefix("model.")).add_(delta)
+        before = dict(again.named_parameters())
+        state = {name.removeprefix("model."): tensor for name, tensor in tuned.parameters.items()}
+        assert all(not torch.equal(tensor, before[name]) for name, tensor in state.items())
+        assert not again.load_state_dict(state, strict=False).unexpected_keys, "as the server loads them"
         states = features.features(again, sequences)
         assert torch.allclose(states, features.features(model, sequences), atol=1e-5)
         chosen, rejected = states.double()[60::2], states.double()[61::2]
@@ -256,7 +257,7 @@ class TestFineTuning:
         tuned = self.tune(model, backwards, frozen, epochs=9, patience=2)
         assert tuned.best_epoch == 0
         assert len(tuned.validation_loss) == 3, "two epochs without a better one end it"
-        assert tuned.deltas == {}
+        assert tuned.parameters == {}
         assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
     def test_too_many_layers_are_refused(self) -> None:
@@ -368,12 +369,12 @@ class TestCommand:
         from safetensors.torch import load_file
 
         weight = torch.randn(8, dtype=torch.float64)
-        deltas = {"model.layers.1.mlp.up_proj.weight": torch.randn(4, 8)}
-        command.save_weights(tmp_path, weight, deltas)
+        tuned = {"model.layers.1.mlp.up_proj.weight": torch.randn(4, 8)}
+        command.save_weights(tmp_path, weight, tuned)
         loaded = load_file(tmp_path / "head.safetensors")
         assert loaded.pop("score.weight").equal(weight.float().reshape(1, 8))
-        assert loaded.keys() == deltas.keys()
-        assert all(loaded[name].equal(deltas[name]) for name in deltas)
+        assert loaded.keys() == tuned.keys()
+        assert all(loaded[name].equal(tuned[name]) for name in tuned)
 
     def test_the_exact_command_parses_to_the_same_recipe(self) -> None:
         args = self.parse("--pairs", "/data/my pairs.jsonl", "--base", "b", "--unfreeze", "2", "--data-name", "it's")
