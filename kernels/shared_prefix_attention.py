@@ -20,7 +20,6 @@ import torch
 
 from guiderail.kernels._dispatch import use_triton
 
-
 LARGEST_SCORE, SMALLEST_TOTAL = 60.0, 1e-20  # between them exp() and its sums keep bfloat16's precision
 PRODUCT_SIZE = 65_536  # rows times keys from which the plain products win
 

@@ -6,8 +6,6 @@ scored one batch after another. Raw head values come out, without sigmoid or nor
 
 import asyncio
 import math
-import os
-import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -20,8 +18,6 @@ from guiderail.guides.base import ScoreResult
 from guiderail.guides.reward import Reward, Services
 from guiderail.guides.types import PROMPT, Answer, Message, ScoreGroup
 from guiderail.server.rewards.stats import RunnerStats
-
-NICE = 10  # of scoring threads, in Unix's scale: a tenth of the engine's share where they compete
 
 
 class Backend(Protocol):
@@ -164,16 +160,9 @@ def scoring_thread() -> ThreadPoolExecutor:
 
     GNU OpenMP keeps a pool of workers for each thread that ever ran a parallel region. As soon as there are
     more of them than cores it stops spinning at barriers, which makes scoring a third slower on two cores.
+    Its priority is the engine's: at a lower one it starved while idle vLLM processes polled for work.
     """
-    return ThreadPoolExecutor(1, "guiderail-reward", _yield_to_engine)
-
-
-def _yield_to_engine() -> None:
-    """Lowers the priority of this thread, and so of the OpenMP threads it starts, below the engine's.
-
-    Where both want the same cores, decoding goes first: plain chats keep their inter-token latency.
-    """
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    return ThreadPoolExecutor(1, "guiderail-reward")
 
 
 class PackedBackend:

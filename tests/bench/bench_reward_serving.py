@@ -139,7 +139,7 @@ def report(
     ]
     lines = [
         "SmolLM2-135M with a scalar head (bfloat16, packed backend) in the server. Medians over rounds of ratios within "
-        "a round, with the smallest and largest. Scoring threads run at a lower priority than the engine.",
+        "a round, with the smallest and largest.",
         "",
         "| ratio | median | range | target | |",
         "|---|---|---|---|---|",
