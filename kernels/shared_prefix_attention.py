@@ -156,7 +156,7 @@ def _segments(
         dense = [each[rows].unflatten(0, batch) for each in (q, k, v)]  # [B, L, H, D]
         made = _product_segments(dense[0], dense[1], dense[2], scale)
         if made is not None:
-            out[rows], lse[rows] = made
+            out[rows], lse[rows] = made[0].to(out.dtype), made[1]
             return
         heads = (each.transpose(1, 2) for each in dense)
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, is_causal=True, scale=scale)

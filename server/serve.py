@@ -69,6 +69,7 @@ async def _serve(settings: Settings) -> int:
         say("stopped while starting")
         _end(psutil.Process().children(recursive=True))
         os._exit(130)  # the thread that builds the engine cannot be interrupted
+    state: ServerState | None = None
     try:
         state = await starting
         server = _Server(settings, create_app(state), stop)
@@ -78,7 +79,7 @@ async def _serve(settings: Settings) -> int:
         stopping.cancel()
         say("ending the engine")
         processes = psutil.Process().children(recursive=True)
-        for reward in state.rewards.values():
+        for reward in state.rewards.values() if state is not None else ():
             await reward.close()
         await engine.close()
         _end(processes)

@@ -42,7 +42,7 @@ async def test_best_of_n_with_a_reward_model(live: Live, reference: Any) -> None
         metrics = (await http.get("/metrics")).text
     choice = answer["alignment"]["choices"][0]
     for candidate in choice["candidates"]:
-        assert candidate["rewards"]["neural"] == pytest.approx(reference(candidate["text"])[0].item(), abs=0.08)
+        assert candidate["rewards"]["neural"] == pytest.approx(reference(candidate["text"])[0].item(), abs=0.15)
     assert choice["chosen"] == max(choice["candidates"], key=lambda c: c["score"])["index"]
     spend = answer["alignment"]["spend"]
     assert spend["reward_tokens"] > 8 * 24
@@ -64,8 +64,8 @@ async def test_the_endpoint_scores_given_answers(live: Live, reference: Any) -> 
     first = body["data"][0]["answers"]
     wanted = [reference("I met Ana."), reference("I met Ana", partial=True), reference("No.")]
     for got, (one, two) in zip(first, (w.tolist() for w in wanted), strict=True):
-        assert got["rewards"]["neural"] == pytest.approx(one, abs=0.08)
-        assert got["rewards"]["mixed"] == pytest.approx(0.5 * one - two, abs=0.12)
+        assert got["rewards"]["neural"] == pytest.approx(one, abs=0.15)
+        assert got["rewards"]["mixed"] == pytest.approx(0.5 * one - two, abs=0.2)
         values = got["rewards"]
         assert got["score"] == pytest.approx(2 * values["neural"] + values["mixed"] - values["length"])
     assert first[0]["rewards"]["length"] == 0.0
@@ -106,8 +106,8 @@ async def test_process_rewards_read_marked_steps(live: Live, reference: Any) -> 
         values[how] = result.values[0]
     parts = [reference(p, partial=True)[0].item() for p in ("First this.\n", "First this.\nThen that.\n")]
     steps = [*parts, reference(text)[0].item()]
-    assert values["last"] == pytest.approx(steps[-1], abs=0.08)
-    assert values["min"] == pytest.approx(min(steps), abs=0.08)
+    assert values["last"] == pytest.approx(steps[-1], abs=0.15)
+    assert values["min"] == pytest.approx(min(steps), abs=0.15)
     assert values["sum"] == pytest.approx(sum(steps), abs=0.25)
     assert values["mean"] == pytest.approx(values["sum"] / 3, abs=1e-6)
 

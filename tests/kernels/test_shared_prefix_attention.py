@@ -163,6 +163,12 @@ def test_large_bfloat16_blocks_on_cpu(size: float) -> None:
     assert (got.double() - wanted).abs().max() < 0.05 * max(1.0, size**0.5)
 
 
+def test_large_segments_that_do_not_lie_side_by_side() -> None:
+    """The plain products again, where equal segments have others between them."""
+    case = Case([200, 3, 200], [20], [(0, 0, [0])] * 3, (6, 2), 32, torch.bfloat16)
+    compare(case)
+
+
 def test_a_wrong_prefix_is_noticed() -> None:
     """The control: what the tests compare does depend on the prefix."""
     case = shapes(torch.float32)["unequal candidates"]
