@@ -106,7 +106,7 @@ class BatchingScorer:
     async def _run(self, name: str, batch: Sequence[_Call]) -> None:
         try:
             results = await self._score(name, [call.group for call in batch])
-        except RewardFailed as failure:
+        except (RewardFailed, EngineUnavailable) as failure:
             if len(batch) == 1:
                 self._metrics.score_failed(name)
                 if not batch[0].future.done():

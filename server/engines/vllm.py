@@ -130,6 +130,15 @@ def _start(settings: EngineSettings) -> Any:
         raise EngineUnavailable(f"vLLM does not start with {settings.model}: {error}") from error
 
 
+async def end(llm: Any) -> None:
+    """Ends an AsyncLLM and its processes. Takes some seconds."""
+    if llm.output_handler is not None:  # else it reports the end we are making as a death
+        llm.output_handler.cancel()
+    await asyncio.to_thread(llm.shutdown, 5)
+    # Its __del__ calls shutdown once more, at the interpreter's exit when what it needs is gone.
+    llm.shutdown = lambda timeout=None: None
+
+
 class VllmEngine:
     """guiderail.guides.Engine over one AsyncLLM. Use it on the event loop that built it."""
 
@@ -262,8 +271,4 @@ class VllmEngine:
         """Ends the engine's processes. Takes some seconds."""
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            if llm.output_handler is not None:  # else it reports the end we are making as a death
-                llm.output_handler.cancel()
-            await asyncio.to_thread(llm.shutdown, 5)
-            # Its __del__ calls shutdown once more, at the interpreter's exit when what it needs is gone.
-            llm.shutdown = lambda timeout=None: None
+            await end(llm)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from guiderail.guides.errors import EngineUnavailable
-from guiderail.server.engines.vllm import EngineSettings, base_args, prepare_environment
+from guiderail.server.engines.vllm import EngineSettings, base_args, end, prepare_environment
 from guiderail.server.rewards.stats import RunnerStats
 
 
@@ -43,7 +43,7 @@ class VllmPooler:
         self.stats = RunnerStats()
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """[S][heads] raw values. Raises EngineUnavailable if the engine is lost."""
+        """[S][heads] raw values. Raises RuntimeError if the engine is lost."""
         return await asyncio.gather(*(self._one(tokens) for tokens in sequences))
 
     async def _one(self, tokens: Sequence[int]) -> list[float]:
@@ -57,7 +57,8 @@ class VllmPooler:
             async for output in self._llm.encode(tokens_input(list(tokens)), params, uuid.uuid4().hex):
                 last = output
         except EngineDeadError as error:
-            raise EngineUnavailable("the reward model's engine died") from error
+            # Not EngineUnavailable: that is the policy's engine, which is started again.
+            raise RuntimeError("the reward model's engine died") from error
         cached = last.num_cached_tokens or 0
         self.stats.tokens_asked += len(tokens)
         self.stats.tokens_cached += cached
@@ -70,7 +71,4 @@ class VllmPooler:
         """Ends the engine's processes."""
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            if llm.output_handler is not None:
-                llm.output_handler.cancel()
-            await asyncio.to_thread(llm.shutdown, 5)
-            llm.shutdown = lambda timeout=None: None
+            await end(llm)

@@ -36,7 +36,7 @@ def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]
 
     def packed() -> tuple[Backend, Any, int | None]:
         model = load_model(spec.path, cache, spec.dtype, say)
-        from guiderail.server.rewards.packed import PackedRunner
+        from guiderail.server.rewards.packed import PackedRunner, capacity
 
         runner = PackedRunner(model.decoder, model.heads, capacity=capacity(model.decoder, spec.kv_gb))
         return PackedBackend(runner, len(model.heads)), model.tokenizer, model.longest
@@ -102,14 +102,6 @@ def head_folder(path: str) -> Path:
 
 def _is_head(folder: Path) -> bool:
     return (folder / "reward.json").is_file()
-
-
-def capacity(decoder: Any, gigabytes: float) -> int:
-    """How many tokens' keys and values fit into so many GiB."""
-    config = decoder.config.get_text_config()
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = 2 * config.num_hidden_layers * config.num_key_value_heads * dim
-    return max(1024, int(gigabytes * 2**30 / (width * next(decoder.parameters()).element_size())))
 
 
 def load_model(

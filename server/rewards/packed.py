@@ -41,7 +41,6 @@ class PackedRunner:
         """
         register()
         self._decoder = decoder.eval()
-        config = decoder.config.get_text_config()
         parts = norm_parts(decoder.norm)
         if parts is None:
             raise ValueError(f"{type(decoder).__name__} does not end in an RMSNorm that is known")
@@ -53,10 +52,8 @@ class PackedRunner:
             speed_up(decoder)
         decoder.set_attn_implementation(IMPLEMENTATION)
         self._heads = heads.to(self._device, torch.float32)
-        kv_heads = config.num_key_value_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, capacity, kv_heads, dim)
-        self._pool = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        layers, kv_heads, dim = _kv_shape(decoder)
+        self._pool = torch.zeros((layers, 2, capacity, kv_heads, dim), dtype=self._dtype, device=self._device)
         self._tree = PrefixTree(capacity)
         self._max_pass_tokens = min(max_pass_tokens, capacity)
         self.stats = RunnerStats()
@@ -181,6 +178,19 @@ class PackedRunner:
             guiderail_pool=self._pool,
         )
         return output.last_hidden_state[0]
+
+
+def capacity(decoder: Any, gigabytes: float) -> int:
+    """How many tokens' keys and values fit into so many GiB."""
+    layers, kv_heads, dim = _kv_shape(decoder)
+    return max(1024, int(gigabytes * 2**30 / (2 * layers * kv_heads * dim * next(decoder.parameters()).element_size())))
+
+
+def _kv_shape(decoder: Any) -> tuple[int, int, int]:
+    """(layers, KV heads, head size) of a decoder."""
+    config = decoder.config.get_text_config()
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, config.num_key_value_heads, dim
 
 
 def register() -> None:

@@ -6,7 +6,7 @@ import pytest
 from fakes import Faulty
 
 from guiderail.guides import ScoreResult
-from guiderail.guides.errors import RewardFailed
+from guiderail.guides.errors import EngineUnavailable, RewardFailed
 from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
 from guiderail.server.metrics import Metrics
 from guiderail.server.scorer import BatchingScorer
@@ -78,5 +78,16 @@ async def test_a_reward_that_hangs_fails_by_name_and_the_queue_goes_on() -> None
     queue = scorer(reward, timeout_s=0.05)
     with pytest.raises(RewardFailed, match=r"'r'.*0\.05 s"):
         await queue.score("r", group())
+    reward.fault = ""
+    assert (await queue.score("r", group())).values == (1.0,)
+
+
+async def test_a_lost_engine_reaches_every_caller_of_a_batch() -> None:
+    """Nobody is left waiting, and the queue goes on."""
+    reward = Faulty("engine")
+    queue = scorer(reward)
+    async with asyncio.timeout(5):
+        results = await asyncio.gather(*(queue.score("r", group()) for _ in range(3)), return_exceptions=True)
+    assert all(isinstance(result, EngineUnavailable) for result in results)
     reward.fault = ""
     assert (await queue.score("r", group())).values == (1.0,)

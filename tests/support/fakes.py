@@ -138,6 +138,8 @@ class Faulty(Reward):
             self.fault == "bad-group" and any(a.text == "bad" for g in groups for a in g.answers)
         ):
             raise RuntimeError("broken on purpose")
+        if self.fault == "engine":
+            raise EngineUnavailable("the engine is down")
         value = float("nan") if self.fault == "nan" else 1.0
         short = 1 if self.fault == "short" else 0
         return [ScoreResult((value,) * (len(group.answers) - short)) for group in groups]
