@@ -1,11 +1,13 @@
 """Loads reward models: a Hugging Face sequence classifier (folder or Hub id) or a Guiderail reward head.
 
 A reward head is a folder with reward.json and head.safetensors, as `guiderail rewards train` writes it: a
-small head on top of a base model. Weights are read from safetensors only, never from pickles.
+small head on top of a base model. Weights are read from safetensors only, never from pickles. Of a model that
+remote servers run only tokenizer and configuration are read here.
 """
 
 import asyncio
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,7 +17,9 @@ from typing import Any
 
 from guiderail.guides.errors import GuiderailError
 from guiderail.server import models
+from guiderail.server.fingerprint import fingerprint
 from guiderail.server.rewards.neural import Backend, NeuralReward, PackedBackend, scoring_thread
+from guiderail.server.rewards.remote import RemoteReward, connect
 from guiderail.server.rewards.spec import RewardModelSpec
 
 BUNDLED = {path.name: path for path in sorted((Path(__file__).parent / "heads").glob("*")) if path.is_dir()}
@@ -32,7 +36,7 @@ class LoadedModel:
 
 
 def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]) -> NeuralReward:
-    """The reward of a spec; the model is loaded when it starts."""
+    """The reward of a spec; the model is loaded when it starts. Raises GuiderailError for a broken reward.json."""
 
     def packed() -> tuple[Backend, Any, int | None]:
         model = load_model(spec.path, cache, spec.dtype, say)
@@ -44,6 +48,8 @@ def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]
     async def load() -> tuple[Backend, Any, int | None]:
         if spec.backend == "packed":
             return await asyncio.get_running_loop().run_in_executor(scoring_thread(), packed)
+        if spec.urls:
+            return await _connect(spec, cache, say)
         from transformers import AutoTokenizer
 
         from guiderail.server.engines.vllm import EngineSettings
@@ -54,15 +60,56 @@ def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]
         pooler = await build_pooling(EngineSettings(model=folder, dtype=spec.dtype, kv_cache_gb=spec.kv_gb))
         return pooler, AutoTokenizer.from_pretrained(folder), pooler.longest
 
-    return NeuralReward(load, spec.head, at_end_of_turn=_is_head(head_folder(spec.path)))
+    card = head_card(spec.path)
+    kind = RemoteReward if spec.urls else NeuralReward
+    return kind(
+        load, spec.head, at_end_of_turn=card is not None, last_tokens=(card or {}).get("max_tokens"),
+        identity=lambda: _identity(spec, cache),
+    )  # fmt: skip
+
+
+def _identity(spec: RewardModelSpec, cache: Path) -> str:
+    """What tells a model's weights apart; of a remote one only its name is known."""
+    if spec.urls:
+        return f"remote-{spec.model or spec.path}"
+    return fingerprint(str(head_folder(spec.path)) if head_card(spec.path) else models.resolve(spec.path, cache))
+
+
+async def _connect(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]) -> tuple[Backend, Any, int | None]:
+    """The remote servers of a spec, and the tokenizer of its path."""
+    key = os.environ.get(spec.key_env, "").strip() if spec.key_env is not None else None
+    if key == "":
+        raise GuiderailError(f"key_env={spec.key_env}: this environment variable is not set, or empty")
+    loop = asyncio.get_running_loop()
+    tokenizer, heads = await loop.run_in_executor(scoring_thread(), _description, spec.path, cache, say)
+    probe = tokenizer("How many heads do you have?")["input_ids"]
+    pooler = await connect(spec.urls, probe=probe, model=spec.model, key=key, heads=heads)
+    return pooler, tokenizer, pooler.longest
+
+
+def _description(path: str, cache: Path, say: Callable[[str], None]) -> tuple[Any, int | None]:
+    """A model's tokenizer, and how many heads it has (None where only the server knows)."""
+    from safetensors import safe_open
+    from transformers import AutoTokenizer, PretrainedConfig
+
+    card = head_card(path)
+    if card is not None:
+        with safe_open(head_folder(path) / "head.safetensors", "numpy") as tensors:
+            heads = tensors.get_slice("score.weight").get_shape()[0]
+        return AutoTokenizer.from_pretrained(models.resolve(card["base"], cache, say)), heads
+    folder = Path(path).expanduser()
+    where = str(folder) if folder.is_dir() else models.resolve(path, cache, say)
+    config, _ = PretrainedConfig.get_config_dict(where)
+    is_classifier = any("ForSequenceClassification" in name for name in config.get("architectures") or ())
+    heads = PretrainedConfig.from_dict(config).num_labels if is_classifier else None
+    return AutoTokenizer.from_pretrained(where), heads
 
 
 def classifier_folder(path: str, cache: Path, say: Callable[[str], None] = lambda text: None) -> str:
     """A folder or Hub id that vLLM loads as a sequence classifier; a reward head is joined to its base, once."""
-    folder = head_folder(path)
-    if not _is_head(folder):
+    folder, card = head_folder(path), head_card(path)
+    if card is None:
         return models.resolve(path, cache, say)
-    card = json.loads((folder / "reward.json").read_text())
     digest = models.file_sha256(folder / "head.safetensors")[:12]
     target = cache / "rewards" / f"{folder.name}-{digest}"
     if not target.exists():
@@ -100,8 +147,21 @@ def head_folder(path: str) -> Path:
     return BUNDLED.get(path, Path(path).expanduser())
 
 
-def _is_head(folder: Path) -> bool:
-    return (folder / "reward.json").is_file()
+def head_card(path: str) -> dict[str, Any] | None:
+    """What reward.json says of a reward head; None if there is none. Raises GuiderailError if it is broken."""
+    file = head_folder(path) / "reward.json"
+    if not file.is_file():
+        return None
+    try:
+        card = json.loads(file.read_text())
+    except ValueError as error:
+        raise GuiderailError(f"{file}: {error}") from error
+    if not isinstance(card, dict) or card.get("format") != "guiderail-reward-head" or card.get("version") != 1:
+        raise GuiderailError(f"{file} is not a reward head of version 1")
+    longest = card.get("max_tokens")
+    if longest is not None and not (isinstance(longest, int) and longest > 0):
+        raise GuiderailError(f"{file}: max_tokens must be a positive number")
+    return card
 
 
 def load_model(
@@ -113,9 +173,9 @@ def load_model(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    folder = head_folder(path)
-    if _is_head(folder):
-        return _load_head(folder, cache, kind, device, say)
+    card = head_card(path)
+    if card is not None:
+        return _load_head(head_folder(path), card, cache, kind, device, say)
     from transformers import AutoModelForSequenceClassification
 
     where = models.resolve(path, cache, say)
@@ -131,13 +191,12 @@ def load_model(
     return LoadedModel(decoder, head.weight.detach().float(), AutoTokenizer.from_pretrained(where), longest)
 
 
-def _load_head(folder: Path, cache: Path, kind: Any, device: str, say: Callable[[str], None]) -> LoadedModel:
+def _load_head(
+    folder: Path, card: dict[str, Any], cache: Path, kind: Any, device: str, say: Callable[[str], None]
+) -> LoadedModel:
     from safetensors.torch import load_file
     from transformers import AutoModel, AutoTokenizer
 
-    card = json.loads((folder / "reward.json").read_text())
-    if card.get("format") != "guiderail-reward-head" or card.get("version") != 1:
-        raise GuiderailError(f"{folder}/reward.json is not a reward head of version 1")
     base = card["base"]
     embedded = models.EMBEDDED.get(base)
     if embedded is not None and card.get("base_revision") not in (None, embedded.sha256):

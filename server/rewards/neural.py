@@ -21,7 +21,7 @@ from guiderail.server.rewards.stats import RunnerStats
 
 
 class Backend(Protocol):
-    """What scores token sequences: the packed runner or a vLLM pooling engine."""
+    """What scores token sequences: the packed runner, a vLLM pooling engine here, or such servers elsewhere."""
 
     heads: int
     stats: RunnerStats
@@ -55,14 +55,21 @@ class NeuralReward(Reward):
         head: int = 0,
         *,
         at_end_of_turn: bool = False,
+        last_tokens: int | None = None,
+        identity: Callable[[], str] | None = None,
     ) -> None:
         """`load` returns the backend, the tokenizer and the longest input (None: no limit).
 
         at_end_of_turn: score at the token that ends the answer's turn, where reward heads are trained, and
         not after what a template puts behind it (ChatML: a line break), where sequence classifiers are.
+        last_tokens: score only so many tokens at the end of a conversation, as the model was trained to; without
+        it a conversation longer than the model reads is an error.
+        identity: tells the weights apart from others, once they are loaded.
         """
+        self._identity = identity
         self._load = load
         self._at_end_of_turn = at_end_of_turn
+        self._last_tokens = last_tokens
         self._head = head
         self._backend: Backend | None = None
         self._tokenizer: Any = None
@@ -82,6 +89,10 @@ class NeuralReward(Reward):
     def check(self, params: Any, services: Services) -> None:
         if params.heads is not None and self._backend is not None and len(params.heads) != self._backend.heads:
             raise ValueError(f"'heads' has {len(params.heads)} weights; the model has {self._backend.heads} heads")
+
+    def revision(self) -> str:
+        weights = self._identity() if self._identity is not None else super().revision()
+        return f"{weights}-head{self._head}"
 
     async def close(self) -> None:
         """Frees the model."""
@@ -137,6 +148,8 @@ class NeuralReward(Reward):
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=not self._tokenizer.chat_template)["input_ids"]
+        if self._last_tokens is not None:
+            ids = [each[-self._last_tokens :] for each in ids]
         for each in ids:
             if self._longest is not None and len(each) > self._longest:
                 raise ValueError(f"conversation and answer have {len(each)} tokens; the model reads {self._longest}")

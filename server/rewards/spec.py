@@ -1,6 +1,9 @@
 """What the operator says of a reward model: `--reward name=path[,option=value...]` or YAML. Imports nothing heavy."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from guiderail.guides.errors import GuiderailError
 
@@ -15,6 +18,41 @@ class RewardModelSpec(BaseModel):
     head: int = Field(0, ge=0)
     dtype: str = Field("auto", pattern="^(auto|float32|float16|bfloat16)$")
     kv_gb: float = Field(0.5, gt=0, description="Memory for keys and values of prefixes, GiB.")
+    url: str | None = Field(
+        None,
+        description="vLLM pooling servers that run the model instead of an engine here, separated by '|'. "
+        "`path` then names the tokenizer and chat template alone.",
+    )
+    model: str | None = Field(None, min_length=1, description="Its name on those servers; default: asked from them.")
+    key_env: str | None = Field(None, min_length=1, description="Environment variable that holds their API key.")
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The base URLs of the remote servers, without a slash at the end."""
+        return tuple(part.rstrip("/") for part in self.url.split("|")) if self.url is not None else ()
+
+    @field_validator("url")
+    @classmethod
+    def _is_usable(cls, value: str | None) -> str | None:
+        for part in value.split("|") if value is not None else ():
+            url = urlsplit(part)
+            if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment or url.port == 0:
+                raise ValueError(f"'{part}' is not of the form http://host:port")
+            if url.username is not None:
+                raise ValueError("a URL shows up in messages: name the key's environment variable with key_env")
+        return value
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.url is None:
+            allowed, why = {"path", "backend", "head", "dtype", "kv_gb"}, "is for a remote server and needs url"
+        else:
+            allowed, why = {"path", "backend", "head", "url", "model", "key_env"}, "is the remote server's own option"
+            if self.backend != "vllm":
+                raise ValueError("url needs backend=vllm")
+        for name in sorted(self.model_fields_set - allowed):
+            raise ValueError(f"{name} {why}")
+        return self
 
 
 def parse_flag(text: str) -> tuple[str, dict[str, str]]:
@@ -23,5 +61,7 @@ def parse_flag(text: str) -> tuple[str, dict[str, str]]:
     path, *options = rest.split(",")
     pairs = [option.partition("=") for option in options]
     if not (name and equals and path and all(key and value for key, _, value in pairs)):
-        raise GuiderailError(f"--reward takes NAME=PATH[,backend=packed|vllm][,head=0][,dtype=auto]; got '{text}'")
+        raise GuiderailError(
+            f"--reward takes NAME=PATH[,backend=packed|vllm][,head=0][,dtype=auto][,url=http://...]; got '{text}'"
+        )
     return name, {"path": path, **{key: value for key, _, value in pairs}}

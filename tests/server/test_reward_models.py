@@ -1,0 +1,127 @@
+"""Reward models from their folders: the cut that a head was trained with, broken heads, and what `--reward` takes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_reward import WORDS, tiny_head
+
+from guiderail.guides.errors import GuiderailError
+from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.server.rewards.loading import neural_reward
+from guiderail.server.rewards.spec import RewardModelSpec, parse_flag
+
+SERVICES: Any = None
+ASK = (Message("user", " ".join(WORDS[:30])),)
+
+
+def group(*answers: Answer, params: Any) -> ScoreGroup:
+    return ScoreGroup(ASK, TokenPrompt((1,)), answers, params)
+
+
+def trained_features(head: str, answer: str, max_tokens: int) -> tuple[Any, int]:
+    """The state that `guiderail rewards train` fits a head on [H], and how many tokens it cuts off."""
+    from guiderail.server.renderer import ChatRenderer
+    from guiderail.server.training import features
+
+    base = json.loads((Path(head) / "reward.json").read_text())["base"]
+    renderer = ChatRenderer(base)
+    tokens = features.answer_tokens(renderer, features.end_of_turn(renderer), ASK, answer, max_tokens)
+    return features.features(features.load_backbone(base), [tokens.ids])[0], tokens.cut
+
+
+@pytest.mark.parametrize("length", [5, 40, 75], ids=["not cut", "into the question", "into the answer"])
+async def test_a_head_scores_what_it_was_trained_on(length: int, tmp_path: Path) -> None:
+    """The last max_tokens tokens, and an answer of any length, past the base's positions too."""
+    from safetensors.torch import load_file
+
+    head = tiny_head(tmp_path, max_tokens=45)
+    answer = " ".join((WORDS * 2)[3 : 3 + length])
+    state, cut = trained_features(head, answer, 45)
+    assert (cut > 0) == (length != 5)
+    whole, _ = trained_features(head, answer, 1000)
+    weight = load_file(f"{head}/head.safetensors")["score.weight"]
+    reward = neural_reward(RewardModelSpec(path=head, dtype="float32"), tmp_path, print)
+    await reward.start(SERVICES)
+    (result,) = await reward.score([group(Answer(answer), params=reward.Params())])
+    await reward.close()
+    assert result.values[0] == pytest.approx(float(state @ weight[0]), abs=1e-4)
+    assert result.tokens == min(45, 3 + 30 + 3 + length)  # <s> user ... </s> <s> assistant ... </s>
+    if cut:
+        assert abs(result.values[0] - float(whole @ weight[0])) > 1e-2
+
+
+async def test_a_partial_answer_is_cut_on_the_same_side(tmp_path: Path) -> None:
+    head = tiny_head(tmp_path, max_tokens=10)
+    reward = neural_reward(RewardModelSpec(path=head, dtype="float32"), tmp_path, print)
+    await reward.start(SERVICES)
+    words = WORDS[3:43]
+    answers = [Answer(" ".join(each), partial=True) for each in (words, words[-10:], words[-9:])]
+    (result,) = await reward.score([group(*answers, params=reward.Params())])
+    await reward.close()
+    assert result.values[0] == pytest.approx(result.values[1], abs=1e-5)
+    assert result.values[0] != pytest.approx(result.values[2], abs=1e-3)
+    assert result.tokens == 30
+
+
+async def test_without_max_tokens_too_long_is_an_error(tmp_path: Path) -> None:
+    reward = neural_reward(RewardModelSpec(path=tiny_head(tmp_path)), tmp_path, print)
+    await reward.start(SERVICES)
+    answers = (Answer("w1"), Answer(" ".join(WORDS)))
+    with pytest.raises(ValueError, match=r"have 116 tokens; the model reads 96"):
+        await reward.score([group(*answers, params=reward.Params())])
+    await reward.close()
+
+
+def test_the_bundled_head_says_that_it_cuts() -> None:
+    from guiderail.server.rewards.loading import BUNDLED, head_card
+
+    for name, folder in BUNDLED.items():
+        card = head_card(name)
+        assert card is not None
+        assert f"{card['max_tokens']} tokens" in (text := " ".join((folder / "README.md").read_text().split()))
+        assert "cut when it is served" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "reward.json"),
+        ("[]", "not a reward head of version 1"),
+        ('{"format": "guiderail-reward-head", "version": 2}', "not a reward head of version 1"),
+        ('{"format": "guiderail-reward-head", "version": 1, "max_tokens": 0}', "max_tokens must be"),
+        ('{"format": "guiderail-reward-head", "version": 1, "max_tokens": "512"}', "max_tokens must be"),
+    ],
+)
+def test_a_broken_head_is_found_before_anything_starts(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "reward.json").write_text(content)
+    with pytest.raises(GuiderailError, match=message):
+        neural_reward(RewardModelSpec(path=str(tmp_path)), tmp_path, print)
+
+
+def test_a_remote_flag() -> None:
+    name, options = parse_flag("good=some/model,backend=vllm,url=https://a:1/x/|http://b,head=1,model=rm,key_env=KEY")
+    spec = RewardModelSpec.model_validate(options)
+    assert (name, spec.urls, spec.head, spec.model) == ("good", ("https://a:1/x", "http://b"), 1, "rm")
+    assert RewardModelSpec(path="p").urls == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("url=http://a", "url needs backend=vllm"),
+        ("backend=vllm,url=a:8000", "'a:8000' is not of the form"),
+        ("backend=vllm,url=http://a|", "'' is not of the form"),
+        ("backend=vllm,url=http://a:99999", "Port out of range"),
+        ("backend=vllm,url=http://a?x=1", "is not of the form"),
+        ("backend=vllm,url=http://me:secret@a", "key_env"),
+        ("backend=vllm,url=http://a,dtype=float32", "dtype is the remote server's own option"),
+        ("backend=vllm,url=http://a,kv_gb=1", "kv_gb is the remote server's own option"),
+        ("backend=vllm,model=x", "model is for a remote server and needs url"),
+        ("key_env=X", "key_env is for a remote server and needs url"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RewardModelSpec.model_validate(parse_flag(f"r=path,{options}")[1])

@@ -1,0 +1,113 @@
+"""A scripted vLLM pooling server: the wire format of `POST /pooling`, known values, and faults on order."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.server.rewards.loading import neural_reward
+from guiderail.server.rewards.remote import RemotePooler, RemoteReward, connect
+from guiderail.server.rewards.spec import RewardModelSpec
+
+NO_SERVICES: Any = None
+
+
+def logits(tokens: list[int], heads: int) -> list[float]:
+    """What the scripted model gives: [sum/100, sum/100 - 1, ...]."""
+    return [sum(tokens) / 100 - head for head in range(heads)]
+
+
+class ScriptedPooling:
+    """Answers as vLLM does unless `fault` does something else; `seen` keeps the bodies of /pooling requests.
+
+    reads_option: whether `use_activation` is read. activation: what it turns on; None: nothing, as for a model
+    trained by regression. fault: called with a request after the checks at start; None from it means go on.
+    """
+
+    def __init__(self, heads: int = 2, *, models: tuple[str, ...] = ("rm",), key: str | None = None) -> None:
+        self.heads = heads
+        self.models = models
+        self.key = key
+        self.reads_option = True
+        self.activation: Callable[[float], float] | None = lambda x: 1 / (1 + math.exp(-x))
+        self.fault: Callable[[web.Request], Awaitable[web.StreamResponse | None]] | None = None
+        self.seen: list[dict[str, Any]] = []
+        self.running = self.peak = 0
+        self.cancelled = asyncio.Event()
+        app = web.Application()
+        app.router.add_post("/pooling", self._pooling)
+        app.router.add_get("/v1/models", self._models)
+        self._server = TestServer(app)
+
+    async def __aenter__(self) -> "ScriptedPooling":
+        await self._server.start_server()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._server.close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.port}"
+
+    async def _models(self, request: web.Request) -> web.Response:
+        if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return web.json_response({"data": [{"id": name, "max_model_len": 96} for name in self.models]})
+
+    async def _pooling(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.seen.append(body)
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        try:
+            if self.fault is not None and (answer := await self.fault(request)) is not None:
+                return answer
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        finally:
+            self.running -= 1
+        option = body.get("use_activation", True) if self.reads_option else True
+        if not isinstance(option, bool):
+            return web.json_response({"error": {"message": "use_activation: not a boolean"}}, status=400)
+        rows = [logits(tokens, self.heads) for tokens in body["input"]]
+        if option and self.activation is not None:
+            rows = [[self.activation(value) for value in row] for row in rows]
+        items = [{"index": i, "object": "pooling", "data": row} for i, row in enumerate(rows)]
+        return web.json_response({"object": "list", "model": body["model"], "data": items[::-1]})
+
+
+async def drop(request: web.Request) -> None:
+    """A fault: the connection is cut before anything is sent."""
+    assert request.transport is not None
+    request.transport.abort()
+    await asyncio.sleep(3600)
+
+
+@asynccontextmanager
+async def pooler(*servers: ScriptedPooling, **options: Any) -> AsyncIterator[RemotePooler]:
+    """A backend over running servers, which forget what the checks at start sent."""
+    arguments: dict[str, Any] = {"probe": [3, 4, 5], "model": None, "key": None, "heads": None} | options
+    backend = await connect([server.url for server in servers], **arguments)
+    for server in servers:
+        server.seen.clear()
+        server.peak = 0
+    yield backend
+    await backend.close()
+
+
+def served(path: str, **options: Any) -> Any:
+    """The reward of `--reward name=path,backend=vllm,...`."""
+    return neural_reward(RewardModelSpec(path=path, backend="vllm", **options), Path("/nonexistent"), print)
+
+
+def group(text: str) -> ScoreGroup:
+    """One answer to a question of two words."""
+    return ScoreGroup((Message("user", "w1 w2"),), TokenPrompt((1,)), (Answer(text),), RemoteReward.Params())
