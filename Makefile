@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup serve test check fix bench bench-scoring clean
+.PHONY: setup serve test check fix bench bench-scoring bench-transforms clean
 
 setup: $(READY)
 	@$(BIN)/guiderail models smollm2-135m-instruct >/dev/null
@@ -46,6 +46,9 @@ bench: setup
 bench-scoring: setup
 	@$(BIN)/python -P tests/bench/bench_scoring.py $(ARGS)
 	@$(BIN)/python -P tests/bench/bench_reward_serving.py $(ARGS)
+
+bench-transforms: setup
+	@$(BIN)/python -P tests/bench/bench_transforms.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

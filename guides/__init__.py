@@ -3,8 +3,9 @@
 Importing this needs neither vllm nor torch.
 """
 
-from guiderail.guides.base import Context, Engine, Guide, Params, Rollouts, Scorer, ScoreResult, answer_events
+from guiderail.guides.base import Engine, Guide, Helpers, Params, Rollouts, Scorer, ScoreResult, answer_events
 from guiderail.guides.best_of_n import draw_scored
+from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed, GuiderailError, RewardFailed
 from guiderail.guides.reward import Reward, Services, TextReward
 from guiderail.guides.types import Answer, Candidate, Delta, Event, Final, Message, Scored, ScoreGroup, Token
@@ -20,6 +21,7 @@ __all__ = [
     "Final",
     "Guide",
     "GuiderailError",
+    "Helpers",
     "Message",
     "Params",
     "Reward",

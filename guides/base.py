@@ -1,35 +1,25 @@
-"""The abstractions that meet in Guiderail: Engine, Scorer, Guide, and the Context that joins them.
+"""The abstractions that meet in Guiderail: Engine, Scorer, Helpers and Guide.
 
-A guide sees only its Context. It draws rollouts from the policy with `ctx.generate`, scores answers
-with `ctx.score`, chooses with `ctx.select`, and yields events (types.py). The Context counts what
-that costs and enforces deadline and token budget, so every guide is costed and bounded alike.
+A guide sees only its Context (context.py), which joins them. It yields events (types.py).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from guiderail.guides.errors import RewardFailed
-from guiderail.guides.pipeline import RewardTerm, Selection, combine
-from guiderail.guides.spend import Spend
-from guiderail.guides.tasks import together
-from guiderail.guides.types import (
-    Answer,
-    Candidate,
-    Delta,
-    Event,
-    Final,
-    Message,
-    SamplingSpec,
-    ScoreGroup,
-    Token,
-    TokenPrompt,
-)
+from guiderail.guides.calibration import CalibrationSample
+from guiderail.guides.pipeline import RewardTerm
+from guiderail.guides.types import Candidate, Delta, Event, Final, Message, SamplingSpec, ScoreGroup, Token, TokenPrompt
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from guiderail.guides.context import Context
+    from guiderail.guides.reward import Services
 
 
 class Params(BaseModel):
@@ -102,6 +92,33 @@ class Scorer(Protocol):
         ...
 
 
+class Helpers(Protocol):
+    """What transforms and selection rules need of the server besides engine and rewards."""
+
+    @property
+    def services(self) -> "Services":
+        """Engine, renderer and the names of the served policies."""
+        ...
+
+    async def sample(self, ctx: "Context", term: RewardTerm) -> CalibrationSample:
+        """Values of the reward under the base policy for the Context's prompt. Raises RewardFailed, DeadlinePassed."""
+        ...
+
+    async def embed(self, texts: Sequence[str]) -> "np.ndarray":
+        """Sentence embeddings [N, D], rows of length 1."""
+        ...
+
+    async def prefer(
+        self,
+        messages: Sequence[Message],
+        criterion: str,
+        answers: Sequence[str],
+        pairs: Sequence[tuple[int, int]],
+    ) -> list[float]:
+        """For each pair of indices the probability that a judge prefers the first answer, in [0, 1]."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What bounds one request: a time.monotonic() deadline and a number of generated tokens."""
@@ -110,115 +127,19 @@ class Limits:
     max_tokens_generated: int | None = None
 
 
-@dataclass(slots=True)
-class Context:
-    """Everything a guide may use for one answer. `choice` numbers the answers of one request (its `n`)."""
-
-    engine: Engine
-    scorer: Scorer
-    messages: tuple[Message, ...]
-    prompt: TokenPrompt
-    sampling: SamplingSpec
-    rewards: tuple[RewardTerm, ...]
-    selection: Selection
-    limits: Limits
-    spend: Spend
-    choice: int = 0
-
-    def seeds(self, n: int) -> list[int | None]:
-        """Seeds of this choice's n rollouts: the request's seed, counted on through all its choices."""
-        seed = self.sampling.seed
-        return [None if seed is None else seed + self.choice * n + i for i in range(n)]
-
-    def generate(self, prompts: Sequence[TokenPrompt], sampling: SamplingSpec, seeds: Sequence[int | None]) -> Rollouts:
-        """Engine.generate, counted in `spend` and cut off at the request's limits."""
-        budget = self.limits.max_tokens_generated
-        if budget is not None and self.spend.tokens_generated + len(prompts) * sampling.max_tokens > budget:
-            sampling = replace(sampling, stream=True)  # tokens have to be seen to be counted in time
-        rollouts = self.engine.generate(prompts, sampling, seeds=seeds, deadline=self.limits.deadline)
-        return _Counted(rollouts, len(prompts), self)
-
-    async def score(self, candidates: Sequence[Candidate]) -> None:
-        """Fills `rewards` and `combined` of the candidates, from all rewards of the request.
-
-        Raises RewardFailed if a reward fails or returns a value that is not finite.
-        """
-        if not candidates or not self.rewards:
-            return
-        answers = tuple(Answer(c.text, c.token_ids, partial=not c.finished) for c in candidates)
-        with self.spend.scoring.span(), self.spend.working.span():
-            results = await together(
-                self.scorer.score(
-                    term.name, ScoreGroup(self.messages, self.prompt, answers, term.params), id(self.spend)
-                )
-                for term in self.rewards
-            )
-        for term, result in zip(self.rewards, results, strict=True):
-            self.spend.reward_calls += 1
-            self.spend.reward_tokens += result.tokens
-            for candidate, value in zip(candidates, result.values, strict=True):
-                candidate.rewards[term.label] = value
-        for candidate in candidates:
-            candidate.combined = combine(self.rewards, candidate.rewards)
-
-    def select(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The candidate that the request's selection rule picks. All must be scored."""
-        scores = []
-        for candidate in candidates:
-            if candidate.combined is None:
-                raise RewardFailed("(selection)", f"candidate {candidate.index} was never scored")
-            scores.append(candidate.combined)
-        return candidates[self.selection.pick(scores, seed=self.seeds(1)[0])]
-
-
-class _Counted:
-    """Rollouts that add to their Context's spend and stop at its token budget."""
-
-    def __init__(self, rollouts: Rollouts, rows: int, ctx: Context) -> None:
-        self._rollouts = rollouts
-        self._rows = rows
-        self._ctx = ctx
-        self._clock = ExitStack()
-
-    async def __aenter__(self) -> Self:
-        self._ctx.spend.rollouts += self._rows
-        await self._rollouts.__aenter__()
-        self._clock.enter_context(self._ctx.spend.generation.span())
-        self._clock.enter_context(self._ctx.spend.working.span())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._clock.close()
-        await self._rollouts.__aexit__(kind, error, trace)
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        spend, budget = self._ctx.spend, self._ctx.limits.max_tokens_generated
-        stopped = False
-        async for delta in self._rollouts:
-            spend.tokens_generated += len(delta.token_ids)
-            if budget is not None and not stopped and spend.tokens_generated >= budget:
-                stopped = True
-                for row in range(self._rows):
-                    await self._rollouts.drop(row, "budget")
-            yield delta
-
-    async def drop(self, row: int, reason: str = "dropped") -> None:
-        await self._rollouts.drop(row, reason)
-
-
 class Guide(ABC):
     """A guided decoder. Subclass it, describe it in the docstring's first line, and write `run`.
 
     streams: whether it commits text before its work is over.
     steers: whether rewards change its answer (else they are only reported).
+    needs_rewards: whether it cannot do without one.
     keeps_format: whether it can keep a `response_format` (each answer is one engine generation).
     """
 
     Params: ClassVar[type[Params]] = Params
     streams: ClassVar[bool] = False
     steers: ClassVar[bool] = True
+    needs_rewards: ClassVar[bool] = True
     keeps_format: ClassVar[bool] = False
 
     def __init__(self, params: Any) -> None:
@@ -228,8 +149,24 @@ class Guide(ABC):
         """Largest number of candidates alive at once for one answer; operators limit it."""
         return 1
 
+    def rows(self) -> int:
+        """Largest number of rows in the engine at once for one answer; admission goes by it."""
+        return self.candidates()
+
+    def cost(self, max_tokens: int) -> int:
+        """Most tokens of generation that an answer of `max_tokens` can take; admission goes by it."""
+        return self.candidates() * max_tokens
+
+    def refuses(self) -> Sequence[str]:
+        """Sampling fields of a request that this guide cannot keep; one that is set is refused by name."""
+        return ()
+
+    def check(self, services: "Services") -> None:
+        """Refuses parameters that are well-formed but cannot work here, by raising ValueError."""
+        return
+
     @abstractmethod
-    def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
+    def run(self, ctx: "Context") -> AsyncGenerator[Event, None]:
         """Yields Token and Scored events and, last, exactly one Final. Closing it cancels the work."""
         ...
 

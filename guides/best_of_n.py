@@ -15,10 +15,12 @@ from typing import ClassVar
 from pydantic import Field
 
 from guiderail.guides import base
-from guiderail.guides.base import Context, Guide, answer_events
+from guiderail.guides.base import Guide, answer_events
+from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed
+from guiderail.guides.rollout import Piece, roll_out
 from guiderail.guides.tasks import task_group
-from guiderail.guides.types import Candidate, Event, Scored, TokenLogprob
+from guiderail.guides.types import Candidate, Event, Scored
 
 
 class BestOfN(Guide):
@@ -34,16 +36,16 @@ class BestOfN(Guide):
         return n
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
-        candidates = await draw_scored(ctx, self.params.n)
+        candidates = await draw_scored(ctx, ctx.selection.draws(self.params.n, ctx.seeds(1)[0]))
         stopped_by = next((c.finish_reason for c in candidates if not c.finished), None)
-        pool = [c for c in candidates if c.combined is not None]
+        pool = [c for c in candidates if c.transformed]
         if not pool:  # nothing was finished and scored in time: what there is has to do
             pool = [c for c in candidates if c.finished] or [c for c in candidates if c.token_ids]
             if not pool:
                 raise DeadlinePassed("the deadline passed before any candidate had a token")
             await ctx.score(pool)
         yield Scored(tuple(candidates))
-        for event in answer_events(ctx.select(pool), candidates, stopped_by):
+        for event in answer_events(await ctx.select(pool), candidates, stopped_by):
             yield event
 
 
@@ -52,27 +54,18 @@ async def draw_scored(ctx: Context, n: int) -> list[Candidate]:
 
     Answers cut off by deadline or budget come back unscored, as do those whose score the deadline overtook.
     """
-    parts: list[list[str]] = [[] for _ in range(n)]
-    ids: list[list[int]] = [[] for _ in range(n)]
-    logprobs: list[list[TokenLogprob]] = [[] for _ in range(n)]
     done: dict[int, Candidate] = {}
-    async with (
-        task_group() as scoring,
-        ctx.generate([ctx.prompt] * n, replace(ctx.sampling, stream=False), ctx.seeds(n)) as rollouts,
-    ):
-        async for delta in rollouts:
-            row = delta.row
-            parts[row].append(delta.text)
-            ids[row].extend(delta.token_ids)
-            logprobs[row].extend(delta.logprobs or ())
-            if delta.finish_reason is None:
-                continue
+    async with task_group() as scoring:
+
+        def finished(row: int, piece: Piece) -> None:
             done[row] = candidate = Candidate(
-                row, "".join(parts[row]), tuple(ids[row]), delta.finish_reason, delta.stop_reason,
-                tuple(logprobs[row]) or None,
+                row, piece.text, tuple(piece.token_ids), piece.finish_reason, piece.stop_reason,
+                tuple(piece.logprobs) or None,
             )  # fmt: skip
             if candidate.finished:
                 scoring.create_task(_score_in_time(ctx, candidate))
+
+        await roll_out(ctx, [ctx.prompt] * n, replace(ctx.sampling, stream=False), ctx.seeds(n), finished)
     return [done[row] for row in range(n)]
 
 

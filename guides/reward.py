@@ -25,20 +25,26 @@ class Renderer(Protocol):
     @property
     def has_chat_template(self) -> bool: ...
 
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False
     ) -> TokenPrompt: ...
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]: ...
 
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What a reward may use of the server: the engine, its renderer and the names of its LoRA adapters."""
+    """What a reward may use of the server: the engine, its renderer, the names of its model and LoRA adapters."""
 
     engine: Engine
     renderer: Renderer
     adapters: frozenset[str] = frozenset()
+    model_name: str = ""
 
 
 class Reward(ABC):
@@ -58,6 +64,10 @@ class Reward(ABC):
     def check(self, params: Any, services: Services) -> None:
         """Refuses parameters that are well-formed but cannot work here, by raising ValueError."""
         return
+
+    def revision(self) -> str:
+        """Identifies what computes the values: change it when they change, so that stored calibrations are refused."""
+        return "1"
 
     async def close(self) -> None:
         """Frees what `start` made. Called once, at the server's end."""

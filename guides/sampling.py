@@ -6,7 +6,8 @@ Rewards named in the request are computed for the finished answer and reported; 
 from collections.abc import AsyncGenerator
 from typing import ClassVar
 
-from guiderail.guides.base import Context, Guide
+from guiderail.guides.base import Guide
+from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed
 from guiderail.guides.types import Candidate, Event, Final, Scored, Token, TokenLogprob
 
@@ -16,6 +17,7 @@ class Sampling(Guide):
 
     streams: ClassVar[bool] = True
     steers: ClassVar[bool] = False
+    needs_rewards: ClassVar[bool] = False
     keeps_format: ClassVar[bool] = True
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
@@ -36,6 +38,7 @@ class Sampling(Guide):
         answer = Candidate(0, "".join(text), tuple(ids), finish, stop_reason, tuple(logprobs) or None)
         if ctx.rewards:
             await ctx.score([answer])
+            ctx.rate([answer])
             yield Scored((answer,))
         stopped_by = None if answer.finished else finish
         yield Final(finish if answer.finished else "length", stop_reason, stopped_by, 0, (answer,))

@@ -39,14 +39,18 @@ class Spend:
 
     Tokens are the served model's, except `reward_tokens`, which are the reward models' (0 for rewards
     that read no tokens). `rollouts` are rows given to the engine; `reward_calls` are score calls.
+    `calibration_tokens` were generated for a calibration pool and are in no other figure; requests that
+    share the pool do not pay for it again. `queued_s`: waited for admission.
     """
 
     prompt_tokens: int = 0
     tokens_generated: int = 0
     tokens_accepted: int = 0
+    calibration_tokens: int = 0
     rollouts: int = 0
     reward_calls: int = 0
     reward_tokens: int = 0
+    queued_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
     generation: Stopwatch = field(default_factory=Stopwatch)
     scoring: Stopwatch = field(default_factory=Stopwatch)
@@ -60,11 +64,13 @@ class Spend:
             "tokens_generated": self.tokens_generated,
             "tokens_accepted": self.tokens_accepted,
             "tokens_discarded": self.tokens_generated - self.tokens_accepted,
+            "calibration_tokens": self.calibration_tokens,
             "rollouts": self.rollouts,
             "reward_calls": self.reward_calls,
             "reward_tokens": self.reward_tokens,
             "generation_s": round(self.generation.seconds, 4),
             "scoring_s": round(self.scoring.seconds, 4),
+            "queued_s": round(self.queued_s, 4),
             "waiting_s": round(max(0.0, total - self.working.seconds), 4),
             "total_s": round(total, 4),
         }

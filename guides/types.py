@@ -4,7 +4,7 @@ They know nothing of HTTP, vLLM or torch. Token ids are plain ints, log-probabil
 times seconds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,34 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixed:
+    """Another policy mixed into a TokenPrompt: its own prompt in token ids, its LoRA adapter, and its weight.
+
+    A negative weight steers away from the policy.
+    """
+
+    token_ids: tuple[int, ...]
+    adapter: str | None
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class TokenPrompt:
-    """A prompt in token ids, and the LoRA adapter (by the operator's name) that continues it."""
+    """A prompt in token ids, and the LoRA adapter (by the operator's name) that continues it.
+
+    With `mix`, the next token at temperature T has the law  p ~ (pi_0 * prod_i pi_i^{w_i})^{1/T},  where pi_0 is the
+    prompt's own policy with the logit bias and penalties of its SamplingSpec, and pi_i are the mixed ones as they are.
+    """
 
     token_ids: tuple[int, ...]
     adapter: str | None = None
+    mix: tuple[Mixed, ...] = ()
+
+    def extended(self, token_ids: Iterable[int]) -> "TokenPrompt":
+        """The prompt with these tokens behind it, for every policy in it."""
+        more = tuple(token_ids)
+        mix = tuple(Mixed(m.token_ids + more, m.adapter, m.weight) for m in self.mix)
+        return TokenPrompt(self.token_ids + more, self.adapter, mix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +133,9 @@ class ScoreGroup:
 class Candidate:
     """One candidate answer with everything known of it.
 
-    `rewards` holds raw values by the label of the reward in the request; `combined` what selection
-    saw. Both are empty until scored.
+    `rewards` holds raw values by the label of the reward in the request, `transformed` what became of
+    them, `combined` what selection saw. They are empty until scored and rated. `adjusted` is the score of a
+    selection rule that changes scores, `weight` the probability with which a rule that samples would take it.
     """
 
     index: int
@@ -121,7 +145,10 @@ class Candidate:
     stop_reason: int | str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     rewards: dict[str, float] = field(default_factory=dict)
+    transformed: dict[str, float] = field(default_factory=dict)
     combined: float | None = None
+    adjusted: float | None = None
+    weight: float | None = None
 
     @property
     def finished(self) -> bool:

@@ -6,19 +6,31 @@ profile's rewards.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from guiderail.guides.base import Guide
-from guiderail.guides.pipeline import Argmax, RewardTerm, Selection, Softmax
+from guiderail.guides.calibration import CalibrationSpec
+from guiderail.guides.pipeline import (
+    COMBINES,
+    IDENTITY,
+    SELECTIONS,
+    Chain,
+    ChainError,
+    Combine,
+    RewardTerm,
+    Selection,
+    parse_chain,
+)
+from guiderail.guides.prompters import PROMPTERS, Prompter
 from guiderail.guides.reward import Reward, Services
-from guiderail.server.errors import bad_request, from_validation
+from guiderail.server.errors import bad_request
+from guiderail.server.parsing import flag, named, number, parse, text
 from guiderail.server.settings import OperatorLimits
 
-SELECTIONS: dict[str, type[Argmax] | type[Softmax]] = {"argmax": Argmax, "softmax": Softmax}
-KEYS = ("guide", "rewards", "combine", "select", "budget", "return_candidates")
+KEYS = ("guide", "prompter", "rewards", "combine", "select", "calibration", "budget", "return_candidates")
 
 
 class Budget(BaseModel):
@@ -36,8 +48,11 @@ class Alignment:
 
     guide_name: str
     guide: Guide
+    prompter: Prompter
     rewards: tuple[RewardTerm, ...]
+    combine: Combine
     selection: Selection
+    calibration: CalibrationSpec
     budget: Budget
     return_candidates: bool
 
@@ -45,17 +60,20 @@ class Alignment:
         """The configuration as the response shows it, and as a request could send it."""
         return {
             "guide": {"name": self.guide_name, **self.guide.params.model_dump(mode="json", by_alias=True)},
+            "prompter": self.prompter.dump(),
             "rewards": [
                 {
                     "name": t.name,
                     "label": t.label,
                     "weight": t.weight,
+                    "transform": t.chain.dump(),
                     **t.params.model_dump(mode="json", by_alias=True),
                 }
                 for t in self.rewards
             ],
-            "combine": "sum",
+            "combine": self.combine.model_dump(mode="json"),
             "select": self.selection.model_dump(mode="json"),
+            "calibration": self.calibration.model_dump(mode="json"),
             "budget": self.budget.model_dump(mode="json"),
             "return_candidates": self.return_candidates,
         }
@@ -72,6 +90,7 @@ class Resolver:
         default: Mapping[str, Any],
         profiles: Mapping[str, Mapping[str, Any]],
         limits: OperatorLimits,
+        prompters: Mapping[str, type[Prompter]] = PROMPTERS,
     ) -> None:
         """Checks the default and every profile at once; raises ApiError naming the faulty one."""
         self._guides = guides
@@ -80,6 +99,7 @@ class Resolver:
         self._default = dict(default)
         self._profiles = {name: dict(profile) for name, profile in profiles.items()}
         self._limits = limits
+        self._prompters = prompters
         self._required = tuple(
             self._reward(spec, f"limits.required_rewards[{i}]") for i, spec in enumerate(limits.required_rewards)
         )
@@ -102,9 +122,7 @@ class Resolver:
                 raise bad_request(f"the model name says profile '{profile}', alignment says '{requested}'", "alignment")
             profile, requested = requested, None
         body = dict(requested or {})
-        profile = (
-            self._text(body.pop("profile", profile), "alignment.profile") if "profile" in body or profile else None
-        )
+        profile = text(body.pop("profile", profile), "alignment.profile") if "profile" in body or profile else None
         merged = {**self._default, **self._profile(profile), **body}
         for key in merged:
             if key not in KEYS:
@@ -112,25 +130,27 @@ class Resolver:
                 raise bad_request(
                     f"unknown field 'alignment.{key}'; allowed: {allowed}", f"alignment.{key}", "unknown_parameter"
                 )
-        terms = self.terms(merged.get("rewards") or [], "alignment.rewards")
-        guide_name, guide = self._guide(merged.get("guide"), bool(terms))
+        specs = merged.get("rewards") or []
+        guide_name, guide = self._guide(merged.get("guide"), bool(specs or self._required))
+        terms, combine = self.pipeline(specs, merged.get("combine", "sum"), guide.candidates(), "alignment.")
         if self._required and not guide.steers:
-            names = ", ".join(term.name for term in self._required)
+            names = ", ".join(term.name for term, _ in self._required)
             raise bad_request(
                 f"this server requires the rewards {names}, and guide '{guide_name}' does not use rewards to steer",
                 "alignment.guide.name",
             )
-        if guide.steers and not terms:
+        if guide.needs_rewards and not any(term.weight for term in terms):
             raise bad_request(
                 f"guide '{guide_name}' needs at least one reward; known: {', '.join(sorted(self._rewards))}",
                 "alignment.rewards",
                 "missing_required_parameter",
             )
-        if merged.get("combine", "sum") not in ("sum", {"name": "sum"}):
-            raise bad_request("'alignment.combine' must be 'sum'", "alignment.combine")
+        selection = self._selection(merged.get("select", "argmax"), guide.candidates() if guide.steers else None)
         return Alignment(
-            guide_name, guide, terms, self._selection(merged.get("select", "argmax")),
-            self._budget(merged.get("budget") or {}), self._flag(merged.get("return_candidates", False)),
+            guide_name, guide, self._prompter(merged.get("prompter", "template")), terms, combine, selection,
+            parse(CalibrationSpec, merged.get("calibration", {}), "alignment.calibration"),
+            self._budget(merged.get("budget") or {}),
+            flag(merged.get("return_candidates", False), "alignment.return_candidates"),
         )  # fmt: skip
 
     def _profile(self, name: str | None) -> dict[str, Any]:
@@ -144,46 +164,86 @@ class Resolver:
     def _guide(self, spec: Any, with_rewards: bool) -> tuple[str, Guide]:
         if spec is None:  # rewards alone mean "choose by them"; nothing at all means plain sampling
             spec = "best_of_n" if with_rewards else "sampling"
-        name, rest = self._named(spec, "alignment.guide", self._guides)
+        name, rest = named(spec, "alignment.guide", self._guides)
         cls = self._guides[name]
-        return name, cls(_parse(cls.Params, rest, "alignment.guide"))
+        guide = cls(parse(cls.Params, rest, "alignment.guide", ("name",)))
+        try:
+            guide.check(self._services)
+        except ValueError as error:
+            raise bad_request(f"'alignment.guide': {error}", "alignment.guide") from error
+        return name, guide
 
-    def terms(self, specs: Any, where: str = "rewards") -> tuple[RewardTerm, ...]:
-        """The rewards of a list of specs, with those that the operator requires. Raises ApiError (400)."""
+    def pipeline(
+        self, specs: Any, combine: Any, candidates: int, where: str = ""
+    ) -> tuple[tuple[RewardTerm, ...], Combine]:
+        """The rewards of a list of specs, with those that the operator requires, and how they are combined.
+
+        `candidates` fills transforms' defaults that depend on it. Raises ApiError (400).
+        """
+        name, rest = named(combine, f"{where}combine", COMBINES)
+        rule: Combine = parse(COMBINES[name], rest, f"{where}combine", ("name",))
         if not isinstance(specs, list):
-            raise bad_request(f"'{where}' must be a list", where)
-        asked = [self._reward(spec, f"{where}[{i}]") for i, spec in enumerate(specs)]
-        required = {term.name for term in self._required}
-        terms = (*self._required, *(term for term in asked if term.name not in required))
+            raise bad_request(f"'{where}rewards' must be a list", f"{where}rewards")
+        asked = [self._reward(spec, f"{where}rewards[{i}]") for i, spec in enumerate(specs)]
+        required = {term.name for term, _ in self._required}
+        every = (*self._required, *((term, chain) for term, chain in asked if term.name not in required))
+        terms = tuple(
+            replace(term, chain=(chain or rule.default_chain or IDENTITY).resolved(candidates)) for term, chain in every
+        )
         labels = [term.label for term in terms]
         for i, label in enumerate(labels):
             if label in labels[:i]:
-                raise bad_request(f"two rewards are labelled '{label}'; give each a 'label' of its own", where)
-        return terms
+                raise bad_request(
+                    f"two rewards are labelled '{label}'; give each a 'label' of its own", f"{where}rewards"
+                )
+        try:
+            if terms:
+                used = [term for term in terms if term.weight]
+                rule.check([t.label for t in used], [t.chain for t in used], [t.weight for t in used])
+        except ValueError as error:
+            raise bad_request(f"'{where}combine': {error}", f"{where}combine") from error
+        return terms, rule
 
-    def _reward(self, spec: Any, where: str) -> RewardTerm:
-        name, rest = self._named(spec, where, self._rewards)
-        label = self._text(rest.pop("label", name), f"{where}.label")
-        weight = rest.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
-            raise bad_request(f"'{where}.weight' must be a finite number", f"{where}.weight")
+    def _reward(self, spec: Any, where: str) -> tuple[RewardTerm, Chain | None]:
+        """A reward and the transforms asked for; None leaves them to the combination."""
+        name, rest = named(spec, where, self._rewards)
+        label = text(rest.pop("label", name), f"{where}.label")
+        weight = number(rest.pop("weight", 1.0), f"{where}.weight")
+        transform = rest.pop("transform", None)
+        try:
+            chain = None if transform is None else parse_chain(transform)
+        except ChainError as error:
+            raise bad_request(f"'{where}.{error.path}': {error.message}", f"{where}.{error.path}") from error
         reward = self._rewards[name]
-        params = _parse(reward.Params, rest, where, ("label", "weight"))
+        params = parse(reward.Params, rest, where, ("name", "label", "weight", "transform"))
         try:
             reward.check(params, self._services)
         except ValueError as error:
             raise bad_request(f"'{where}': {error}", where) from error
-        return RewardTerm(name, label, float(weight), params)
+        return RewardTerm(name, label, weight, params), chain
 
-    def _selection(self, spec: Any) -> Selection:
-        name, rest = self._named(spec, "alignment.select", SELECTIONS)
-        selection: Selection = _parse(SELECTIONS[name], rest, "alignment.select")
+    def _prompter(self, spec: Any) -> Prompter:
+        name, rest = named(spec, "alignment.prompter", self._prompters)
+        prompter: Prompter = parse(self._prompters[name], rest, "alignment.prompter", ("name",))
+        try:
+            prompter.check(self._services)
+        except ValueError as error:
+            raise bad_request(f"'alignment.prompter': {error}", "alignment.prompter") from error
+        return prompter
+
+    @staticmethod
+    def _selection(spec: Any, candidates: int | None) -> Selection:
+        name, rest = named(spec, "alignment.select", SELECTIONS)
+        selection: Selection = parse(SELECTIONS[name], rest, "alignment.select", ("name",))
+        try:
+            if candidates is not None:
+                selection.check(candidates)
+        except ValueError as error:
+            raise bad_request(f"'alignment.select': {error}", "alignment.select") from error
         return selection
 
     def _budget(self, spec: Any) -> Budget:
-        if not isinstance(spec, dict):
-            raise bad_request("'alignment.budget' must be an object", "alignment.budget")
-        budget: Budget = _parse(Budget, spec, "alignment.budget")
+        budget: Budget = parse(Budget, spec, "alignment.budget")
         longest = self._limits.max_deadline_s
         if longest is None:
             return budget
@@ -191,39 +251,3 @@ class Resolver:
             where = "alignment.budget.deadline_s"
             raise bad_request(f"'{where}' is {budget.deadline_s}; this server allows at most {longest}", where)
         return budget.model_copy(update={"deadline_s": budget.deadline_s or longest})
-
-    @staticmethod
-    def _named(spec: Any, where: str, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Splits {"name": ..., parameters} (or a bare name) and checks the name."""
-        if isinstance(spec, str):
-            spec = {"name": spec}
-        if not isinstance(spec, dict):
-            raise bad_request(f"'{where}' must be a name or an object with one", where)
-        rest = dict(spec)
-        name = rest.pop("name", None)
-        if name is None:
-            raise bad_request(f"'{where}.name' is required", f"{where}.name", "missing_required_parameter")
-        if not isinstance(name, str) or name not in known:
-            raise bad_request(f"'{where}.name': no '{name}' here; known: {', '.join(sorted(known))}", f"{where}.name")
-        return name, rest
-
-    @staticmethod
-    def _text(value: Any, where: str) -> str:
-        if not isinstance(value, str) or not value:
-            raise bad_request(f"'{where}' must be a non-empty string", where)
-        return value
-
-    @staticmethod
-    def _flag(value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise bad_request("'alignment.return_candidates' must be true or false", "alignment.return_candidates")
-        return value
-
-
-def _parse(model: type[BaseModel], values: dict[str, Any], where: str, also: tuple[str, ...] = ()) -> Any:
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise from_validation(
-            error, where, ("name", *also, *(info.alias or name for name, info in model.model_fields.items()))
-        ) from error

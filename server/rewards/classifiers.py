@@ -29,6 +29,9 @@ class Offensive(TextReward):
 
         self._predict = predict_prob
 
+    def revision(self) -> str:
+        return f"alt-profanity-check {PROFANITY_VERSION}"
+
     def _score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
         values = [-float(p) for p in self._predict([a.text for group in groups for a in group.answers])]
         results, start = [], 0
@@ -51,6 +54,9 @@ class Sentiment(TextReward):
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
         self._analyzer = SentimentIntensityAnalyzer()
+
+    def revision(self) -> str:
+        return f"vaderSentiment {version('vaderSentiment')}"
 
     def score_text(self, prompt: str, answer: str, params: Any) -> float:
         return float(self._analyzer.polarity_scores(answer)["compound"])

@@ -2,7 +2,7 @@
 
 Read from the log-probabilities of the next token, so a verdict costs a prompt and no generation. The
 question, the answer and the rubric come in this order, so that judging many answers to one question
-shares the prefix.
+shares the prefix. Question and answer stand in it as quotes (quoting.py).
 """
 
 import math
@@ -15,6 +15,7 @@ from guiderail.guides import base
 from guiderail.guides.base import ScoreResult
 from guiderail.guides.reward import Reward, Services, prompt_text
 from guiderail.guides.types import Message, ScoreGroup, TokenPrompt
+from guiderail.server.rewards.quoting import quoted
 
 YES, NO = "Yes", "No"
 
@@ -65,8 +66,8 @@ class Judge(Reward):
 
     @staticmethod
     def _prompt(services: Services, group: ScoreGroup, answer: str) -> TokenPrompt:
-        question = prompt_text(group.messages)
-        text = f"Question:\n{question}\n\nAnswer:\n{answer}\n\n{group.params.rubric} Reply with Yes or No only."
+        question = quoted(prompt_text(group.messages))
+        text = f"Question:\n{question}\n\nAnswer:\n{quoted(answer)}\n\n{group.params.rubric} Reply with Yes or No only."
         if services.renderer.has_chat_template:
             prompt = services.renderer.render([Message("user", text)])
             return TokenPrompt(prompt.token_ids, group.params.adapter)

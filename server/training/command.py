@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="CPU threads (torch's choice)")
 
 
-def train(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 0. Raises GuiderailError for wrong arguments, pairs or bases."""
     from guiderail.server.training.pairs import TrainingError, read_pairs
 
@@ -90,10 +90,11 @@ def _run(args: argparse.Namespace, data: "PairFile") -> "tuple[dict[str, Any], T
     import torch
 
     from guiderail.server import models
+    from guiderail.server.evaluation.pair_figures import credit, estimate, evaluate
     from guiderail.server.renderer import ChatRenderer
     from guiderail.server.settings import Settings
     from guiderail.server.training import features as reading
-    from guiderail.server.training import head, report
+    from guiderail.server.training import head
 
     began = time.monotonic()
     if args.threads:
@@ -171,8 +172,8 @@ def _run(args: argparse.Namespace, data: "PairFile") -> "tuple[dict[str, Any], T
         ],
         "cross_validation_accuracy": next(t.accuracy for t in tried if t.l2 == l2),
         "fine_tuning": tuning,
-        "train": {"accuracy": report.estimate(report.credit(trained[0::2] - trained[1::2]))},
-        "held_out": report.evaluate(scores[0::2], scores[1::2], lengths[:, 0], lengths[:, 1]),
+        "train": {"accuracy": estimate(credit(trained[0::2] - trained[1::2]))},
+        "held_out": evaluate(scores[0::2], scores[1::2], lengths[:, 0], lengths[:, 1]),
     }
     return result, kept, parameters
 
@@ -243,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="guiderail rewards train", description=__doc__)
     add_arguments(parser)
     try:
-        return train(parser.parse_args(argv))
+        return run(parser.parse_args(argv))
     except GuiderailError as error:
         print(f"guiderail: {error}", file=sys.stderr)
         return 1

@@ -3,17 +3,15 @@
 No error and no report quotes a pair's text: preference data is often offensive.
 """
 
-import gzip
-import hashlib
 import json
 import re
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from guiderail.guides.errors import GuiderailError
 from guiderail.guides.types import Message
+from guiderail.server.evaluation.lines import DataError, check_fields, conversation, read_lines, text
 
 ROLES = {"Human": "user", "Assistant": "assistant"}
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -66,28 +64,22 @@ def read_pairs(path: Path) -> PairFile:
     - `{"messages": [{"role", "content"}, ...], "chosen": answer, "rejected": answer}`.
 
     Lines whose dialogues part before the last answer, or whose answers are equal, are left out and
-    counted. Raises TrainingError naming file and line for anything malformed.
+    counted. Raises DataError naming file and line for anything malformed.
     """
-    try:
-        raw = path.read_bytes()
-        data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        lines = data.decode().split("\n")  # not splitlines: JSON strings may hold U+2028
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise TrainingError(f"{path}: cannot be read: {error}") from error
-    pairs: list[Pair] = []
     skipped: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+
+    def parse(row: dict[str, Any], number: int) -> Pair | None:
         try:
-            pairs.append(_pair(line, number))
+            return _pair(row, number)
         except _Unusable as reason:
             skipped[str(reason)] = skipped.get(str(reason), 0) + 1
-        except ValueError as error:
-            raise TrainingError(f"{path}:{number}: {error}") from None
+            return None
+
+    rows, digest = read_lines(path, parse)
+    pairs = tuple(pair for pair in rows if pair is not None)
     if not pairs:
-        raise TrainingError(f"{path}: no usable pairs")
-    return PairFile(tuple(pairs), skipped, hashlib.sha256(raw).hexdigest())
+        raise DataError(f"{path}: no usable pairs")
+    return PairFile(pairs, skipped, digest)
 
 
 def parse_dialogue(text: str) -> tuple[Message, ...]:
@@ -99,21 +91,12 @@ def parse_dialogue(text: str) -> tuple[Message, ...]:
     return tuple(Message(ROLES[mark[1]], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True))
 
 
-def _pair(line: str, number: int) -> Pair:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        position = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"not JSON{position}") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    unknown = sorted(set(row) - {"messages", "chosen", "rejected"})
-    if unknown:
-        raise ValueError(f"unknown field '{unknown[0]}'; there are: messages, chosen, rejected")
-    texts = [_text(row, "chosen"), _text(row, "rejected")]
+def _pair(row: dict[str, Any], number: int) -> Pair:
+    check_fields(row, ("messages", "chosen", "rejected"))
+    texts = [text(row, "chosen"), text(row, "rejected")]
     if "messages" in row:
-        messages = _messages(row["messages"])
-        chosen, rejected = (text.strip() for text in texts)
+        messages = conversation(row["messages"])
+        chosen, rejected = (each.strip() for each in texts)
     else:
         messages, chosen, rejected = _from_dialogues(texts)
     if chosen == rejected:
@@ -121,32 +104,11 @@ def _pair(line: str, number: int) -> Pair:
     return Pair(messages, chosen, rejected, number)
 
 
-def _text(row: dict[str, Any], field: str) -> str:
-    if not isinstance(row.get(field), str):
-        raise ValueError(f"'{field}' must be a string" if field in row else f"'{field}' is missing")
-    text: str = row[field]
-    return text
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("'messages' must be a list of at least one message")
-    for index, item in enumerate(value):
-        fine = isinstance(item, dict) and set(item) == {"role", "content"} and isinstance(item["content"], str)
-        if not fine or item["role"] not in ("system", "user", "assistant"):
-            raise ValueError(
-                f"'messages[{index}]' must be {{'role', 'content'}} with role system, user or assistant and a text"
-            )
-    if value[-1]["role"] != "user":
-        raise ValueError("'messages' must end with the user's message; the answers are in 'chosen' and 'rejected'")
-    return tuple(Message(item["role"], item["content"]) for item in value)
-
-
 def _from_dialogues(texts: list[str]) -> tuple[tuple[Message, ...], str, str]:
     dialogues = []
-    for field, text in zip(("chosen", "rejected"), texts, strict=True):
+    for field, dialogue in zip(("chosen", "rejected"), texts, strict=True):
         try:
-            messages = parse_dialogue(text)
+            messages = parse_dialogue(dialogue)
         except ValueError as error:
             raise ValueError(f"'{field}' is {error}") from None
         if len(messages) < 2 or messages[-1].role != "assistant":

@@ -1,127 +1,20 @@
-"""What a head scored on held-out pairs, and the model card that says so, whichever way it falls.
+"""The model card of a head: what it scored on held-out pairs, whichever way it falls."""
 
-Everything takes numpy arrays of float64 with one entry per pair, in one order; lengths are tokens of
-the answer alone.
-"""
-
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-Array = npt.NDArray[np.float64]
-BINS = 10
-
-
-def credit(margins: Array) -> Array:
-    """1 where the chosen answer has the larger value, 0 where the rejected has, 0.5 for a tie. [n] -> [n]."""
-    result: Array = (np.sign(margins) + 1) / 2
-    return result
-
-
-def estimate(values: Array) -> dict[str, float]:
-    """Mean of [n] values and its standard error, s / sqrt(n) with the sample deviation s (nan for n = 1)."""
-    count = len(values)
-    error = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else math.nan
-    return {"value": float(np.mean(values)), "se": error}
-
-
-def calibration(margins: Array, bins: int = BINS) -> tuple[float, list[dict[str, float]]]:
-    """Expected calibration error of sigmoid(|margin|), the probability given to the answer ranked higher.
-
-    That confidence lies in [0.5, 1], which is cut into equal bins; the error is the mean over pairs of
-    |accuracy - mean confidence| of their bin (Naeini et al. 2015). Returns it with the bins that are not empty.
-    """
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    hit = credit(margins)
-    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    rows, error = [], 0.0
-    for number in range(bins):
-        inside = index == number
-        if not inside.any():
-            continue
-        row = {
-            "from": 0.5 + number / (2 * bins),
-            "to": 0.5 + (number + 1) / (2 * bins),
-            "pairs": int(inside.sum()),
-            "confidence": float(confidence[inside].mean()),
-            "accuracy": float(hit[inside].mean()),
-        }
-        rows.append(row)
-        error += row["pairs"] / len(margins) * abs(row["accuracy"] - row["confidence"])
-    return error, rows
-
-
-def pearson(x: Array, y: Array) -> float:
-    """Linear correlation of [n] and [n]; nan where one of them is constant."""
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y) / scale if scale > 0 else math.nan
-
-
-def ranks(values: Array) -> Array:
-    """Ranks from 0 of [n] values; equal ones get the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    result: Array = ((ends - counts + ends - 1) / 2)[inverse]
-    return result
-
-
-def spearman(x: Array, y: Array) -> float:
-    """Rank correlation of [n] and [n]; nan where one of them is constant."""
-    return pearson(ranks(x), ranks(y))
-
-
-def evaluate(chosen: Array, rejected: Array, chosen_length: Array, rejected_length: Array) -> dict[str, Any]:
-    """All figures of the held-out part from scores [n] and lengths [n] of both answers, ready for JSON."""
-    margins = chosen - rejected
-    longer_by = chosen_length - rejected_length
-    hits, shorter, longer = credit(margins), credit(-longer_by), credit(longer_by)
-    error, bins = calibration(margins)
-    scores = np.concatenate([chosen, rejected])
-    lengths = np.concatenate([chosen_length, rejected_length])
-    return {
-        "pairs": len(margins),
-        "accuracy": estimate(hits),
-        "shorter_wins": estimate(shorter),
-        "longer_wins": estimate(longer),
-        "minus_shorter_wins": estimate(hits - shorter),
-        "minus_longer_wins": estimate(hits - longer),
-        "log_loss": estimate(np.logaddexp(0, -margins)),
-        "calibration_error": error,
-        "calibration_bins": bins,
-        "length": {
-            "pearson": pearson(scores, lengths),
-            "spearman": spearman(scores, lengths),
-            "pearson_within_pairs": pearson(margins, longer_by),
-            "spearman_within_pairs": spearman(margins, longer_by),
-        },
-    }
+from guiderail.server.evaluation.pair_figures import BINS
+from guiderail.server.evaluation.plots import draw_reliability, new_figure, save_figure
 
 
 def reliability_plot(path: Path, held_out: dict[str, Any], title: str) -> None:
-    """Draws accuracy against confidence with error bars of one standard error, as a small PNG (Agg, no display)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    bins = held_out["calibration_bins"]
-    confidence = [row["confidence"] for row in bins]
-    accuracy = [row["accuracy"] for row in bins]
-    errors = [math.sqrt(max(a * (1 - a), 0.0) / row["pairs"]) for a, row in zip(accuracy, bins, strict=True)]
-    figure = Figure(figsize=(4.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draws accuracy against confidence with error bars of one standard error, as a small PNG."""
+    figure = new_figure(4.5, 4.2)
     axes = figure.add_subplot()
-    axes.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=1, label="calibrated")
-    axes.errorbar(confidence, accuracy, yerr=errors, marker="o", capsize=3, label="head (1 standard error)")
-    for x, y, row in zip(confidence, accuracy, bins, strict=True):
-        axes.annotate(str(row["pairs"]), (x, y), textcoords="offset points", xytext=(6, -10), fontsize=7)
-    axes.set(xlim=(0.48, 1.02), ylim=(-0.02, 1.05), xlabel="probability given to the preferred answer")
-    axes.set_ylabel("share of pairs where people preferred it")
+    draw_reliability(axes, held_out["calibration_bins"], "head (1 standard error)")
     axes.set_title(f"{title}\nerror {held_out['calibration_error']:.3f}; numbers: pairs per bin", fontsize=9)
     axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def verdict(held_out: dict[str, Any]) -> str:
@@ -206,6 +99,7 @@ def card(report: dict[str, Any], command: str) -> str:
         f"  {data['held_out']} held out.",
         "- Features: float32, after the final norm, at the end-of-turn token; of prompt and answer the last",
         f"  {recipe['max_tokens']} tokens ({100 * data['cut_share']:.0f} % of sequences are cut).",
+        "  A longer conversation is cut when it is served, on the left as here.",
         f"- L2 penalty {recipe['l2']:.3g} on standardised features, of {len(report['cross_validation'])} values, by",
         f"  {recipe['folds']}-fold cross-validation inside the training part (its accuracy there: "
         f"{report['cross_validation_accuracy']:.3f}).",

@@ -6,42 +6,14 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from fakes import Faulty, LastDigit, ScriptedEngine
+from contexts import context, final, run
+from fakes import Faulty, ScriptedEngine
 
-from guiderail.guides.base import Context, Guide, Limits
+from guiderail.guides.base import Guide, Limits
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.errors import DeadlinePassed, EngineUnavailable, RewardFailed
-from guiderail.guides.pipeline import Argmax, RewardTerm
-from guiderail.guides.reward import Reward
 from guiderail.guides.sampling import Sampling
-from guiderail.guides.spend import Spend
-from guiderail.guides.types import Event, Final, Message, SamplingSpec, Token, TokenPrompt
-from guiderail.server.metrics import Metrics
-from guiderail.server.scorer import BatchingScorer
-
-DIGIT = RewardTerm("last_digit", "last_digit", 1.0, None)
-
-
-def context(
-    engine: ScriptedEngine, *, rewards: tuple[RewardTerm, ...] = (DIGIT,), reward: Reward | None = None, **more: Any
-) -> Context:
-    scorer = BatchingScorer({"last_digit": reward or LastDigit()}, Metrics("fake"))
-    values: dict[str, Any] = {
-        "engine": engine, "scorer": scorer, "messages": (Message("user", "q"),), "prompt": TokenPrompt((1, 2)),
-        "sampling": SamplingSpec(max_tokens=50, seed=10), "rewards": rewards, "selection": Argmax(),
-        "limits": Limits(), "spend": Spend(),
-    }  # fmt: skip
-    return Context(**(values | more))
-
-
-async def run(guide: Guide, ctx: Context) -> list[Event]:
-    return [event async for event in guide.run(ctx)]
-
-
-def final(events: list[Event]) -> Final:
-    assert isinstance(events[-1], Final)
-    assert sum(isinstance(e, Final) for e in events) == 1
-    return events[-1]
+from guiderail.guides.types import SamplingSpec, Token, TokenPrompt
 
 
 async def test_best_of_n_returns_the_argmax_and_counts_everything() -> None:

@@ -84,7 +84,7 @@ def test_deadline_limit_is_default_and_bound() -> None:
 @pytest.mark.parametrize(
     ("body", "param", "mentions"),
     [
-        ({"guid": {}}, "alignment.guid", "allowed: guide, rewards"),
+        ({"guid": {}}, "alignment.guid", "allowed: guide, prompter, rewards"),
         ("nope", "alignment", "known: brief, soft"),
         ({"profile": 3}, "alignment.profile", "string"),
         ({"guide": "nope"}, "alignment.guide.name", "known: best_of_n, sampling"),
@@ -102,8 +102,8 @@ def test_deadline_limit_is_default_and_bound() -> None:
         ({"rewards": ["keywords", {"name": "length", "x": 1}]}, "alignment.rewards[1].x", "target"),
         ({"rewards": [{"name": "keywords", "words": [1]}]}, "alignment.rewards[0].words[0]", "string"),
         ({"rewards": [{"name": "keywords", "words": [""]}]}, "alignment.rewards[0]", "empty words"),
-        ({"combine": "product"}, "alignment.combine", "sum"),
-        ({"select": "median"}, "alignment.select.name", "argmax, softmax"),
+        ({"combine": "product"}, "alignment.combine.name", "sum"),
+        ({"select": "median"}, "alignment.select.name", "argmax, best_of_poisson"),
         ({"select": {"name": "softmax", "beta": -1}}, "alignment.select.beta", "greater than 0"),
         ({"budget": 3}, "alignment.budget", "object"),
         ({"budget": {"tokens": 3}}, "alignment.budget.tokens", "deadline_s"),

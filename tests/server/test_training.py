@@ -13,6 +13,8 @@ import torch
 
 from guiderail.guides.types import Message
 from guiderail.server import models
+from guiderail.server.evaluation import pair_figures
+from guiderail.server.evaluation.lines import DataError
 from guiderail.server.renderer import ChatRenderer
 from guiderail.server.training import command, features, head, report
 from guiderail.server.training.pairs import Pair, TrainingError, parse_dialogue, read_pairs
@@ -93,7 +95,7 @@ class TestPairs:
     )
     def test_errors_name_the_line_and_quote_no_text(self, row: Any, message: str, tmp_path: Path) -> None:
         good = {"chosen": dialogue("a", "b"), "rejected": dialogue("a", "c")}
-        with pytest.raises(TrainingError, match=rf"pairs\.jsonl:2: .*({message})") as caught:
+        with pytest.raises(DataError, match=rf"pairs\.jsonl:2: .*({message})") as caught:
             read_pairs(write(tmp_path / "pairs.jsonl", good, row))
         assert "SECRET" not in str(caught.value)
 
@@ -101,11 +103,11 @@ class TestPairs:
         damaged = gzip.compress(b"x" * 1000)
         for content in (damaged[:-9], damaged[:10] + b"\xff" * 20, b"\xff\xfe"):
             (tmp_path / "bad").write_bytes(content)
-            with pytest.raises(TrainingError, match="cannot be read"):
+            with pytest.raises(DataError, match="cannot be read"):
                 read_pairs(tmp_path / "bad")
-        with pytest.raises(TrainingError, match="cannot be read"):
+        with pytest.raises(DataError, match="cannot be read"):
             read_pairs(tmp_path / "none")
-        with pytest.raises(TrainingError, match="no usable pairs"):
+        with pytest.raises(DataError, match="no usable pairs"):
             read_pairs(write(tmp_path / "empty.jsonl"))
 
 
@@ -279,7 +281,9 @@ class TestFeatures:
 class TestReport:
     def test_hand_computed_figures(self) -> None:
         chosen, rejected = np.array([2.0, 0.0, 1.0, 5.0]), np.array([1.0, 1.0, 1.0, 2.0])
-        figures = report.evaluate(chosen, rejected, np.array([3.0, 9.0, 4.0, 2.0]), np.array([5.0, 9.0, 1.0, 7.0]))
+        figures = pair_figures.evaluate(
+            chosen, rejected, np.array([3.0, 9.0, 4.0, 2.0]), np.array([5.0, 9.0, 1.0, 7.0])
+        )
         # head: right, wrong, tie, right; shorter: right, tie, wrong, right
         assert figures["accuracy"]["value"] == 2.5 / 4
         assert figures["accuracy"]["se"] == pytest.approx(math.sqrt((2 * 0.375**2 + 0.625**2 + 0.125**2) / 3) / 2)
@@ -294,9 +298,9 @@ class TestReport:
 
     def test_standard_error_is_the_binomial_one(self) -> None:
         values = np.array([1.0] * 30 + [0.0] * 10)
-        assert report.estimate(values) == pytest.approx({"value": 0.75, "se": math.sqrt(0.75 * 0.25 / 39)})
+        assert pair_figures.estimate(values) == pytest.approx({"value": 0.75, "se": math.sqrt(0.75 * 0.25 / 39)})
         random = np.random.default_rng(0)
-        drawn = [report.estimate((random.random(50) < 0.75).astype(float))["value"] for _ in range(4000)]
+        drawn = [pair_figures.estimate((random.random(50) < 0.75).astype(float))["value"] for _ in range(4000)]
         assert np.std(drawn) == pytest.approx(math.sqrt(0.75 * 0.25 / 50), rel=0.05)
 
     def test_calibration_error_by_hand(self) -> None:
@@ -304,17 +308,17 @@ class TestReport:
             return math.log(p / (1 - p))
 
         # two pairs at 0.62 (one right), two at 0.97 (both right): 0.5 * |0.5 - 0.62| + 0.5 * |1 - 0.97|
-        error, bins = report.calibration(np.array([logit(0.62), -logit(0.62), logit(0.97), logit(0.97)]))
+        error, bins = pair_figures.calibration(np.array([logit(0.62), -logit(0.62), logit(0.97), logit(0.97)]))
         assert error == pytest.approx(0.075)
         assert [(round(b["from"], 2), b["pairs"], b["accuracy"]) for b in bins] == [(0.6, 2, 0.5), (0.95, 2, 1.0)]
-        assert report.calibration(np.array([0.0, 50.0]))[0] == pytest.approx(0, abs=1e-9), "both ends have a bin"
+        assert pair_figures.calibration(np.array([0.0, 50.0]))[0] == pytest.approx(0, abs=1e-9), "both ends have a bin"
 
     def test_a_calibrated_score_has_little_error(self) -> None:
         random = np.random.default_rng(0)
         margins = random.normal(0, 1.5, 40000)
         margins = np.abs(margins) * np.where(random.random(40000) < 1 / (1 + np.exp(-np.abs(margins))), 1, -1)
-        assert report.calibration(margins)[0] < 0.01
-        assert report.calibration(3 * margins)[0] > 0.1
+        assert pair_figures.calibration(margins)[0] < 0.01
+        assert pair_figures.calibration(3 * margins)[0] > 0.1
 
     def test_correlations_match_scipy(self) -> None:
         from scipy import stats
@@ -322,9 +326,9 @@ class TestReport:
         random = np.random.default_rng(0)
         x = random.integers(0, 9, 80).astype(float)
         y = x + random.normal(0, 5, 80).round()
-        assert report.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
-        assert report.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-        assert math.isnan(report.pearson(np.ones(3), np.arange(3.0)))
+        assert pair_figures.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
+        assert pair_figures.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+        assert math.isnan(pair_figures.pearson(np.ones(3), np.arange(3.0)))
 
     @pytest.mark.parametrize(
         ("accuracy", "rule", "words"),

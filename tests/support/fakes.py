@@ -100,6 +100,7 @@ class LetterRenderer:
     """One token a character."""
 
     has_chat_template = True
+    eos_token_ids: frozenset[int] = frozenset()
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False
@@ -109,7 +110,7 @@ class LetterRenderer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return [ord(c) % 1000 for c in text]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, token_ids))
 
     def token_text(self, token_id: int) -> str:

@@ -1,0 +1,33 @@
+"""What calibrates a reward: raw values of answers that the base policy gives to this prompt.
+
+The answers are apart from the candidates: a quantile estimated from the candidates themselves would be
+nothing but their rank (InfAlign-CTRL, arXiv 2412.19792). Where the samples come from is the server's business.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class CalibrationSpec(BaseModel):
+    """`alignment.calibration`: which samples transforms that need some are fitted on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Literal["auto", "drawn", "stored"] = Field(
+        "auto", description="drawn: on the fly; stored: the operator's; auto: stored where there is one, else drawn."
+    )
+    n: int = Field(32, ge=2, le=1024, description="Answers drawn for a prompt that has no pool yet.")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSample:
+    """Raw values [M] of one reward under the base policy.
+
+    source: "drawn" for this prompt by this request, "shared" if another request drew them, "stored" for this
+    prompt by the operator, or "stored_pooled": the operator's, pooled over other prompts.
+    """
+
+    values: tuple[float, ...]
+    source: str

@@ -1,0 +1,69 @@
+"""`guiderail rewards calibrate`: stores a reward's values under the served model, prompt by prompt, in one file.
+
+`guiderail serve --calibration FILE` takes quantiles from it: for a prompt of the file from that prompt's own values,
+for any other from all of them together (the response says which). See calibration_store.py for the format.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guiderail.guides.errors import GuiderailError
+from guiderail.server.evaluation.options import REWARD_HELP, add_engine_arguments, parse_reward, settings_for, terms_of
+
+if TYPE_CHECKING:
+    from guiderail.server.state import ServerState
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add = parser.add_argument
+    add("--prompts", required=True, metavar="FILE", help='.jsonl or .jsonl.gz of {"messages": [...]} or {"prompt": ""}')
+    add("--reward", required=True, metavar="REWARD", help=REWARD_HELP)
+    add("-n", "--samples", type=int, default=100, metavar="N", help="answers drawn for each prompt (100)")
+    add("--max-tokens", type=int, default=256, help="tokens of an answer at most (256)")
+    add("--temperature", type=float, default=1.0, help="sampling temperature (1)")
+    add("--seed", type=int, default=0, help="seed of the answers (0)")
+    add("--out", required=True, metavar="FILE.safetensors", help="the file to write; it must not exist")
+    add_engine_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status. Raises GuiderailError."""
+    from guiderail.guides.types import SamplingSpec
+    from guiderail.server import calibration_store, models
+    from guiderail.server.evaluation.draw import draw, score
+    from guiderail.server.evaluation.prompts import read_prompts
+    from guiderail.server.fingerprint import fingerprint
+    from guiderail.server.offline import run_offline
+
+    out = Path(args.out)
+    if out.exists():
+        raise GuiderailError(f"--out {out}: exists")
+    if args.samples < 2:
+        raise GuiderailError("-n must be at least 2")
+    reward = parse_reward(args.reward)
+    settings = settings_for(args, [reward])
+    file = read_prompts(Path(args.prompts))
+    sampling = SamplingSpec(args.max_tokens, args.temperature, seed=args.seed)
+
+    async def main(state: "ServerState") -> int:
+        (term,) = terms_of(state, [reward])
+        pools = await draw(state, file.prompts, args.samples, sampling)
+        values = await score(state, pools, term)
+        by_prompt = {calibration_store.prompt_key(p.prompt): v for p, v in zip(pools, values, strict=True)}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        calibration_store.save(
+            out,
+            by_prompt,
+            model=settings.model_name,
+            model_revision=fingerprint(models.resolve(settings.model, settings.cache)),
+            reward=term.name,
+            reward_revision=state.rewards[term.name].revision(),
+            params=calibration_store.params_key(term.params),
+            sampling={"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed},
+        )
+        print(f"{len(by_prompt)} prompts x {args.samples} values of '{term.name}' in {out}")
+        return 0
+
+    return run_offline(settings, main)

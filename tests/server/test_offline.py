@@ -1,0 +1,29 @@
+"""Commands over an offline server end in order on a signal."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_an_offline_command_in_order(number: int, model_path: str) -> None:
+    script = (
+        "import asyncio\n"
+        "from guiderail.server.offline import run_offline\n"
+        "from guiderail.server.settings import Settings\n"
+        "async def main(state):\n"
+        "    print('ready', flush=True)\n"
+        "    try: await asyncio.sleep(60)\n"
+        "    finally: print('let go', flush=True)\n"
+        "settings = Settings(rewards=['length'], guides=['sampling'])\n"
+        "raise SystemExit(run_offline(settings, main, engine=False))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[0] == "let go\n"
+    assert process.returncode == 130

@@ -1,0 +1,143 @@
+"""Combinations: their order, their weights, and what they refuse. (MaxMin has a file of its own.)"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guiderail.guides.pipeline.combine import COMBINES, And, Combine, Constraints, PointwiseMin, Sum
+from guiderail.guides.pipeline.transforms import parse_chain
+
+LABELS = ("a", "b", "c")
+VALUE = st.one_of(st.integers(-2, 2).map(float), st.sampled_from([1e6, -1e6, 1e100, -1e100, 0.5]))
+TABLES = st.lists(st.tuples(VALUE, VALUE, VALUE), min_size=1, max_size=10).map(np.array)
+RULES: list[Combine] = [
+    Sum(), And(), PointwiseMin(), COMBINES["maxmin"](),
+    Constraints(objective="a", floors={"b": 0.0, "c": -1.0}),
+]  # fmt: skip
+BY_NAME = [pytest.param(rule, id=rule.name) for rule in RULES]
+
+
+def test_every_combination_is_covered() -> None:
+    assert {rule.name for rule in RULES} == set(COMBINES)
+    assert all(COMBINES[rule.name] is type(rule) for rule in RULES)
+
+
+@pytest.mark.parametrize("rule", BY_NAME)
+@given(TABLES, st.randoms(use_true_random=False))
+def test_scores_are_finite_equal_for_equals_and_go_with_their_candidates(rule: Combine, values: Any, random) -> None:
+    weights = np.array([1.0, 0.5, 2.0])
+    scores = rule.combine(values, weights, LABELS)
+    assert scores.shape == (len(values),)
+    assert np.isfinite(scores).all()
+    for i, j in itertools.combinations(range(len(values)), 2):
+        if (values[i] == values[j]).all():
+            assert scores[i] == scores[j]
+    order = list(range(len(values)))
+    random.shuffle(order)
+    assert rule.combine(values[order], weights, LABELS) == pytest.approx(scores[order], rel=1e-6, abs=1e-6)
+    if rule.pointwise:
+        alone = [rule.combine(row[None], weights, LABELS)[0] for row in values]
+        assert alone == scores.tolist()
+
+
+@given(TABLES)
+def test_constraints_order_as_stated(values: np.ndarray) -> None:
+    """Feasible ones by objective, above all others; these by violation, then by objective; equals equal."""
+    weights = np.array([3.0, 0.5, 2.0])
+    scores = Constraints(objective="a", floors={"b": 0.0, "c": -1.0}).combine(values, weights, LABELS)
+
+    def key(row: np.ndarray) -> tuple[float, float]:
+        violation = 0.5 * max(0.0, 0.0 - row[1]) + 2.0 * max(0.0, -1.0 - row[2])
+        return -violation, row[0]
+
+    for (x, i), (y, j) in itertools.product(zip(values, scores, strict=True), repeat=2):
+        assert (key(x) < key(y)) == (i < j)
+    feasible = np.array([key(row)[0] == 0 for row in values])
+    assert (scores[feasible] == values[feasible, 0]).all()
+    if feasible.any() and not feasible.all():
+        gap = scores[feasible].min() - scores[~feasible].max()
+        assert gap >= np.ptp(scores[feasible])
+        assert gap > 0
+
+
+def test_a_floor_may_be_met_exactly() -> None:
+    rule = Constraints(objective="a", floors={"b": 0.1})
+    assert rule.combine(np.array([[5.0, 0.1], [9.0, 0.0999]]), np.ones(2), LABELS[:2]).argmax() == 0
+    assert rule.combine(np.array([[5.0, 0.05], [9.0, 0.0]]), np.ones(2), LABELS[:2]).argmax() == 0, "least violation"
+    assert rule.combine(np.array([[5.0, 0.0], [9.0, 0.0]]), np.ones(2), LABELS[:2]).argmax() == 1, "then objective"
+
+
+def test_sums_and_minima_by_hand() -> None:
+    values, weights = np.array([[1.0, 2.0], [0.5, -1.0]]), np.array([2.0, -0.5])
+    assert Sum().combine(values, weights, "ab").tolist() == [1.0, 1.5]
+    assert PointwiseMin().combine(values, np.array([4.0, 1.0]), "ab").tolist() == [2.0, -1.0]
+
+
+@pytest.mark.parametrize("rule", BY_NAME)
+def test_what_is_not_finite_or_does_not_fit_is_refused(rule: Combine) -> None:
+    good = np.zeros((2, 3))
+    for bad in (np.nan, np.inf, -np.inf):
+        values, weights = good.copy(), np.ones(3)
+        values[1, 2] = bad
+        with pytest.raises(ValueError, match="finite"):
+            rule.combine(values, weights, LABELS)
+        weights[1] = bad
+        with pytest.raises(ValueError, match="finite"):
+            rule.combine(good, weights, LABELS)
+    for values, weights in ((good, np.ones(2)), (good[:, :2], np.ones(3)), (good[0], np.ones(3))):
+        with pytest.raises(ValueError, match="do not fit"):
+            rule.combine(values, weights, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("rule", "labels", "specs", "weights", "message"),
+    [
+        (And(), "ab", ["log_sigmoid", "calibrated"], (1, 1), "transform of 'b' must end in log_sigmoid"),
+        (And(), "a", [None], (1,), "transform of 'a'"),
+        (And(), "a", ["log_sigmoid"], (-1,), "at least 0; that of 'a' is -1"),
+        (COMBINES["maxmin"](), "a", [None], (1,), "needs at least two"),
+        (COMBINES["maxmin"](), "ab", [None, None], (1, 0), "positive weights; that of 'b' is 0"),
+        (PointwiseMin(), "a", [None], (1,), "needs at least two"),
+        (PointwiseMin(), "ab", [None, None], (-1, 1), "positive weights; that of 'a' is -1"),
+        (Constraints(objective="x", floors={"a": 0}), "a", [None], (1,), "names 'x'"),
+        (Constraints(objective="a", floors={"x": 0}), "ab", [None, None], (1, 1), "names 'x'"),
+        (Constraints(objective="a", floors={"a": 0}), "a", [None], (1,), "floor on its own objective"),
+        (Constraints(objective="a", floors={"b": 0}), "abc", [None] * 3, (1, 1, 1), "needs a floor for 'c'"),
+        (Constraints(objective="a", floors={"b": 0}), "ab", [None] * 2, (1, 0), "positive weights; that of 'b'"),
+    ],
+    ids=str,
+)
+def test_rewards_that_do_not_go_together_are_refused(
+    rule: Combine, labels: str, specs: list[Any], weights: tuple[float, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        rule.check(list(labels), [parse_chain(spec) for spec in specs], weights)
+
+
+def test_what_goes_together_passes() -> None:
+    Sum().check(["a"], [parse_chain(None)], (-1.0,))
+    And().check(["a", "b"], [parse_chain(["standardize", "log_sigmoid"]), And.default_chain], (1.0, 0.0))
+    Constraints(objective="a", floors={"b": 0}).check(["b", "a"], [parse_chain(None)] * 2, (1.0, 1.0))
+    assert And.default_chain.dump() == [{"name": "log_sigmoid", "reference": {"quantile": 0.85}, "temperature": 1.0}]
+    assert all(rule.default_chain is None for rule in RULES if rule.name != "and")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("maxmin", {"beta": 0}),
+        ("maxmin", {"beta": float("inf")}),
+        ("constraints", {"objective": "a", "floors": {}}),
+        ("constraints", {"objective": "a"}),
+        ("constraints", {"objective": "a", "floors": {"b": float("nan")}}),
+        ("sum", {"beta": 1}),
+        ("and", {"name": "sum"}),
+    ],
+)
+def test_wrong_parameters_are_refused(name: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        COMBINES[name].model_validate(fields)
