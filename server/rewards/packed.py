@@ -16,7 +16,7 @@ import torch
 
 from guiderail.kernels import reward_head
 from guiderail.kernels.shared_prefix_attention import Context, Layout, shared_prefix_attention
-from guiderail.server.rewards.fast_modules import norm_parts, speed_up
+from guiderail.server.rewards.fast_modules import norm_parts, only_last_rows, speed_up
 from guiderail.server.rewards.prefix_tree import Node, PrefixTree
 from guiderail.server.rewards.stats import RunnerStats
 
@@ -50,6 +50,7 @@ class PackedRunner:
         self._device, self._dtype = first.device, first.dtype
         if self._device.type == "cpu":
             speed_up(decoder)
+        self._last_mlp = only_last_rows(decoder)
         decoder.set_attn_implementation(IMPLEMENTATION)
         self._heads = heads.to(self._device, torch.float32)
         layers, kv_heads, dim = _kv_shape(decoder)
@@ -98,10 +99,10 @@ class PackedRunner:
             asked = sum(map(len, sequences))
             self.stats.tokens_asked += asked
             if order:
-                hidden = self._forward(order, work)
                 wanted = [node for node in dict.fromkeys(ends) if not node.ready]
                 rows = {id(node): end - 1 for node, (_, end) in zip(order, work.layout.segments, strict=True)}
                 last = torch.tensor([rows[id(node)] for node in wanted], device=self._device)
+                hidden = self._forward(order, work, last)
                 values = reward_head(
                     hidden, last, self._norm_weight, self._eps, self._heads, None,
                     gemma_style=self._norm_minus_one, validate=False,
@@ -166,8 +167,10 @@ class PackedRunner:
         layout = Layout(tuple(segments), contexts, torch.from_numpy(positions).to(device))
         return order, _Pass(layout, torch.from_numpy(self_slots).to(device))
 
-    def _forward(self, order: Sequence[Node], work: _Pass) -> Any:
-        """Hidden states [T, H] of the new tokens before the final norm; fills the pool."""
+    def _forward(self, order: Sequence[Node], work: _Pass, last: Any) -> Any:
+        """Hidden states [T, H] of the new tokens before the final norm, right in rows `last`; fills the pool."""
+        if self._last_mlp is not None:
+            self._last_mlp.rows = last
         ids = torch.tensor([token for node in order for token in node.tokens], device=self._device)
         self.stats.passes += 1
         output = self._decoder(

@@ -1,0 +1,247 @@
+"""Guiderail under load: `make bench-load` (about 25 minutes on 2 cores; ARGS="--only overload" for a part).
+
+plain      Guiderail against `vllm serve` (same version, model and settings), both up, taking turns at three loads
+mixed      plain chats beside best-of-8 and Transfer Q*, at 0.7 of what saturates the mix, against plain chats alone
+overload   5 times the saturating load for two minutes: refusals, deadlines, memory, and service afterwards
+chaos      ten minutes of mixed traffic, a tenth of the clients hanging up, the engine killed in the middle
+
+Every load comes from `guiderail loadtest` in a process of its own; client times count from the scheduled send.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
+from load_servers import Server, guiderail, vllm
+from report import write_section
+
+PLAIN = {"name": "plain", "share": 70, "max_tokens": 64}
+BEST = {
+    "name": "best_of_8",
+    "share": 20,
+    "max_tokens": 64,
+    "alignment": {"guide": {"name": "best_of_n", "n": 8}, "rewards": ["sentiment"]},
+}
+SEARCH = {
+    "name": "transfer_q",
+    "share": 10,
+    "max_tokens": 16,
+    "alignment": {"guide": {"name": "transfer_q", "top_k": 5, "lookahead": 8}, "rewards": ["sentiment"]},
+}
+MIX = [PLAIN, BEST, SEARCH]
+
+
+def loadtest(server: Server, folder: Path, classes: list[dict[str, Any]], *flags: str) -> dict[str, Any]:
+    """Runs `guiderail loadtest` against a server; gives its JSON."""
+    traffic = folder / "traffic.yaml"
+    traffic.write_text(json.dumps({"classes": classes}))  # JSON is YAML
+    result = folder / f"result-{time.monotonic_ns()}.json"
+    command = [
+        str(Path(sys.executable).with_name("guiderail")), "loadtest", "--base-url", server.url, "--traffic",
+        str(traffic), "--unique-prompts", "--disable-tqdm", "--save-result", "--result-dir", str(folder),
+        "--result-filename", result.name, "--ignore-eos", *flags,
+    ]  # fmt: skip
+    process = psutil.Popen(command, stdout=-3)
+    if process.wait() != 0 or not result.exists():
+        raise SystemExit(f"loadtest failed: {' '.join(command)}")
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def p99_ttft(result: dict[str, Any], kind: str) -> float:
+    """Milliseconds."""
+    value: float = result["classes"][kind]["latency_ms"]["ttft"]["percentiles"]["99"]
+    return value
+
+
+def verdict(value: float, target: float, *, at_most: bool) -> str:
+    """Whether a target was met, for the tables."""
+    return "met" if (value <= target if at_most else value >= target) else "**missed**"
+
+
+def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[str, Any]]:
+    """Throughput and p99 TTFT of plain chats, Guiderail over `vllm serve`, at three loads."""
+    with vllm(folder) as theirs, guiderail(folder) as ours:
+        full = loadtest(theirs, folder, [PLAIN], "--max-concurrency", "64", "--num-prompts", "192")
+        saturation = full["request_throughput"]
+        rows: dict[float, list[dict[str, float]]] = {}
+        for turn in range(rounds):
+            for share in (0.3, 0.6, 0.9):
+                rate, pair = share * saturation, {}
+                order = [("vllm", theirs), ("ours", ours)]
+                for name, server in order if turn % 2 == 0 else order[::-1]:
+                    time.sleep(2)  # the other one's idle processes poll for a second
+                    flags = ("--request-rate", f"{rate:.3f}", "--duration", f"{seconds:g}", "--seed", str(turn))
+                    result = loadtest(server, folder, [PLAIN], *flags)
+                    pair[f"{name}_throughput"] = result["output_throughput"]
+                    pair[f"{name}_p99_ttft"] = p99_ttft(result, "plain")
+                    pair[f"{name}_failed"] = float(result["failed"])
+                rows.setdefault(share, []).append(pair)
+    lines = [
+        f"Plain chats of 64 tokens, Poisson arrivals, {rounds} x {seconds:g} s a load, servers taking turns. Saturation: "
+        f"{saturation:.2f} requests/s, closed loop of 64 users at `vllm serve`. Ratios are medians over rounds (smallest-largest).",
+        "",
+        "| load | throughput, Guiderail / vllm serve | target | | p99 TTFT, Guiderail / vllm serve | target | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for share, pairs in rows.items():
+        through = sorted(p["ours_throughput"] / p["vllm_throughput"] for p in pairs)
+        ttft = sorted(p["ours_p99_ttft"] / p["vllm_p99_ttft"] for p in pairs)
+        t, f = statistics.median(through), statistics.median(ttft)
+        lines.append(
+            f"| {share} of saturation | {t:.3f} ({through[0]:.3f}-{through[-1]:.3f}) | >= 0.97 "
+            f"| {verdict(t, 0.97, at_most=False)} | {f:.2f} ({ttft[0]:.2f}-{ttft[-1]:.2f}) | <= 1.05 "
+            f"| {verdict(f, 1.05, at_most=True)} |"
+        )
+    return lines, {"saturation_rps": saturation, "rounds": {str(k): v for k, v in rows.items()}}
+
+
+def mixed(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
+    """What the mix does to plain chats: their p99 TTFT at 0.7 of the mix's saturation over theirs alone."""
+    with guiderail(folder) as ours:
+        full = loadtest(ours, folder, MIX, "--max-concurrency", "32", "--num-prompts", "120")
+        rate = 0.7 * full["request_throughput"]
+        together, alone = [], []
+        for turn in range(2):
+            flags = ("--duration", f"{seconds:g}", "--seed", str(turn), "--num-warmups", "4")
+            alone.append(loadtest(ours, folder, [PLAIN], "--request-rate", f"{0.7 * rate:.3f}", *flags))
+            together.append(loadtest(ours, folder, MIX, "--request-rate", f"{rate:.3f}", *flags))
+        ratios = sorted(p99_ttft(t, "plain") / p99_ttft(a, "plain") for t, a in zip(together, alone, strict=True))
+    value = statistics.median(ratios)
+    lines = [
+        f"Mix: 70% plain (64 tokens), 20% best-of-8 x 64, 10% Transfer Q* (k 5, lookahead 8, 16 tokens). It saturates at "
+        f"{full['request_throughput']:.2f} requests/s (closed loop, 32 users); run at 0.7 of that, 2 x {seconds:g} s.",
+        "",
+        f"- Plain chats' p99 time to first token, in the mix / alone at the same rate of theirs: **{value:.2f}** "
+        f"({ratios[0]:.2f}-{ratios[-1]:.2f}); target <= 2: {verdict(value, 2, at_most=True)}.",
+    ]
+    for name in ("plain", "best_of_8", "transfer_q"):
+        figures = together[-1]["classes"][name]["latency_ms"]
+        lines.append(
+            f"- {name}: median TTFT {figures['ttft']['median']:.0f} ms, p99 {figures['ttft']['percentiles']['99']:.0f} ms, "
+            f"median end-to-end {figures['e2el']['median']:.0f} ms."
+        )
+    return lines, {"saturation_rps": full["request_throughput"], "ratios": ratios}
+
+
+def overload(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
+    """5 times the saturating load: nothing breaks, deadlines hold, the rest is refused quickly."""
+    deadline = 10.0
+    flags = ("--max-num-seqs", "64")
+    bounded = [{**PLAIN, "alignment": {"budget": {"deadline_s": deadline}}}]
+    with guiderail(folder, *flags) as ours:
+        full = loadtest(ours, folder, bounded, "--max-concurrency", "64", "--num-prompts", "192")
+        saturation = full["request_throughput"]
+        calm = ("--request-rate", f"{saturation / 2:.3f}", "--duration", "20")
+        before = loadtest(ours, folder, bounded, *calm)
+        memory = ours.memory()
+        storm = loadtest(ours, folder, bounded, "--request-rate", f"{5 * saturation:.3f}", "--duration", f"{seconds:g}")
+        rows_left = ours.metric("engine_rows")
+        after = loadtest(ours, folder, bounded, *calm)
+        grown = ours.memory() / memory
+        alive = httpx.get(f"{ours.url}/health").status_code == 200
+    late = storm["latency_ms"]["e2el_from_send"]["max"] / 1000
+    refused = storm["latency_ms"]["rejection"]["percentiles"]["99"]
+    outcomes = {key: value for key, value in storm["outcomes"].items() if value}
+    again = after["latency_ms"]["ttft"]["median"] / before["latency_ms"]["ttft"]["median"]
+    checks = {
+        "server alive": alive,
+        "only answers and 429": set(outcomes) <= {"completed", "rejected_429"},
+        f"answers within their deadline of {deadline:g} s and 0.5 s": late <= deadline + 0.5,
+        "engine rows left after it: 0": rows_left == 0,
+        "memory afterwards at most 1.05 of before": grown <= 1.05,
+    }
+    lines = [
+        f"{5 * saturation:.1f} requests/s (5 x saturation) of plain chats with a deadline of {deadline:g} s for {seconds:g} s: "
+        f"{storm['sent']} sent, {outcomes}.",
+        "",
+        *(f"- {text}: {'yes' if held else '**no**'}" for text, held in checks.items()),
+        f"- slowest answer {late:.2f} s after its send; 99% of refusals within {refused:.0f} ms; throughput of answers "
+        f"{storm['request_throughput'] / saturation:.2f} of saturation",
+        f"- memory after / before {grown:.3f}; median TTFT at half load after / before {again:.2f}",
+    ]
+    return lines, {"checks": checks, "outcomes": outcomes, "memory": grown, "ttft_after_before": again}
+
+
+def chaos(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
+    """Mixed traffic with clients that hang up and an engine that dies: all is answered, and the counts agree."""
+    with guiderail(folder) as ours:
+        full = loadtest(ours, folder, MIX, "--max-concurrency", "16", "--num-prompts", "60")
+        before = ours.outcomes()
+        rate = 0.5 * full["request_throughput"]
+        ours.kill_engine_after(seconds / 2)
+        result = loadtest(
+            ours, folder, MIX, "--request-rate", f"{rate:.3f}", "--duration", f"{seconds:g}",
+            "--cancellation-rate", "0.1", "--cancel-after-tokens", "1-8", "--cancel-after-s", "0.2-3",
+        )  # fmt: skip
+        time.sleep(3)
+        told = {key: value - before.get(key, 0) for key, value in ours.outcomes().items()}
+        running = ours.metric("num_requests_running")
+        rows = ours.metric("engine_rows")
+        restarts = ours.metric("engine_restarts_total")
+    seen = result["outcomes"]
+    errors = sum(v for k, v in seen.items() if k in ("http_error", "stream_error"))
+    unclear = seen.get("connection_error", 0) + seen.get("timeout", 0)
+    # A client that hung up may have done so after the server had finished: these two are compared together.
+    sums = {
+        "sent": (result["sent"], sum(told.values())),
+        "answered, or given up by the client": (
+            seen["completed"] + seen["cancelled"], told.get("success", 0) + told.get("cancelled", 0)
+        ),
+        "errors": (errors, told.get("error", 0) + told.get("rejected", 0)),
+        "refused with 429": (seen.get("rejected_429", 0), told.get("overloaded", 0)),
+    }  # fmt: skip
+    checks = {
+        "every request ended in an answer, a clear error or the client's own hanging up": unclear == 0,
+        "client and /metrics agree on every count": all(a == b for a, b in sums.values()),
+        "the engine was started again once": restarts == 1,
+        "nothing is left running": running == 0 and rows == 0,
+    }
+    lines = [
+        f"{seconds / 60:g} minutes of the mix at {rate:.2f} requests/s, 10% of the clients hanging up, the engine's process "
+        f"killed in the middle: { ({k: v for k, v in seen.items() if v}) }.",
+        "",
+        *(f"- {text}: {'yes' if held else '**no**'}" for text, held in checks.items()),
+        "",
+        "| | client | /metrics |",
+        "|---|---|---|",
+        *(f"| {name} | {a} | {b:g} |" for name, (a, b) in sums.items()),
+        "",
+        f"Errors that clients saw: {result['error_messages'] or 'none'}.",
+    ]
+    return lines, {"checks": checks, "client": seen, "metrics": told}
+
+
+def main() -> None:
+    """Runs the parts and writes a section for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=("plain", "mixed", "overload", "chaos"))
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies all durations; below 1 is a rehearsal")
+    parser.add_argument("--rounds", type=int, default=3, help="of the plain comparison (3)")
+    args = parser.parse_args()
+    parts: dict[str, tuple[str, Callable[[Path], tuple[list[str], dict[str, Any]]]]] = {
+        "plain": ("Plain load against vllm serve", lambda f: plain(f, 30 * args.scale, args.rounds)),
+        "mixed": ("Mixed load", lambda f: mixed(f, 60 * args.scale)),
+        "overload": ("Overload", lambda f: overload(f, 120 * args.scale)),
+        "chaos": ("Chaos", lambda f: chaos(f, 600 * args.scale)),
+    }
+    for key, (title, part) in parts.items():
+        if args.only in (None, key):
+            with tempfile.TemporaryDirectory() as folder:
+                lines, data = part(Path(folder))
+            command = "make bench-load" if args.scale == 1 else f'make bench-load ARGS="--scale {args.scale:g}"'
+            write_section(f"load_{key}", title, command, lines, data)
+
+
+if __name__ == "__main__":
+    main()
