@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "guides", "server")  # each may import itself and those before it
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+LOADTEST = sorted((ROOT / "deploy" / "loadtest").rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
@@ -33,12 +34,25 @@ def test_file_keeps_the_rules(path: Path) -> None:
     rank = PACKAGES.index(path.relative_to(ROOT).parts[0])
     for later in PACKAGES[rank + 1 :]:
         assert not any(n == f"guiderail.{later}" or n.startswith(f"guiderail.{later}.") for n in names)
-    assert not any(n.split(".")[0] in PACKAGES for n in names), "imports go through guiderail."
+    keeps_the_common_rules(path, names)
     if path.parent != ROOT / "server" / "engines" or not path.stem.startswith("vllm"):
         assert not any(n.split(".")[0] == "vllm" for n in names), "vLLM is imported in server/engines/vllm*.py alone"
+
+
+def keeps_the_common_rules(path: Path, names: set[str]) -> None:
+    assert not any(n.split(".")[0] in PACKAGES for n in names), "imports go through guiderail."
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text)), "says in its first lines what it does"
     assert text.count("\n") <= 300
+
+
+@pytest.mark.parametrize("path", LOADTEST, ids=lambda p: p.name)
+def test_the_load_test_knows_servers_by_http_alone(path: Path) -> None:
+    names = imports(path)
+    keeps_the_common_rules(path, names)
+    ours = {n for n in names if n.startswith("guiderail.") and not n.startswith("guiderail.loadtest")}
+    assert all(n.startswith("guiderail.guides.errors") for n in ours)
+    assert not any(n.split(".")[0] in ("torch", "vllm", "transformers", "fastapi") for n in names)
 
 
 def test_every_package_is_distributed() -> None:
@@ -47,7 +61,7 @@ def test_every_package_is_distributed() -> None:
     there = {
         ".".join(["guiderail", *path.parent.relative_to(ROOT).parts]) for path in FILES if path.name == "__init__.py"
     }
-    assert listed == there
+    assert listed == there | {"guiderail.loadtest"}
 
 
 def test_guides_need_neither_torch_nor_vllm() -> None:

@@ -1,0 +1,33 @@
+"""Server-sent events out of the pieces in which they arrive (WHATWG HTML, section 9.2).
+
+Lines may end in LF or CR LF. A bare CR, which the standard allows too, is sent by no server known to us and is not
+taken for a line end.
+"""
+
+
+class SseParser:
+    """Keeps what is left of an unfinished event between pieces."""
+
+    __slots__ = ("_data", "_name", "_tail")
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self._name = ""
+        self._data: list[bytes] = []
+
+    def feed(self, piece: bytes) -> list[tuple[str, bytes]]:
+        """The events that `piece` completes, each as its name ("" if unnamed) and its data. Comments are dropped."""
+        lines = (self._tail + piece).split(b"\n")
+        self._tail = lines.pop()
+        events: list[tuple[str, bytes]] = []
+        for raw in lines:
+            line = raw.removesuffix(b"\r")
+            if not line:
+                if self._data:
+                    events.append((self._name, b"\n".join(self._data)))
+                self._name, self._data = "", []
+            elif line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif line.startswith(b"event:"):
+                self._name = line[6:].removeprefix(b" ").decode(errors="replace")
+        return events

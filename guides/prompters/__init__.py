@@ -1,0 +1,21 @@
+"""Prompters: how a conversation becomes the prompt of the served model, and what of its output is the answer."""
+
+from guiderail.guides.prompters.base import Cleaner, Prompter
+from guiderail.guides.prompters.styles import Style, load_style
+from guiderail.guides.prompters.system_message import SystemMessage
+from guiderail.guides.prompters.template import Template
+from guiderail.guides.prompters.urial import Urial, urial_with
+
+PROMPTERS: dict[str, type[Prompter]] = {cls.name: cls for cls in (Template, Urial, SystemMessage)}
+
+__all__ = [
+    "PROMPTERS",
+    "Cleaner",
+    "Prompter",
+    "Style",
+    "SystemMessage",
+    "Template",
+    "Urial",
+    "load_style",
+    "urial_with",
+]

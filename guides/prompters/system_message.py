@@ -1,0 +1,79 @@
+"""Preferences of one request as a structured system message, put through the model's chat template.
+
+Layout of the message (the part of a role only where one is given):
+
+    # Role
+    a patient teacher
+
+    # Preferences
+    Every answer follows these preferences. Where two of them conflict, the one further up decides.
+    1. Use short sentences.
+    2. Give an example for each claim.
+
+A conversation that begins with a system message keeps that text first, unchanged, with a blank line between; one
+that does not gets the message as its first.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, Field
+
+from guiderail.guides.prompters.base import Prompter
+from guiderail.guides.reward import Renderer, Services
+from guiderail.guides.types import Message, TokenPrompt
+
+RULE = "Every answer follows these preferences. Where two of them conflict, the one further up decides."
+
+
+def _one_line(text: str) -> str:
+    """White space folded to single spaces, so that a statement cannot add headings or items. Raises ValueError."""
+    folded = " ".join(text.split())
+    if not folded:
+        raise ValueError("must not be blank")
+    return folded
+
+
+Line = Annotated[str, Field(max_length=2000), AfterValidator(_one_line)]
+
+
+class SystemMessage(Prompter):
+    """The model's chat template, with preferences of this request in the system message."""
+
+    name: ClassVar[str] = "system_message"
+
+    preferences: tuple[Line, ...] = Field(
+        min_length=1, max_length=20, description="Statements that answers follow, the most important first."
+    )
+    role: Line | None = Field(None, description="Who the assistant is.")
+
+    def check(self, services: Services) -> None:
+        if not services.renderer.has_chat_template:
+            raise ValueError("this model has no chat template to put a system message in; for base models use 'urial'")
+
+    @property
+    def text(self) -> str:
+        """The system message by itself."""
+        items = "\n".join(f"{number}. {line}" for number, line in enumerate(self.preferences, 1))
+        role = "" if self.role is None else f"# Role\n{self.role}\n\n"
+        return f"{role}# Preferences\n{RULE}\n{items}"
+
+    def messages(self, given: Sequence[Message]) -> list[Message]:
+        """The conversation with the preferences in its system message."""
+        if given and given[0].role == "system":
+            return [Message("system", f"{given[0].content}\n\n{self.text}"), *given[1:]]
+        return [Message("system", self.text), *given]
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        renderer: Renderer,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> TokenPrompt:
+        return renderer.render(
+            self.messages(messages),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )

@@ -1,0 +1,26 @@
+"""The model's own chat template, as it is."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from guiderail.guides.prompters.base import Prompter
+from guiderail.guides.reward import Renderer
+from guiderail.guides.types import Message, TokenPrompt
+
+
+class Template(Prompter):
+    """The model's own chat template, unchanged."""
+
+    name: ClassVar[str] = "template"
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        renderer: Renderer,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> TokenPrompt:
+        return renderer.render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+        )
