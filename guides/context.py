@@ -84,8 +84,7 @@ class Context:
 
     def generate(self, prompts: Sequence[TokenPrompt], sampling: SamplingSpec, seeds: Sequence[int | None]) -> Rollouts:
         """Engine.generate, counted in `spend` and cut off at the request's limits."""
-        budget = self.limits.max_tokens_generated
-        if budget is not None and self.spend.tokens_generated + len(prompts) * sampling.max_tokens > budget:
+        if self.limits.max_tokens_generated is not None:  # shared with what else the request has in the engine
             sampling = replace(sampling, stream=True)  # tokens have to be seen to be counted in time
         if self.selection.needs_logprobs and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)

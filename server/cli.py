@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
@@ -29,12 +30,29 @@ SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
         {
             "action": "append",
             "metavar": "NAME=PATH[,KEY=VALUE]",
-            "help": "serve a reward model (folder, Hub id or bundled head); keys: backend, head, dtype, kv_gb",
+            "help": "serve a reward model (folder, Hub id or bundled head); keys: backend, head, dtype, kv_gb; "
+            "on remote vLLM pooling servers: backend=vllm, url=http://host:port[|...], model, key_env",
         },
     ),
+    (
+        "calibration",
+        {"action": "append", "metavar": "FILE", "help": "stored calibration of a reward (guiderail rewards calibrate)"},
+    ),
+    ("encoder", {"help": "sentence encoder for mbr selection: folder or Hub id (the embedded all-MiniLM-L6-v2)"}),
+    ("urial", {"action": "append", "metavar": "NAME=FILE.md", "help": "a style for prompter urial; may be repeated"}),
     ("cache-dir", {"help": "folder for converted models (~/.cache/guiderail)"}),
     ("drain-timeout-s", {"type": float, "help": "seconds that requests in flight get at shutdown (10)"}),
 ]
+
+
+# Commands in modules of their own, with add_arguments and run; importing them is cheap.
+TASKS = {
+    "rewards train": ("server.training.command", "fit a Bradley-Terry head on preference pairs"),
+    "rewards evaluate": ("server.evaluation.rewards", "how well rewards rank preference pairs"),
+    "rewards calibrate": ("server.evaluation.calibrate", "store a reward's quantiles under the served model"),
+    "loadtest": ("loadtest.command", "load-test any OpenAI-compatible server"),
+    "evaluate curve": ("server.evaluation.curve", "gold reward of best-of-N against N and KL"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from guiderail.server.settings import load
 
     try:
+        if hasattr(args, "run"):  # a command of its own module
+            status: int = args.run(args)
+            return status
         flags = _flags(args)
         settings = load(flags, getattr(args, "config", None))
         if args.command == "serve":
@@ -55,10 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if args.command == "models":
             return listing.models(settings, args.prepare)
-        if args.command == "rewards" and args.task == "train":
-            from guiderail.server.training.command import train
-
-            return train(args)
         if args.command == "version":
             return listing.version()
         return listing.plugins(args.command)
@@ -84,12 +101,16 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("prepare", nargs="?", metavar="NAME", help="convert this model into the cache now")
     models.add_argument("--cache-dir", default=argparse.SUPPRESS)
     commands.add_parser("guides", help="list the guides")
-    rewards = commands.add_parser("rewards", help="list the rewards, or train a reward head")
-    tasks = rewards.add_subparsers(dest="task")
-    train = tasks.add_parser("train", help="fit a Bradley-Terry head on preference pairs")
-    from guiderail.server.training.command import add_arguments
-
-    add_arguments(train)
+    rewards = commands.add_parser("rewards", help="list the rewards; train, evaluate or calibrate one")
+    evaluate = commands.add_parser("evaluate", help="measure the served model under a reward")
+    groups = {"rewards": rewards.add_subparsers(dest="task"), "evaluate": evaluate.add_subparsers(required=True)}
+    for name, (module, text) in TASKS.items():
+        group, _, task = name.rpartition(" ")
+        command = import_module(f"guiderail.{module}")
+        sub = (groups[group] if group else commands).add_parser(task, help=text, description=command.__doc__)
+        sub.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -101,13 +122,14 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
         from guiderail.server.rewards.spec import parse_flag
 
         flags["reward"] = dict(parse_flag(item) for item in flags["reward"])
-    if "lora" in flags:
-        from guiderail.server.settings import SettingsError
+    for flag in ("lora", "urial"):
+        if flag in flags:
+            from guiderail.server.settings import SettingsError
 
-        pairs = [item.partition("=") for item in flags["lora"]]
-        if not all(name and path for name, _, path in pairs):
-            raise SettingsError("--lora takes NAME=PATH")
-        flags["lora"] = {name: path for name, _, path in pairs}
+            pairs = [item.partition("=") for item in flags[flag]]
+            if not all(name and path for name, _, path in pairs):
+                raise SettingsError(f"--{flag} takes NAME=PATH")
+            flags[flag] = {name: path for name, _, path in pairs}
     return flags
 
 

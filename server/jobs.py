@@ -8,11 +8,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
-from guiderail.guides.base import Context, Limits
+from guiderail.guides.base import Limits
+from guiderail.guides.context import Context
+from guiderail.guides.prompters import Template
 from guiderail.guides.spend import Spend
 from guiderail.guides.types import PROMPT, Event, Final, Message, SamplingSpec, Token, TokenPrompt
+from guiderail.server.admission import Admission
 from guiderail.server.alignment import Alignment
 from guiderail.server.errors import ApiError, bad_request
 from guiderail.server.protocol import ChatRequest, CompletionRequest, SamplingFields
@@ -21,15 +25,34 @@ from guiderail.server.state import ServerState
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request ready to run."""
+    """A request ready to run. `rows` and `tokens` are what it may take of the engine at most."""
 
     model: str
     alignment: Alignment
     contexts: tuple[Context, ...]
     spend: Spend
+    admission: Admission
+    priority: int
+    rows: int
+    tokens: int
 
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """(answer's index, event) of all answers as they come. Closing it cancels all work."""
+        """(answer's index, event) of all answers as they come, once admitted. Closing it cancels all work.
+
+        Raises ApiError (429) at once if the server is overloaded.
+        """
+        deadline = self.contexts[0].limits.deadline
+        async with self.admission.slot(self.rows, self.tokens, priority=self.priority, deadline=deadline) as waited:
+            self.spend.queued_s = waited
+            began = time.monotonic()
+            try:
+                async with aclosing(self._events()) as events:
+                    async for item in events:
+                        yield item
+            finally:
+                self.admission.finished(self.spend.tokens_generated, time.monotonic() - began, self.rows)
+
+    async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
         if len(self.contexts) == 1:
             async with aclosing(self._run(0)) as events:
                 async for event in events:
@@ -59,12 +82,18 @@ class Job:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, index: int) -> AsyncGenerator[Event, None]:
-        accepted = 0
-        async with aclosing(self.alignment.guide.run(self.contexts[index])) as events:
+        accepted, ctx = 0, self.contexts[index]
+        cleaner = ctx.cleaner()
+        async with ctx, aclosing(self.alignment.guide.run(ctx)) as events:
             async for event in events:
                 if isinstance(event, Token):
                     accepted += len(event.token_ids)
+                    if ctx.sampling.logprobs is None and event.logprobs is not None:  # drawn for selection alone
+                        event = replace(event, logprobs=None)
+                    event = replace(event, text=cleaner.push(event.text))
                 elif isinstance(event, Final):
+                    if rest := cleaner.finish():
+                        yield Token(rest, ())
                     self.spend.tokens_accepted += accepted
                 yield event
 
@@ -72,19 +101,24 @@ class Job:
 def chat_job(state: ServerState, request: ChatRequest) -> Job:
     """Checks and renders a chat request. Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
+    alignment = state.resolver.resolve(request.alignment, profile)
     messages = tuple(m.message for m in request.messages)
-    prompt = state.renderer.render(
+    prompt = alignment.prompter.render(
         messages,
+        state.renderer,
         add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
         continue_final_message=request.continue_final_message,
     )
     prompts = [(messages, TokenPrompt(prompt.token_ids, adapter))]
-    return _job(state, request, model, profile, prompts)
+    return _job(state, request, model, alignment, prompts)
 
 
 def completion_job(state: ServerState, request: CompletionRequest) -> Job:
     """Checks and tokenizes a completion request. Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
+    alignment = state.resolver.resolve(request.alignment, profile)
+    if not isinstance(alignment.prompter, Template):
+        raise bad_request("a text completion is its own prompt: prompters are for chats", "alignment.prompter")
     prompts: list[tuple[tuple[Message, ...], TokenPrompt]] = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
@@ -94,20 +128,21 @@ def completion_job(state: ServerState, request: CompletionRequest) -> Job:
         if not ids:
             raise bad_request("'prompt' is empty", "prompt")
         prompts.append(((Message(PROMPT, text),), TokenPrompt(tuple(ids), adapter)))
-    return _job(state, request, model, profile, prompts)
+    return _job(state, request, model, alignment, prompts)
 
 
 def _job(
     state: ServerState,
     request: ChatRequest | CompletionRequest,
     model: str,
-    profile: str | None,
+    alignment: Alignment,
     prompts: list[tuple[tuple[Message, ...], TokenPrompt]],
 ) -> Job:
-    alignment = state.resolver.resolve(request.alignment, profile)
     limits = state.settings.limits
     if request.n > limits.max_n:
         raise bad_request(f"'n' is {request.n}; this server allows at most {limits.max_n}", "n")
+    if request.priority < limits.min_priority:
+        raise bad_request(f"'priority' must be at least {limits.min_priority} on this server", "priority")
     candidates = request.n * len(prompts) * alignment.guide.candidates()
     if candidates > limits.max_candidates:
         raise bad_request(
@@ -121,6 +156,12 @@ def _job(
         and not alignment.guide.keeps_format
     ):
         raise bad_request(f"guide '{alignment.guide_name}' cannot keep a response_format", "response_format")
+    defaults = type(request).model_fields
+    for field in alignment.guide.refuses():
+        if getattr(request, field) not in (defaults[field].default, None):
+            raise bad_request(
+                f"guide '{alignment.guide_name}' chooses tokens in steps and cannot keep '{field}'", field
+            )
     logprobs = request.num_logprobs
     if logprobs is not None and logprobs > state.engine.max_logprobs:
         field = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
@@ -135,26 +176,36 @@ def _job(
         max_tokens = _max_tokens(state, request, len(prompt.token_ids))
         if request.min_tokens > max_tokens:
             raise bad_request(f"'min_tokens' must not exceed max_tokens, which is {max_tokens}", "min_tokens")
-        sampling = _sampling(request, max_tokens, logprobs)
+        sampling = _sampling(request, max_tokens, logprobs, alignment.prompter.stops)
         contexts += [
             Context(
                 engine=state.engine,
                 scorer=state.scorer,
+                helpers=state.helpers,
                 messages=messages,
                 prompt=prompt,
                 sampling=sampling,
                 rewards=alignment.rewards,
+                combine=alignment.combine,
                 selection=alignment.selection,
+                calibration=alignment.calibration,
                 limits=Limits(deadline, alignment.budget.max_tokens_generated),
                 spend=spend,
                 choice=choice,
+                cleaner=partial(alignment.prompter.cleaner, messages[-1].content if _goes_on(request) else ""),
             )
             for choice in range(request.n)
         ]
-    return Job(model, alignment, tuple(contexts), spend)
+    rows = len(contexts) * alignment.guide.rows()
+    tokens = sum(alignment.guide.cost(ctx.sampling.max_tokens) for ctx in contexts)
+    if alignment.calibration.source != "stored" and any(term.chain.needs_sample for term in alignment.rewards):
+        tokens += len(prompts) * alignment.calibration.n * max(ctx.sampling.max_tokens for ctx in contexts)
+    return Job(model, alignment, tuple(contexts), spend, state.admission, request.priority, rows, tokens)
 
 
-def _sampling(request: SamplingFields, max_tokens: int, logprobs: int | None) -> SamplingSpec:
+def _sampling(
+    request: SamplingFields, max_tokens: int, logprobs: int | None, stops: tuple[str, ...]
+) -> SamplingSpec:
     schema = None
     if request.response_format is not None and request.response_format.type != "text":
         given = request.response_format.json_schema
@@ -166,7 +217,7 @@ def _sampling(request: SamplingFields, max_tokens: int, logprobs: int | None) ->
         top_k=max(0, request.top_k),
         min_p=request.min_p,
         seed=request.seed,
-        stop=request.stops,
+        stop=(*request.stops, *stops),
         stop_token_ids=tuple(request.stop_token_ids),
         include_stop_str_in_output=request.include_stop_str_in_output,
         min_tokens=request.min_tokens,
@@ -180,6 +231,11 @@ def _sampling(request: SamplingFields, max_tokens: int, logprobs: int | None) ->
         json_schema=schema,
         stream=request.stream,
     )
+
+
+def _goes_on(request: SamplingFields) -> bool:
+    """Whether the answer continues the last message."""
+    return isinstance(request, ChatRequest) and request.continue_final_message
 
 
 def _model(state: ServerState, name: str | None) -> tuple[str, str | None, str | None]:

@@ -1,14 +1,28 @@
 """Prometheus metrics, all named here: guiderail:..., after the pattern of vLLM's."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
+from guiderail.guides.report import SelectionReport
 from guiderail.guides.spend import Spend
 from guiderail.server.rewards.stats import RunnerStats
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+NATS = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 10, 20)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is going on at the moment."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    waiting_tokens: int
+    engine_rows: int
+    engine_up: bool
 
 
 class Metrics:
@@ -17,6 +31,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self.in_flight = 0
         base = ("model_name",)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -27,10 +42,20 @@ class Metrics:
 
         self._model = model
         self._requests = counter("requests", "Requests by guide and outcome.", "guide", "outcome")
-        self._tokens = counter("tokens", "Tokens by guide and fate: prompt, accepted, discarded.", "guide", "fate")
-        self._running = Gauge("guiderail:num_requests_running", "Requests being served.", base, registry=self.registry)
-        self._rows = Gauge("guiderail:engine_rows", "Rows open in the engine.", base, registry=self.registry)
-        self._up = Gauge("guiderail:engine_up", "1 while the engine serves.", base, registry=self.registry)
+        self._tokens = counter(
+            "tokens", "Tokens by guide and fate: prompt, accepted, discarded, calibration.", "guide", "fate"
+        )
+        self._gauges = {
+            name: Gauge(f"guiderail:{name}", text, base, registry=self.registry)
+            for name, text in (
+                ("num_requests_running", "Requests being served."),
+                ("num_requests_waiting", "Requests that wait for admission."),
+                ("waiting_tokens", "Tokens that waiting requests may ask for."),
+                ("engine_rows", "Rows open in the engine."),
+                ("engine_up", "1 while the engine serves."),
+            )
+        }
+        self._queue_time = histogram("request_queue_time_seconds", "Wait for admission.", SECONDS)
         self._restarts = counter("engine_restarts", "Times the engine was started again.")
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first committed text.", SECONDS, "guide")
         self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last byte.", SECONDS, "guide")
@@ -43,24 +68,28 @@ class Metrics:
             (*base, "reward", "kind"),
             registry=self.registry,
         )
-        self._running.labels(model)
+        self._calibrations = counter("calibrations", "Calibration samples used, by source.", "source")
+        self._kl = histogram("selection_kl_nats", "KL estimate of an answer's selection, nats.", NATS, "guide")
+        self._ess = histogram("selection_effective_candidates", "Effective sample size of selection.", SIZES, "guide")
+        self._warned = counter("selection_warnings", "Answers with a warning of reward over-optimisation.", "guide")
         self._restarts.labels(model)
 
     def arrived(self) -> None:
-        """A request is being served from now on."""
-        self._running.labels(self._model).inc()
+        """A request is served, or waits, from now on."""
+        self.in_flight += 1
 
     def finished(self, guide: str, outcome: str, spend: Spend, seconds: float) -> None:
-        """A request ended: "success", "error", "cancelled" or "rejected"."""
-        self._running.labels(self._model).dec()
+        """A request ended: "success", "error", "cancelled" or "overloaded" (refused with 429)."""
+        self.in_flight -= 1
         self._requests.labels(self._model, guide, outcome).inc()
         self._e2e.labels(self._model, guide).observe(seconds)
         self._tokens.labels(self._model, guide, "prompt").inc(spend.prompt_tokens)
         self._tokens.labels(self._model, guide, "accepted").inc(spend.tokens_accepted)
+        self._tokens.labels(self._model, guide, "calibration").inc(spend.calibration_tokens)
         self._tokens.labels(self._model, guide, "discarded").inc(spend.tokens_generated - spend.tokens_accepted)
 
     def rejected(self) -> None:
-        """A request was refused before a guide ran."""
+        """A request was refused before a guide ran: outcome "rejected"."""
         self._requests.labels(self._model, "none", "rejected").inc()
 
     def first_token(self, guide: str, seconds: float) -> None:
@@ -79,15 +108,32 @@ class Metrics:
         """A score call failed."""
         self._failed.labels(self._model, reward).inc()
 
+    def calibrated(self, source: str) -> None:
+        """A reward was calibrated on a sample from this source."""
+        self._calibrations.labels(self._model, source).inc()
+
+    def selected(self, guide: str, report: SelectionReport) -> None:
+        """An answer was chosen."""
+        if report.picks:
+            self._kl.labels(self._model, guide).observe(report.kl)
+        if report.effective_sample_size is not None:
+            self._ess.labels(self._model, guide).observe(report.effective_sample_size)
+        if report.warnings:
+            self._warned.labels(self._model, guide).inc()
+
     def restarted(self) -> None:
         """The engine was started again."""
         self._restarts.labels(self._model).inc()
 
-    def render(self, engine_rows: int, engine_up: bool, runners: Mapping[str, RunnerStats]) -> bytes:
+    def queued(self, seconds: float) -> None:
+        """A request was admitted after so long a wait."""
+        self._queue_time.labels(self._model).observe(seconds)
+
+    def render(self, load: Load, runners: Mapping[str, RunnerStats]) -> bytes:
         """The text of /metrics. `runners`: the counts of each reward model."""
         for reward, stats in runners.items():
             for kind in ("asked", "computed", "cached"):
                 self._runner.labels(self._model, reward, kind).set(getattr(stats, f"tokens_{kind}"))
-        self._rows.labels(self._model).set(engine_rows)
-        self._up.labels(self._model).set(engine_up)
+        for name, gauge in self._gauges.items():
+            gauge.labels(self._model).set(getattr(load, name))
         return generate_latest(self.registry)

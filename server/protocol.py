@@ -124,6 +124,7 @@ class SamplingFields(Wire):
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    priority: int = Field(0, ge=-100, le=100)
     alignment: str | dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -191,10 +192,18 @@ class ScoreInput(Wire):
 
 
 class ScoreRequest(Wire):
-    """Body of POST /v1/rewards/score; `rewards` as in the alignment object."""
+    """Body of POST /v1/rewards/score; `rewards`, `combine` and `calibration` as in the alignment object.
+
+    `max_tokens` and `temperature` are those of the answers that calibration draws, if any transform needs them.
+    """
 
     inputs: list[ScoreInput] = Field(min_length=1, max_length=1024)
     rewards: list[str | dict[str, Any]] = Field(min_length=1)
+    combine: str | dict[str, Any] = "sum"
+    calibration: dict[str, Any] = {}
+    max_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, ge=0, le=100)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]

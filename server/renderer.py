@@ -28,6 +28,12 @@ class ChatRenderer:
         """Base models usually have none; chat requests to them are refused."""
         return bool(self._tokenizer.chat_template)
 
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens with which the model ends an answer."""
+        end = self._tokenizer.eos_token_id
+        return frozenset() if end is None else frozenset({int(end)})
+
     def render(
         self,
         messages: Sequence[Message],
@@ -38,8 +44,8 @@ class ChatRenderer:
         """Token ids of a conversation. Raises RequestError if the template refuses it."""
         if not self.has_chat_template:
             raise RequestError(
-                "this model has no chat template (it is a base model): use /v1/completions, "
-                "or have the server started with --chat-template",
+                "this model has no chat template (it is a base model): use alignment.prompter urial, /v1/completions, "
+                "or a server started with --chat-template",
                 "messages",
             )
         try:
@@ -54,14 +60,19 @@ class ChatRenderer:
             raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
         return TokenPrompt(tuple(ids))
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of raw text; with `add_special_tokens` as the start of a prompt (BOS where the model has it)."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
+        """Token ids of raw text; with `add_special_tokens` as the start of a prompt (BOS where the model has it).
+
+        plain: what looks like a special token is ordinary text.
+        """
+        ids: list[int] = self._tokenizer(
+            text, add_special_tokens=add_special_tokens, split_special_tokens=plain
+        )["input_ids"]
         return ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a token sequence, special tokens left out."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of a token sequence, by default without special tokens."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def _token_text(self, token_id: int) -> str:

@@ -15,6 +15,7 @@ from guiderail.guides.registry import describe
 from guiderail.server.errors import ApiError, bad_request, from_exception, from_validation
 from guiderail.server.http import ClientGone, EventStream, error_response, json_response, read_object, until_disconnect
 from guiderail.server.jobs import chat_job, completion_job
+from guiderail.server.metrics import Load
 from guiderail.server.protocol import UNSUPPORTED, ChatRequest, CompletionRequest, ScoreRequest
 from guiderail.server.rewards.neural import NeuralReward
 from guiderail.server.scoring import score_request
@@ -108,7 +109,15 @@ def build_router(state: ServerState) -> APIRouter:
     async def metrics() -> Response:
         """Prometheus metrics."""
         runners = {n: r.stats for n, r in state.rewards.items() if isinstance(r, NeuralReward) and r.stats is not None}
-        body = state.metrics.render(state.engine.num_running(), state.engine.up, runners)
+        waiting = state.admission.waiting
+        load = Load(
+            num_requests_running=state.metrics.in_flight - waiting,
+            num_requests_waiting=waiting,
+            waiting_tokens=state.admission.waiting_tokens,
+            engine_rows=state.engine.num_running(),
+            engine_up=state.engine.up,
+        )
+        body = state.metrics.render(load, runners)
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router

@@ -1,41 +1,68 @@
-"""POST /v1/rewards/score: scores given answers with the server's rewards, without generating anything."""
+"""POST /v1/rewards/score: raw, transformed and combined scores of given answers, without generating candidates."""
 
 from typing import Any
 
-from guiderail.guides.pipeline import combine
+from guiderail.guides.base import Limits
+from guiderail.guides.calibration import CalibrationSpec
+from guiderail.guides.context import Context
+from guiderail.guides.pipeline.select import Argmax
+from guiderail.guides.spend import Spend
 from guiderail.guides.tasks import together
-from guiderail.guides.types import Answer, ScoreGroup
+from guiderail.guides.types import Candidate, SamplingSpec
+from guiderail.server.errors import bad_request
+from guiderail.server.parsing import parse
 from guiderail.server.protocol import ScoreInput, ScoreRequest
 from guiderail.server.state import ServerState
 
 
 async def score_request(state: ServerState, request: ScoreRequest) -> dict[str, Any]:
     """The response body. Raises ApiError for bad rewards, RewardFailed if one fails."""
-    terms = state.resolver.terms(list(request.rewards))
-    groups = [(item, term) for item in request.inputs for term in terms]
-    results = iter(
-        await together(
-            state.scorer.score(term.name, _group(state, item, term.params), id(request)) for item, term in groups
-        )
-    )
-    data, tokens = [], 0
-    for index, item in enumerate(request.inputs):
-        scored = [next(results) for _ in terms]
-        tokens += sum(result.tokens for result in scored)
-        answers = []
-        for i in range(len(item.answers)):
-            raw = {term.label: result.values[i] for term, result in zip(terms, scored, strict=True)}
-            answers.append({"index": i, "rewards": raw, "score": combine(terms, raw)})
-        data.append({"index": index, "answers": answers})
-    return {"object": "list", "data": data, "usage": {"reward_tokens": tokens}}
+    spec: CalibrationSpec = parse(CalibrationSpec, dict(request.calibration), "calibration")
+    spend = Spend()
+    jobs = [_context(state, request, item, spec, spend) for item in request.inputs]
+    inputs = await together(_score(ctx, candidates) for ctx, candidates in jobs)
+    data = [{"index": index, **scored} for index, scored in enumerate(inputs)]
+    usage = {"reward_tokens": spend.reward_tokens, "calibration_tokens": spend.calibration_tokens}
+    return {"object": "list", "data": data, "usage": usage}
 
 
-def _group(state: ServerState, item: ScoreInput, params: Any) -> ScoreGroup:
+async def _score(ctx: Context, candidates: list[Candidate]) -> dict[str, Any]:
+    async with ctx:
+        await ctx.score(candidates)
+    ctx.rate(candidates)
+    answers = [
+        {"index": c.index, "rewards": c.rewards, "transformed": c.transformed, "score": c.combined} for c in candidates
+    ]
+    return {"answers": answers, "calibration": ctx.report.calibration}
+
+
+def _context(
+    state: ServerState, request: ScoreRequest, item: ScoreInput, calibration: CalibrationSpec, spend: Spend
+) -> tuple[Context, list[Candidate]]:
+    terms, combine = state.resolver.pipeline(list(request.rewards), request.combine, len(item.answers))
     messages = tuple(m.message for m in item.messages)
     goes_on = messages[-1].role == "assistant"
     prompt = state.renderer.render(messages, add_generation_prompt=not goes_on, continue_final_message=goes_on)
-    answers = []
-    for answer in item.answers:
+    room = state.engine.max_model_len - len(prompt.token_ids)
+    if room < 1 and any(term.chain.needs_sample for term in terms):
+        raise bad_request("an input leaves no room in the model's context for calibration", "inputs")
+    candidates = []
+    for index, answer in enumerate(item.answers):
         text, partial = (answer, False) if isinstance(answer, str) else (answer.text, answer.partial)
-        answers.append(Answer(text, tuple(state.renderer.encode(text)), partial))
-    return ScoreGroup(messages, prompt, tuple(answers), params)
+        reason = "partial" if partial else "stop"
+        candidates.append(Candidate(index, text, tuple(state.renderer.encode(text)), reason))
+    ctx = Context(
+        engine=state.engine,
+        scorer=state.scorer,
+        helpers=state.helpers,
+        messages=messages,
+        prompt=prompt,
+        sampling=SamplingSpec(max(1, min(room, request.max_tokens)), request.temperature, seed=request.seed),
+        rewards=terms,
+        combine=combine,
+        selection=Argmax(),
+        calibration=calibration,
+        limits=Limits(),
+        spend=spend,
+    )
+    return ctx, candidates

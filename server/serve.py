@@ -10,23 +10,32 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import uvicorn
 
 from guiderail.guides.base import Guide
 from guiderail.guides.errors import GuiderailError, PluginError
+from guiderail.guides.prompters import PROMPTERS, load_style, urial_with
 from guiderail.guides.registry import load_guides, load_rewards
 from guiderail.guides.reward import Reward, Services
-from guiderail.server import models
+from guiderail.server import calibration_store, models
+from guiderail.server.admission import Admission
 from guiderail.server.alignment import Resolver
 from guiderail.server.app import create_app
+from guiderail.server.calibration import Calibrator
+from guiderail.server.calibration_store import StoredCalibration
+from guiderail.server.encoder import Encoder
+from guiderail.server.engines.absent import NoEngine
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.supervised import LocalEngine, SupervisedEngine
 from guiderail.server.engines.vllm import EngineSettings, build
 from guiderail.server.errors import ApiError
+from guiderail.server.fingerprint import fingerprint
+from guiderail.server.helpers import ServerHelpers
 from guiderail.server.metrics import Metrics
 from guiderail.server.renderer import ChatRenderer
 from guiderail.server.rewards.loading import neural_reward
@@ -53,16 +62,42 @@ def serve(settings: Settings) -> int:
 
 async def _serve(settings: Settings) -> int:
     stop = asyncio.Event()
+    began = time.monotonic()
+    with signals(stop):
+        async with running(settings, stop) as state:
+            server = _Server(settings, create_app(state), stop)
+            say(f"ready after {time.monotonic() - began:.0f} s on http://{settings.host}:{settings.port}")
+            await server.run()
+    say("stopped")
+    return 0
+
+
+@contextmanager
+def signals(stop: asyncio.Event) -> Iterator[None]:
+    """Sets `stop` on SIGTERM and Ctrl-C for the time of the block."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+@asynccontextmanager
+async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = True) -> AsyncIterator[ServerState]:
+    """The server's state with everything started; on leaving all of it is ended, processes included.
+
+    `engine=False` leaves the engine out (server/engines/absent.py). If `stop` is set during the start this
+    process ends at once, with status 130. Raises GuiderailError if something does not start.
+    """
     metrics = Metrics(settings.model_name)
-    started = time.monotonic()
     say(f"preparing {settings.model}")
     path = await asyncio.to_thread(models.resolve, settings.model, settings.cache, say)
-    engine = SupervisedEngine(lambda: _build(settings, path), on_restart=metrics.restarted)
-    say("starting the engine and loading rewards (about 20 s on a small CPU)")
-    starting = asyncio.create_task(_prepare(settings, path, engine, metrics))
+    served = SupervisedEngine(lambda: _build(settings, path), on_restart=metrics.restarted) if engine else NoEngine()
+    say("starting the engine and loading rewards (about 20 s on a small CPU)" if engine else "loading rewards")
+    starting = asyncio.create_task(_prepare(settings, path, served, metrics))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -72,19 +107,16 @@ async def _serve(settings: Settings) -> int:
     state: ServerState | None = None
     try:
         state = await starting
-        server = _Server(settings, create_app(state), stop)
-        say(f"ready after {time.monotonic() - started:.0f} s on http://{settings.host}:{settings.port}")
-        await server.run()
+        yield state
     finally:
         stopping.cancel()
-        say("ending the engine")
+        if engine:
+            say("ending the engine")
         processes = psutil.Process().children(recursive=True)
         for reward in state.rewards.values() if state is not None else ():
             await reward.close()
-        await engine.close()
+        await served.close()
         _end(processes)
-    say("stopped")
-    return 0
 
 
 async def _build(settings: Settings, path: str) -> LocalEngine:
@@ -105,7 +137,7 @@ async def _build(settings: Settings, path: str) -> LocalEngine:
     )
 
 
-async def _prepare(settings: Settings, path: str, engine: SupervisedEngine, metrics: Metrics) -> ServerState:
+async def _prepare(settings: Settings, path: str, engine: SupervisedEngine | NoEngine, metrics: Metrics) -> ServerState:
     # What can be wrong in the configuration is found before the engine takes its time.
     guides = load_guides(settings.guides)
     rewards: dict[str, Reward] = {name: cls() for name, cls in load_rewards(settings.rewards).items()}
@@ -116,10 +148,16 @@ async def _prepare(settings: Settings, path: str, engine: SupervisedEngine, metr
     for name, folder in settings.lora.items():
         check_adapter(name, folder, settings.max_lora_rank)
     renderer = await asyncio.to_thread(ChatRenderer, path, settings.chat_template)
-    services = Services(engine, renderer, frozenset(settings.lora))
-    state = assemble(settings, engine, renderer, guides, rewards, services, metrics)
+    services = Services(engine, renderer, frozenset(settings.lora), settings.model_name)
+    stored = {file: calibration_store.load(file) for file in settings.calibration}
+    state = assemble(settings, engine, renderer, guides, rewards, services, metrics, list(stored.values()))
     await engine.start()
     await start_rewards(rewards, services)
+    if stored:
+        revision = await asyncio.to_thread(fingerprint, path)
+        for file, each in stored.items():
+            reward = rewards.get(each.reward)
+            calibration_store.check(each, file, revision, None if reward is None else reward.revision())
     return state
 
 
@@ -142,14 +180,25 @@ def assemble(
     rewards: Mapping[str, Reward],
     services: Services,
     metrics: Metrics,
+    stored: Sequence[StoredCalibration] = (),
 ) -> ServerState:
     """Joins the parts to a server state; engine and rewards may start later. Raises SettingsError."""
     try:
-        resolver = Resolver(guides, rewards, services, settings.alignment, settings.profiles, settings.limits)
+        styles = {name: load_style(Path(file).expanduser()) for name, file in settings.urial.items()}
+        prompters = {**PROMPTERS, "urial": urial_with(styles)}
+        resolver = Resolver(
+            guides, rewards, services, settings.alignment, settings.profiles, settings.limits, prompters
+        )
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--urial: {error}") from error
     except ApiError as error:
         raise SettingsError(f"the configured alignment, profiles or limits are wrong: {error}") from error
-    scorer = BatchingScorer(rewards, metrics)
-    return ServerState(settings, engine, renderer, guides, rewards, resolver, scorer, metrics, int(time.time()))
+    helpers = ServerHelpers(services, engine, Calibrator(stored, metrics), Encoder(settings.encoder))
+    admission = Admission(settings.limits, settings.max_num_seqs, metrics)
+    return ServerState(
+        settings, engine, renderer, guides, rewards, resolver, BatchingScorer(rewards, metrics), helpers, admission,
+        metrics, int(time.time()),
+    )  # fmt: skip
 
 
 class _Server:

@@ -1,4 +1,5 @@
-"""The server's settings: flags, a YAML file and environment variables. The only reader of the environment.
+"""The server's settings: flags, a YAML file and environment variables. The only reader of the environment,
+but for the key of a remote reward model, which is read from the variable that its `key_env` names.
 
 Precedence: command-line flag, then GUIDERAIL_* variable, then the YAML file given with --config.
 """
@@ -28,6 +29,10 @@ class OperatorLimits(BaseModel):
     max_n: int = Field(64, ge=1, description="Answers per request (`n`).")
     max_tokens: int | None = Field(None, ge=1, description="Tokens per answer; default: the model's context.")
     max_candidates: int = Field(128, ge=1, description="Candidates per request, over all its answers.")
+    max_queue: int = Field(256, ge=0, description="Requests that may wait for the engine.")
+    max_queue_tokens: int = Field(262_144, ge=0, description="Tokens that waiting requests may ask for together.")
+    reserved_share: float = Field(0.25, ge=0, lt=1, description="Share of rows kept for requests of one row.")
+    min_priority: int = Field(0, ge=-100, le=100, description="Smallest `priority` (0 is normal, less is sooner).")
     max_deadline_s: float | None = Field(None, gt=0, description="Longest deadline; also the default one.")
     required_rewards: list[dict[str, Any]] = Field(
         default_factory=list, description="Rewards that a request may not turn off or change, as in `alignment`."
@@ -63,6 +68,9 @@ class Settings(BaseSettings):
     profiles: dict[str, dict[str, Any]] = {}
     limits: OperatorLimits = OperatorLimits()
     reward: dict[str, RewardModelSpec] = {}
+    calibration: Annotated[list[Path], NoDecode] = []
+    encoder: str | None = None
+    urial: dict[str, str] = {}
     drain_timeout_s: float = Field(10.0, ge=0)
 
     @classmethod
@@ -76,7 +84,7 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, env_settings)
 
-    @field_validator("api_key", "guides", "rewards", mode="before")
+    @field_validator("api_key", "guides", "rewards", "calibration", mode="before")
     @classmethod
     def _comma_separated(cls, value: Any) -> Any:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from guiderail.guides.types import Event, Final, Scored, Token, TokenLogprob
-from guiderail.server.errors import from_exception
+from guiderail.server.errors import ApiError, from_exception
 from guiderail.server.jobs import Job
 from guiderail.server.metrics import Metrics
 from guiderail.server.wire import Wire, alignment_report, envelope, usage
@@ -28,8 +28,8 @@ async def observed(job: Job, metrics: Metrics) -> AsyncIterator[AsyncIterator[tu
         async with aclosing(_timed(job, metrics)) as events:
             yield events
         outcome = "success"
-    except Exception:
-        outcome = "error"
+    except Exception as error:
+        outcome = "overloaded" if isinstance(error, ApiError) and error.status == 429 else "error"
         raise
     finally:
         metrics.finished(guide, outcome, job.spend, time.monotonic() - job.spend.started)
@@ -39,6 +39,8 @@ async def _timed(job: Job, metrics: Metrics) -> AsyncGenerator[tuple[int, Event]
     first = True
     async with aclosing(job.events()) as events:
         async for index, event in events:
+            if isinstance(event, Final):
+                metrics.selected(job.alignment.guide_name, job.contexts[index].report)
             if first and isinstance(event, Token):
                 first = False
                 metrics.first_token(job.alignment.guide_name, time.monotonic() - job.spend.started)

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from guiderail.guides.base import Engine, Guide, Scorer
+from guiderail.guides.base import Engine, Guide, Helpers, Scorer
 from guiderail.guides.reward import Reward
+from guiderail.server.admission import Admission
 from guiderail.server.alignment import Resolver
 from guiderail.server.metrics import Metrics
 from guiderail.server.renderer import ChatRenderer
@@ -36,5 +37,7 @@ class ServerState:
     rewards: Mapping[str, Reward]
     resolver: Resolver
     scorer: Scorer
+    helpers: Helpers
+    admission: Admission
     metrics: Metrics
     created: int

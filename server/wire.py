@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from guiderail.guides.pipeline import token_entropy
 from guiderail.guides.types import Candidate, Final, TokenLogprob
 from guiderail.server.jobs import Job
 from guiderail.server.renderer import ChatRenderer
@@ -151,31 +152,47 @@ def alignment_report(job: Job, finals: Sequence[Final]) -> dict[str, Any]:
     """The response's `alignment`: resolved configuration, scores and spend."""
     return {
         "config": job.alignment.echo(),
-        "choices": [_choice_report(i, final, job.alignment.return_candidates) for i, final in enumerate(finals)],
+        "choices": [_choice_report(i, final, job) for i, final in enumerate(finals)],
         "spend": job.spend.report(),
     }
 
 
-def _choice_report(index: int, final: Final, with_candidates: bool) -> dict[str, Any]:
+def _choice_report(index: int, final: Final, job: Job) -> dict[str, Any]:
     chosen = final.candidates[final.chosen]
+    selection = job.contexts[index].report
     report: dict[str, Any] = {
         "index": index,
         "chosen": final.chosen,
         "stopped_by": final.stopped_by,
         "score": chosen.combined,
         "rewards": chosen.rewards,
+        "transformed": chosen.transformed,
+        "calibration": selection.calibration,
+        "diagnostics": {
+            "kl": round(selection.kl, 6),
+            "selections": selection.picks,
+            "effective_sample_size": selection.effective_sample_size,
+            **token_entropy(chosen.logprobs),
+            **selection.detail,
+            "warnings": selection.warnings,
+        },
     }
-    if with_candidates:
-        report["candidates"] = [_candidate_report(candidate) for candidate in final.candidates]
+    if job.alignment.return_candidates:
+        clean = job.contexts[index].clean
+        report["candidates"] = [
+            {**_candidate_report(candidate), "text": clean(candidate.text)} for candidate in final.candidates
+        ]
     return report
 
 
 def _candidate_report(candidate: Candidate) -> dict[str, Any]:
     return {
         "index": candidate.index,
-        "text": candidate.text,
         "tokens": len(candidate.token_ids),
         "finish_reason": candidate.finish_reason,
         "score": candidate.combined,
         "rewards": candidate.rewards,
+        "transformed": candidate.transformed,
+        "adjusted_score": candidate.adjusted,
+        "weight": candidate.weight,
     }

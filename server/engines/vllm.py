@@ -18,8 +18,9 @@ from guiderail.guides.base import Rollouts
 from guiderail.guides.errors import EngineUnavailable, RequestError
 from guiderail.guides.types import Delta, SamplingSpec, TokenPrompt
 from guiderail.server.engines.lora import check_adapter
+from guiderail.server.engines.mixed import MixedRow, MixedSampling, Recipe
 from guiderail.server.engines.rollouts import EngineRollouts, new_request_id
-from guiderail.server.engines.vllm_params import FORCED, refusal, sampling_params, token_logprobs
+from guiderail.server.engines.vllm_params import forced_params, refusal, sampling_params, token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +97,16 @@ def _engine_args(settings: EngineSettings) -> Any:
         # One slot more than adapters: vLLM's CPU path gives rows without adapter the weights of the last
         # slot when another row of the batch has one. Unused, that slot holds zeros, which is what they need.
         args |= {"enable_lora": True, "max_loras": len(settings.adapters) + 1, "max_lora_rank": settings.max_lora_rank}
-    if AsyncEngineArgs(**args).create_engine_config().use_v2_model_runner:
-        args["enable_trace_replay"] = True
+    config = AsyncEngineArgs(**args).create_engine_config()
+    here = "guiderail.server.engines"
+    args["scheduler_cls"] = f"{here}.vllm_gang.GroupScheduler"
+    if config.scheduler_config.async_scheduling:
+        args["scheduler_cls"] = f"{here}.vllm_gang.AsyncGroupScheduler"
+    if config.use_v2_model_runner:
+        args |= {"enable_trace_replay": True, "logits_processors": [f"{here}.vllm_mix_v2:MixedPolicies"]}
     else:
-        args["logits_processors"] = ["guiderail.server.engines.vllm_processors:ForcedTokens"]
+        processors = ["vllm_mix_v1:MixedPolicies", "vllm_processors:ForcedTokens"]
+        args["logits_processors"] = [f"{here}.{name}" for name in processors]
     return AsyncEngineArgs(**args)
 
 
@@ -146,6 +153,7 @@ class VllmEngine:
         self._llm = llm
         self._settings = settings
         self._lora: dict[str, Any] = {}
+        self._mixed: dict[str, MixedRow] = {}  # by request id
         self.max_model_len: int = llm.model_config.max_model_len
         self.vocab_size: int = llm.model_config.get_vocab_size()
         self.max_logprobs = settings.max_logprobs
@@ -180,7 +188,10 @@ class VllmEngine:
         seeds: Sequence[int | None] | None = None,
         deadline: float | None = None,
     ) -> Rollouts:
-        params = [sampling_params(sampling, seed) for seed in (seeds or [sampling.seed] * len(prompts))]
+        params = [
+            MixedSampling(sampling, seed) if any(m.weight for m in prompt.mix) else sampling_params(sampling, seed)
+            for prompt, seed in zip(prompts, seeds or [sampling.seed] * len(prompts), strict=True)
+        ]
         return EngineRollouts(self, prompts, params, deadline)
 
     async def next_token_logprobs(self, prompts: Sequence[TokenPrompt], top_k: int) -> list[dict[int, float]]:
@@ -193,30 +204,22 @@ class VllmEngine:
     async def answer_logprobs(
         self, prompts: Sequence[TokenPrompt], answers: Sequence[Sequence[int]]
     ) -> list[list[float]]:
+        v2 = self._llm.vllm_config.use_v2_model_runner
         # The answers are decoded again with every token forced: that uses the prefix cache, where vLLM's
         # prompt_logprobs bypass it (3 times slower on CPU) and kill an engine that has LoRA adapters.
         # logprob_token_ids would do for single tokens, but spoils the top_logprobs of other rows in the batch.
         outputs = await asyncio.gather(
-            *(self._one(p, self._forced(answer)) for p, answer in zip(prompts, answers, strict=True))
+            *(self._one(p, forced_params(answer, v2)) for p, answer in zip(prompts, answers, strict=True))
         )
         return [
             [row[token].logprob for row, token in zip(output.logprobs, answer, strict=True)]
             for output, answer in zip(outputs, answers, strict=True)
         ]
 
-    def _forced(self, answer: Sequence[int]) -> Any:
-        """Sampling parameters of a row that decodes exactly `answer`."""
-        from vllm import SamplingParams
-
-        forced: dict[str, Any] = {"extra_args": {FORCED: list(answer)}}
-        if self._llm.vllm_config.use_v2_model_runner:
-            forced = {"trace_decode_token_ids": list(answer)}
-        return SamplingParams(
-            max_tokens=len(answer), temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **forced
-        )
-
     async def _one(self, prompt: TokenPrompt, params: Any) -> Any:
         """Runs one request to its end and returns its completion, with all its tokens."""
+        if prompt.mix:
+            raise RequestError("log-probabilities under a mixture of policies are not available")
         last = None
         async with aclosing(self.stream(prompt, params, new_request_id())) as outputs:
             async for output in outputs:
@@ -249,6 +252,15 @@ class VllmEngine:
 
     async def deltas(self, row: int, prompt: TokenPrompt, params: Any, request_id: str) -> AsyncGenerator[Delta, None]:
         """One request's outputs as deltas of `row`. An aborted one ends with finish reason "abort"."""
+        if isinstance(params, MixedSampling):
+            mixed = self._mixed[request_id] = MixedRow(self, row, prompt, params, request_id)
+            try:
+                async with aclosing(mixed.deltas()) as deltas:
+                    async for delta in deltas:
+                        yield delta
+            finally:
+                del self._mixed[request_id]
+            return
         async with aclosing(self.stream(prompt, params, request_id)) as outputs:
             async for output in outputs:
                 completion = output.outputs[0]
@@ -262,10 +274,20 @@ class VllmEngine:
                     logprobs,
                 )
 
+    def member_deltas(
+        self, row: int, prompt: TokenPrompt, spec: SamplingSpec, recipe: Recipe, request_id: str
+    ) -> AsyncGenerator[Delta, None]:
+        """The deltas of one row of a mixture; only the first row's have text."""
+        params = sampling_params(spec, None, recipe.extra_args())
+        params.detokenize = recipe.role == 0
+        return self.deltas(row, prompt, params, request_id)
+
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Frees the engine work of these requests."""
+        mixed = [self._mixed[each] for each in request_ids if each in self._mixed]
+        members = [member for row in mixed for member in row.abandon()]
         if not self.dead:
-            await self._llm.abort(list(request_ids))
+            await self._llm.abort([*(each for each in request_ids if each not in self._mixed), *members])
 
     async def close(self) -> None:
         """Ends the engine's processes. Takes some seconds."""

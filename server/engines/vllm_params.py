@@ -1,5 +1,6 @@
 """Between our sampling parameters and log-probabilities and vLLM's. Imports vLLM only inside functions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from guiderail.guides.errors import RequestError
@@ -13,7 +14,7 @@ def refusal(error: Exception, params: Any) -> RequestError:
     return RequestError(str(error), "response_format" if params.structured_outputs is not None else None)
 
 
-def sampling_params(spec: SamplingSpec, seed: int | None) -> Any:
+def sampling_params(spec: SamplingSpec, seed: int | None, extra_args: dict[str, Any] | None = None) -> Any:
     """vLLM's SamplingParams for one row. Raises RequestError for values that vLLM refuses."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -42,10 +43,21 @@ def sampling_params(spec: SamplingSpec, seed: int | None) -> Any:
             logprobs=spec.logprobs,
             skip_special_tokens=spec.skip_special_tokens,
             structured_outputs=structured,
+            extra_args=extra_args,
             output_kind=RequestOutputKind.DELTA if spec.stream else RequestOutputKind.FINAL_ONLY,
         )
     except ValueError as error:
         raise RequestError(str(error)) from error
+
+
+def forced_params(answer: Sequence[int], v2: bool) -> Any:
+    """SamplingParams of a row that decodes exactly `answer`; `v2` names the model runner."""
+    from vllm import SamplingParams
+
+    forced: dict[str, Any] = {"trace_decode_token_ids": list(answer)} if v2 else {"extra_args": {FORCED: list(answer)}}
+    return SamplingParams(
+        max_tokens=len(answer), temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **forced
+    )
 
 
 def token_logprobs(completion: Any) -> tuple[TokenLogprob, ...]:

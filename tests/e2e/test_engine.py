@@ -14,6 +14,7 @@ from guiderail.guides.types import Answer, Message, SamplingSpec, ScoreGroup, To
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.rewards.implicit import Implicit
 from guiderail.server.rewards.judge import Judge
+from guiderail.server.rewards.pairwise import PairwiseJudge
 
 ASK = (Message("user", "Tell me about your day and a friend."),)
 
@@ -177,6 +178,23 @@ async def test_the_judge_reads_yes_against_no(live: Live, reference: torch.nn.Mo
     ids = live.state.renderer.render((Message("user", text),)).token_ids
     yes, no = (expected(reference, ids, live.state.renderer.encode(word)[:1])[0] for word in ("Yes", "No"))
     assert values[0] == pytest.approx(1 / (1 + math.exp(no - yes)), abs=0.06)
+
+
+async def test_the_pairwise_judge_reads_a_against_b_in_both_orders(live: Live, reference: torch.nn.Module) -> None:
+    answers = ["I like trains.", "Trains are loud, slow and late."]
+    judge = PairwiseJudge(Services(live.state.engine, live.state.renderer))
+    first, second = await judge.prefer(ASK, "Which answer is friendlier to trains?", answers, [(0, 1), (1, 0)])
+    assert first == 1 - second
+    chances = []
+    for a, b in (answers, answers[::-1]):
+        text = (
+            f"Question:\n> {ASK[0].content}\n\nAnswer A:\n> {a}\n\nAnswer B:\n> {b}\n\n"
+            "Which answer is friendlier to trains? Reply with A or B only."
+        )
+        ids = live.state.renderer.render((Message("user", text),)).token_ids
+        own, other = (expected(reference, ids, live.state.renderer.encode(letter)[:1])[0] for letter in "AB")
+        chances.append(1 / (1 + math.exp(other - own)))
+    assert first == pytest.approx((chances[0] + 1 - chances[1]) / 2, abs=0.06)
 
 
 async def test_rewards_refuse_what_cannot_work(live: Live) -> None:

@@ -107,7 +107,7 @@ class LetterRenderer:
     ) -> TokenPrompt:
         return TokenPrompt(tuple(self.encode("".join(m.content for m in messages) + ">")))
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
         return [ord(c) % 1000 for c in text]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

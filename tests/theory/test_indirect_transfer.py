@@ -9,12 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from contexts import run
 from exact_law import law_of, led
 from tabular import (
-    Ids, aligned, answers_after, guided, q_values, random_policy, random_reward, total_variation,
+    Ids,
+    aligned,
+    answers_after,
+    guided,
+    q_values,
+    random_policy,
+    random_reward,
+    total_variation,
 )  # fmt: skip
-from tabular_engine import Scores, TabularEngine, tabular_context
-from contexts import run
+from tabular_context import Scores, tabular_context
+from tabular_engine import TabularEngine
 
 from guiderail.guides.errors import RequestError
 from guiderail.guides.policy import PolicySpec
@@ -92,18 +100,14 @@ async def test_the_estimate_of_each_candidate_tends_to_the_value_of_the_aligned_
 async def test_a_baseline_that_is_aligned_to_the_target_needs_no_correction() -> None:
     engine = TabularEngine.of(PI0, adapters={"adapter": TARGET})
     law, ctx = await led(guide(), engine, scores(R), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS)
-    direct, _ = await led(
-        guide(baseline_reward=None), engine, scores(R), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS
-    )
+    direct, _ = await led(guide(baseline_reward=None), engine, scores(R), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS)
     assert [list(step.values()) for step in law] == [pytest.approx(list(step.values())) for step in direct]
     assert ctx.report.detail["transfer_ess"] == pytest.approx(64)
 
 
 async def test_weights_that_collapse_are_not_used_and_that_is_said() -> None:
     """At a beta far too small one rollout has all the weight: the answer's law is then that of direct transfer."""
-    law, ctx = await led(
-        guide(beta=0.003, min_ess=0.3), served(), scores(), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS
-    )
+    law, ctx = await led(guide(beta=0.003, min_ess=0.3), served(), scores(), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS)
     direct, plain = await led(
         guide(baseline_reward=None), served(), scores(), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS
     )
@@ -120,7 +124,7 @@ async def test_weights_that_collapse_are_not_used_and_that_is_said() -> None:
 async def test_the_effective_sample_size_is_that_of_the_weights() -> None:
     """Of two answers with weights 1 and e^-2, as drawn: (sum w)^2 / sum w^2, smallest over the candidates."""
     two = {(0,): 0.0, **{a: (1.0 if a[-1] else 0.0) for a in R if len(a) > 1}}
-    law, ctx = await led(
+    _, ctx = await led(
         guide(beta=0.5, min_ess=0.0), served(), Scores({"r": two, "r_baseline": dict.fromkeys(R, 0.0)}), (0,),
         PI0.horizon, 3, weights=WEIGHTS,
     )  # fmt: skip

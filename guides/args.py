@@ -1,0 +1,58 @@
+"""ARGS: picks each next token by its log-probability plus a weighted reward of the answer up to it.
+
+Khanov et al., "ARGS: Alignment as Reward-Guided Search", arXiv 2402.01694, eq. 3:
+  score(z) = log pi0(z | x, y_<t) + w r([x, y_<t, z])    for z in the top k of pi0
+ARGS-greedy takes the argmax (select argmax); ARGS-stochastic samples softmax(score / tau) (select softmax, beta tau).
+
+The reward reads partial answers; one that was trained on whole answers is noisy there. Costs L tokens and k L
+scores of one new token each.
+"""
+
+from collections.abc import AsyncGenerator
+from typing import ClassVar
+
+from pydantic import Field
+
+from guiderail.guides import base
+from guiderail.guides.base import Guide
+from guiderail.guides.context import Context
+from guiderail.guides.lookahead import value
+from guiderail.guides.steps import MAX_TOP_K, Steps, top_tokens
+from guiderail.guides.types import Event
+
+
+class Args(Guide):
+    """ARGS: adds a weighted reward of the partial answer to each next token's log-probability."""
+
+    class Params(base.Params):
+        top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, description="Tokens considered at each step.")
+        w: float = Field(default=1.5, ge=0, description="Weight of the reward against log-probabilities.")
+
+    streams: ClassVar[bool] = True
+
+    def candidates(self) -> int:
+        return int(self.params.top_k)
+
+    def rows(self) -> int:
+        return 1
+
+    def cost(self, max_tokens: int) -> int:
+        return max_tokens
+
+    def refuses(self) -> tuple[str, ...]:
+        return ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+
+    async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
+        steps = Steps(ctx)
+        while steps.go_on(1):
+            pieces = await top_tokens(ctx, steps.transcript, self.params.top_k)
+            candidates = await value(ctx, steps.transcript, pieces, [[]] * len(pieces))
+            log_prior = [piece.logprobs[0].logprob for piece in pieces]
+            for candidate, logprob in zip(candidates, log_prior, strict=True):
+                assert candidate.combined is not None
+                candidate.combined = logprob + self.params.w * candidate.combined
+            chosen = await ctx.pick(candidates, log_prior)
+            for event in steps.commit(pieces[chosen.index], candidates, chosen):
+                yield event
+        async for event in steps.end():
+            yield event

@@ -1,0 +1,68 @@
+"""Controlled decoding, blockwise: the best of K continuations, block after block.
+
+Mudgal et al., "Controlled Decoding from Language Models", arXiv 2310.17022, section 3.2: draw K i.i.d.
+continuations of M tokens from the policy, keep the one of the largest value, repeat to the end of the answer.
+The paper learns a value model V(s) = E_pi0[r | s]. Here the value of a block is the reward of the answer so far
+(`rollouts` 0), or an estimate of that expectation from rollouts of the policy itself.
+
+KL(guided || policy) <= E[ceil(L / M)] (log K - (K - 1) / K); with M >= L it is best-of-K. Costs K L tokens, K L / M
+partial scores and L / M barriers; with rollouts of length h, K L (1 + R h / M) tokens.
+"""
+
+from collections.abc import AsyncGenerator
+from typing import ClassVar
+
+from pydantic import Field
+
+from guiderail.guides import base
+from guiderail.guides.base import Guide
+from guiderail.guides.context import Context
+from guiderail.guides.lookahead import Lookahead, roll_forward, value
+from guiderail.guides.steps import Steps, draw_blocks
+from guiderail.guides.types import Event
+
+
+class ControlledDecoding(Guide):
+    """Controlled decoding: keeps the best of k continuations, block by block."""
+
+    class Params(base.Params):
+        k: int = Field(default=8, ge=1, le=1024, description="Continuations drawn for each block.")
+        block: int = Field(default=32, ge=1, description="Tokens of a block.")
+        rollouts: int = Field(
+            default=0,
+            ge=0,
+            le=64,
+            description="Rollouts of the policy whose mean is a block's value; 0: its own reward.",
+        )
+        horizon: int | None = Field(default=None, ge=1, description="Tokens of a rollout; null: to the answer's end.")
+
+    streams: ClassVar[bool] = True
+
+    def candidates(self) -> int:
+        return int(self.params.k * max(1, self.params.rollouts))
+
+    def cost(self, max_tokens: int) -> int:
+        p = self.params
+        steps, ahead = -(-max_tokens // p.block), min(p.horizon or max_tokens, max_tokens)
+        return int(p.k * (max_tokens + steps * p.rollouts * ahead))
+
+    def refuses(self) -> tuple[str, ...]:
+        return ("presence_penalty", "frequency_penalty")  # the engine would count each block's tokens alone
+
+    async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
+        k, block = self.params.k, self.params.block
+        ahead = Lookahead(ctx.prompt, self.params.rollouts, self.params.horizon)
+        steps = Steps(ctx)
+        while steps.go_on(k):
+            pieces = await draw_blocks(ctx, steps.transcript, k, block, apart=2 * steps.count)
+            if steps.cut_short(pieces):
+                break
+            tails = await roll_forward(ctx, steps.transcript, pieces, ahead, apart=2 * steps.count + 1)
+            if steps.cut_short([tail for rows in tails for tail in rows], pieces):
+                break
+            candidates = await value(ctx, steps.transcript, pieces, tails)  # V of each block
+            chosen = await ctx.pick(candidates)
+            for event in steps.commit(pieces[chosen.index], candidates, chosen):
+                yield event
+        async for event in steps.end():
+            yield event

@@ -1,0 +1,153 @@
+"""DeAL: beam search whose heuristic looks ahead to what a partial answer will be worth.
+
+Huang et al., "DeAL: Decoding-time Alignment for Large Language Models", arXiv 2402.06147, section 3. A search
+from the start state p (an alignment instruction and the input) with, at each step, the top-k tokens of each beam, a
+lookahead of l tokens, and
+  c(y_t) = log P(y_1:t | p) + lambda h(y_1:t+l, p),    h any mix of rewards, programmatic or parametric.
+The `beams` candidates of the largest c go on. With hard constraints a candidate whose h is below `threshold` is
+dropped, as long as some candidate keeps it.
+
+A finished beam keeps its place and its c, with h of the whole answer, and competes with unfinished ones on the same
+scale; log P is a sum over tokens, divided by (tokens ** length_penalty). The search ends when all beams are finished.
+With one beam the request's selection rule picks at each step, else it picks among the beams at the end.
+
+Costs B (1 + k l) tokens and B k scores a token. Text is committed once all beams agree on it.
+"""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from pydantic import Field
+
+from guiderail.guides import base
+from guiderail.guides.base import Guide
+from guiderail.guides.context import Context
+from guiderail.guides.lookahead import Lookahead, roll_forward, successors, value
+from guiderail.guides.policy import PolicySpec
+from guiderail.guides.rollout import Piece
+from guiderail.guides.steps import MAX_TOP_K, Steps, top_tokens
+from guiderail.guides.tasks import together
+from guiderail.guides.transcript import Transcript
+from guiderail.guides.types import Candidate, Event, TokenPrompt
+
+
+@dataclass(slots=True)
+class Beam:
+    """A partial answer that the search keeps, or one that it considers: `transcript` with `piece` behind it."""
+
+    transcript: Transcript
+    log_p: float = 0.0
+    piece: Piece = field(default_factory=Piece)
+    candidate: Candidate | None = None
+    tails: list[Piece] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is a whole answer."""
+        return self.candidate is not None and self.candidate.finished
+
+    def kept(self) -> "Beam":
+        """The beam with its piece taken into the transcript."""
+        if self.piece.token_ids:
+            self.transcript = self.transcript.fork()
+            self.transcript.commit(self.piece)
+            self.piece = Piece()
+        return self
+
+
+class Deal(Guide):
+    """DeAL: beam search over tokens with a lookahead heuristic made of rewards."""
+
+    class Params(base.Params):
+        beams: int = Field(default=1, ge=1, le=64, description="Partial answers kept after each step.")
+        top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, description="Tokens by which each beam is expanded.")
+        lookahead: int | None = Field(default=20, ge=0, description="Tokens of the lookahead; null: to the end.")
+        sampled: bool = Field(default=False, description="Sample the lookahead instead of decoding it greedily.")
+        weight: float = Field(default=1.0, ge=0, description="lambda: weight of the heuristic against log P.")
+        threshold: float | None = Field(
+            default=None, description="Hard constraint: a candidate whose combined reward is below it is dropped."
+        )
+        length_penalty: float = Field(default=0.0, ge=0, le=2, description="log P is divided by tokens ** this.")
+        instruction: str | None = Field(
+            default=None, min_length=1, description="Alignment instruction (system message)."
+        )
+
+    streams: ClassVar[bool] = True
+
+    def candidates(self) -> int:
+        return int(self.params.beams * self.params.top_k)
+
+    def cost(self, max_tokens: int) -> int:
+        p = self.params
+        ahead = max_tokens if p.lookahead is None else min(p.lookahead, max_tokens)
+        return int(p.beams * max_tokens * (1 + p.top_k * ahead))
+
+    def refuses(self) -> tuple[str, ...]:
+        return ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+
+    async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
+        start = PolicySpec(system=self.params.instruction).prompt(ctx.messages, ctx.prompt, ctx.helpers.services)
+        steps = Steps(ctx)
+        beams = [Beam(steps.transcript.fork())]
+        chosen: Candidate | None = None
+        while steps.go_on(len(beams)):
+            open_ = [beam for beam in beams if not beam.finished]
+            found = await together(self._expand(ctx, beam, start, steps.count, i) for i, beam in enumerate(open_))
+            likeliest = [] if steps.count else [found[0][0].piece]
+            if steps.cut_short([tail for new in found for beam in new for tail in beam.tails], likeliest):
+                break
+            considered = [*(beam for beam in beams if beam.finished), *(new for each in found for new in each)]
+            beams = await self._keep(ctx, considered)
+            if all(beam.finished for beam in beams):
+                whole = [beam.candidate for beam in beams if beam.candidate]
+                chosen = whole[0] if len(whole) == 1 else await ctx.pick(whole)
+                beams = [beam for beam in beams if beam.candidate is chosen]
+            for event in steps.catch_up(
+                [beam.transcript for beam in beams], [new.candidate for new in considered if new.candidate], chosen
+            ):
+                yield event
+        if chosen is None and steps.count:  # a limit: the best beam is the answer, a finished one before others
+            best = next((beam for beam in beams if beam.finished), beams[0])
+            for event in steps.catch_up([best.transcript], [], best.candidate if best.finished else None):
+                yield event
+        async for event in steps.end():
+            yield event
+
+    async def _expand(self, ctx: Context, beam: Beam, start: TokenPrompt, step: int, row: int) -> list[Beam]:
+        """The beam's successors, scored: its top-k tokens, each with a lookahead."""
+        p, transcript = self.params, beam.transcript
+        ahead = Lookahead(start, 0 if p.lookahead == 0 else 1, p.lookahead or None, None if p.sampled else 0.0)
+        pieces = await top_tokens(ctx, transcript, p.top_k, start)
+        known = successors(beam.tails)
+        reused = [known.get(tuple(piece.token_ids), []) for piece in pieces]
+        tails = await roll_forward(ctx, transcript, pieces, ahead, step * p.beams + row, reused)
+        candidates = await value(ctx, transcript, pieces, tails)
+        return [
+            Beam(transcript, beam.log_p + piece.logprobs[0].logprob, piece, candidate, tail)
+            for piece, candidate, tail in zip(pieces, candidates, tails, strict=True)
+        ]
+
+    async def _keep(self, ctx: Context, considered: list[Beam]) -> list[Beam]:
+        """The beams of the largest c = log P + lambda h."""
+        p = self.params
+        candidates = [beam.candidate for beam in considered if beam.candidate is not None]
+        heuristic = ctx.rate(candidates)
+        for i, (beam, candidate, h) in enumerate(zip(considered, candidates, heuristic, strict=True)):
+            candidate.index = i
+            length = len(beam.transcript.token_ids) + len(beam.piece.token_ids)
+            candidate.combined = beam.log_p / length**p.length_penalty + p.weight * h
+        pool = considered
+        if p.threshold is not None:
+            pool = [beam for beam, h in zip(considered, heuristic, strict=True) if h >= p.threshold]
+            if not pool:
+                ctx.report.warn("no candidate kept the threshold at some step, so it was not applied there")
+                pool = considered
+        if p.beams == 1:
+            chosen = await ctx.pick(
+                [beam.candidate for beam in pool if beam.candidate],
+                [beam.piece.logprobs[0].logprob for beam in pool],
+            )
+            return [beam.kept() for beam in pool if beam.candidate is chosen]
+        best = sorted(pool, key=lambda beam: -(beam.candidate.combined or 0.0) if beam.candidate else 0.0)
+        return [beam.kept() for beam in best[: p.beams]]

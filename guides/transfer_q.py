@@ -1,0 +1,135 @@
+"""Transfer Q*: decodes towards a target reward with rollouts of an aligned baseline policy.
+
+Chakraborty et al., "Transfer Q*: Principled Decoding for LLM Alignment", arXiv 2405.20495.
+
+The optimal token policy is pi*(z | s) ~ pi0(z | s) exp(Q*(s, z) / alpha). Q* is unknown; it is estimated with a
+baseline rho that is already aligned to some reward:
+  direct    (rho is aligned to the target r):   TQ(s, z) = E_{tau ~ rho(. | s, z)}[r]
+  indirect  (rho is aligned to another r_BL):   TQ(s, z) = E_rho[w r] / E_rho[w],  w = exp((r - r_BL) / beta)
+With rho = pi0 it is controlled decoding: Q under the policy itself.
+
+block 1: z runs over the top_k tokens of pi0, and the score is log pi0(z | s) + TQ / alpha.
+block M: z runs over top_k continuations of M tokens drawn from pi0, so pi0 is in the draw and the score is TQ / alpha.
+Selection by argmax is the paper's; softmax with beta 1 samples from the policy above.
+
+Costs per token 1 + k l tokens (k candidates, l of lookahead, R rollouts each: 1 + k R l) and k R scores.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from guiderail.guides import base
+from guiderail.guides.base import Guide
+from guiderail.guides.context import Context
+from guiderail.guides.errors import RequestError
+from guiderail.guides.lookahead import Lookahead, Weigh, roll_forward, successors, value
+from guiderail.guides.policy import PolicySpec
+from guiderail.guides.reward import Services
+from guiderail.guides.rollout import Piece
+from guiderail.guides.steps import MAX_TOP_K, Steps, draw_blocks, top_tokens
+from guiderail.guides.types import Candidate, Event
+
+
+class TransferQ(Guide):
+    """Transfer Q*: weighs each next token or block by the expected reward of an aligned baseline's rollouts."""
+
+    class Params(base.Params):
+        top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, description="Candidates of a step.")
+        block: int = Field(default=1, ge=1, description="Tokens of a step; 1 enumerates tokens, more draws blocks.")
+        lookahead: int | None = Field(default=20, ge=1, description="Tokens of a rollout; null: to the answer's end.")
+        rollouts: int = Field(default=1, ge=1, le=64, description="Rollouts for each candidate.")
+        temperature: float | None = Field(default=None, ge=0, description="Of the rollouts; null: the request's.")
+        alpha: float = Field(default=1.0, gt=0, description="Weight of the KL from the policy: larger stays closer.")
+        baseline: PolicySpec = Field(default=PolicySpec(), description="The aligned policy; default: the served one.")
+        baseline_reward: str | None = Field(
+            default=None,
+            description="Label of the reward (of weight 0) the baseline is aligned to: indirect.",
+        )
+        beta: float = Field(default=1.0, gt=0, description="KL weight at which the baseline was aligned (indirect).")
+        min_ess: float = Field(
+            default=0.3, ge=0, le=1, description="Least share of effective rollouts; below it weights are not used."
+        )
+        reuse: bool = Field(default=True, description="Whether the chosen candidate's rollouts serve the next step.")
+
+    streams: ClassVar[bool] = True
+
+    def candidates(self) -> int:
+        return int(self.params.top_k * self.params.rollouts)
+
+    def cost(self, max_tokens: int) -> int:
+        p = self.params
+        steps, ahead = -(-max_tokens // p.block), min(p.lookahead or max_tokens, max_tokens)
+        drawn = max_tokens if p.block == 1 else p.top_k * max_tokens
+        return int(drawn + steps * p.top_k * p.rollouts * ahead)
+
+    def refuses(self) -> tuple[str, ...]:
+        penalties = ("presence_penalty", "frequency_penalty")  # the engine would count each step's tokens alone
+        if self.params.block > 1:
+            return penalties
+        return (*penalties, "repetition_penalty", "logit_bias")  # tokens are chosen here, from pi0 as it is
+
+    def check(self, services: Services) -> None:
+        self.params.baseline.check(services)
+        if self.params.baseline_reward is not None and self.params.rollouts < 2:
+            raise ValueError("indirect transfer (baseline_reward) weighs a candidate's rollouts: it needs at least 2")
+
+    async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
+        p = self.params
+        rho = Lookahead(
+            p.baseline.prompt(ctx.messages, ctx.prompt, ctx.helpers.services), p.rollouts, p.lookahead, p.temperature
+        )
+        weigh = self._indirect(ctx) if p.baseline_reward is not None else None
+        steps = Steps(ctx)
+        known: dict[tuple[int, ...], list[Piece]] = {}
+        while steps.go_on(p.top_k + 1):
+            if p.block == 1:
+                pieces = await top_tokens(ctx, steps.transcript, p.top_k)
+            else:
+                pieces = await draw_blocks(ctx, steps.transcript, p.top_k, p.block, apart=2 * steps.count)
+            if steps.cut_short(pieces):
+                break
+            reused = [known.get(tuple(piece.token_ids), []) for piece in pieces] if p.block == 1 else None
+            tails = await roll_forward(ctx, steps.transcript, pieces, rho, apart=2 * steps.count + 1, known=reused)
+            if steps.cut_short([tail for rows in tails for tail in rows], pieces[:1] if p.block == 1 else pieces):
+                break
+            candidates = await value(ctx, steps.transcript, pieces, tails, weigh)
+            log_prior = [piece.logprobs[0].logprob for piece in pieces] if p.block == 1 else None
+            for candidate in candidates:
+                assert candidate.combined is not None
+                candidate.combined /= p.alpha  # TQ / alpha
+                if log_prior is not None:
+                    candidate.combined += log_prior[candidate.index]  # + log pi0(z | s)
+            chosen = await ctx.pick(candidates, log_prior)
+            known = successors(tails[chosen.index]) if p.reuse else {}
+            for event in steps.commit(pieces[chosen.index], candidates, chosen):
+                yield event
+        async for event in steps.end():
+            yield event
+
+    def _indirect(self, ctx: Context) -> Weigh:
+        """Weights w = exp((r - r_BL) / beta) of a candidate's rollouts; equal ones where they collapse."""
+        p = self.params
+        term = next((t for t in ctx.rewards if t.label == p.baseline_reward), None)
+        if term is None or term.weight != 0:
+            where = "alignment.guide.baseline_reward"
+            raise RequestError(f"'{where}' must be the label of a reward of weight 0 in 'alignment.rewards'", where)
+
+        def weigh(rollouts: Sequence[Candidate]) -> Sequence[float]:
+            r = np.array([c.combined for c in rollouts])
+            r_baseline = np.array([c.transformed[term.label] for c in rollouts])
+            exponents = (r - r_baseline) / p.beta
+            w = np.exp(exponents - exponents.max())
+            share = float(w.sum() ** 2 / (w**2).sum() / len(w))
+            ctx.report.least("transfer_ess", share * len(w))
+            if len(w) > 1 and share < p.min_ess:
+                ctx.report.warn(
+                    f"indirect transfer: the weights of a candidate's {len(w)} rollouts collapsed onto "
+                    f"{share * len(w):.1f} of them, so they were weighted equally (direct transfer) there"
+                )
+                return [1.0] * len(w)
+            return [float(each) for each in w]
+
+        return weigh
