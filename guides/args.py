@@ -40,7 +40,8 @@ class Args(Guide):
         return max_tokens
 
     def refuses(self) -> tuple[str, ...]:
-        return ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+        penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+        return (*penalties, "top_p", "top_k", "min_p")
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         steps = Steps(ctx)

@@ -89,7 +89,7 @@ class Context:
         if self.selection.needs_logprobs and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)
         rollouts = self.engine.generate(prompts, sampling, seeds=seeds, deadline=self.limits.deadline)
-        return _Counted(rollouts, len(prompts), self)
+        return _Counted(rollouts, [len(prompt.mix) for prompt in prompts], self)
 
     async def __aenter__(self) -> Self:
         """Begins to draw what the transforms are fitted on, beside the guide's own work."""
@@ -218,9 +218,11 @@ def _int64(seed: int) -> int:
 class _Counted:
     """Rollouts that add to their Context's spend and stop at its token budget."""
 
-    def __init__(self, rollouts: Rollouts, rows: int, ctx: Context) -> None:
+    def __init__(self, rollouts: Rollouts, mixed: Sequence[int], ctx: Context) -> None:
+        """mixed: for each row how many policies are mixed into it."""
         self._rollouts = rollouts
-        self._rows = rows
+        self._rows = len(mixed)
+        self._mixed = mixed
         self._ctx = ctx
         self._clock = ExitStack()
 
@@ -242,6 +244,7 @@ class _Counted:
         stopped = False
         async for delta in self._rollouts:
             spend.tokens_generated += len(delta.token_ids)
+            spend.mixed_tokens += len(delta.token_ids) * self._mixed[delta.row]
             if budget is not None and not stopped and spend.tokens_generated >= budget:
                 stopped = True
                 for row in range(self._rows):

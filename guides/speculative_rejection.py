@@ -13,6 +13,7 @@ partial-correlation` first. With S equal segments and alpha 0.5 it costs about 2
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -33,6 +34,8 @@ class SpeculativeRejection(Guide):
         alpha: float = Field(default=0.5, ge=0, lt=1, description="Share of the pool that a checkpoint rejects.")
         interval: int = Field(default=16, ge=1, description="Tokens between checkpoints.")
         keep: int = Field(default=1, ge=1, description="Never fewer answers than this.")
+
+    keeps_format: ClassVar[bool] = True
 
     def candidates(self) -> int:
         return int(self.params.n)

@@ -41,6 +41,7 @@ class Spend:
     that read no tokens). `rollouts` are rows given to the engine; `reward_calls` are score calls.
     `calibration_tokens` were generated for a calibration pool and are in no other figure; requests that
     share the pool do not pay for it again. `queued_s`: waited for admission.
+    `mixed_tokens`: forward passes of policies that were mixed into rows.
     """
 
     prompt_tokens: int = 0
@@ -50,6 +51,7 @@ class Spend:
     rollouts: int = 0
     reward_calls: int = 0
     reward_tokens: int = 0
+    mixed_tokens: int = 0
     queued_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
     generation: Stopwatch = field(default_factory=Stopwatch)
@@ -65,6 +67,7 @@ class Spend:
             "tokens_accepted": self.tokens_accepted,
             "tokens_discarded": self.tokens_generated - self.tokens_accepted,
             "calibration_tokens": self.calibration_tokens,
+            "mixed_tokens": self.mixed_tokens,
             "rollouts": self.rollouts,
             "reward_calls": self.reward_calls,
             "reward_tokens": self.reward_tokens,

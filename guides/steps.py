@@ -9,7 +9,8 @@ from guiderail.guides.rollout import Piece, roll_out
 from guiderail.guides.transcript import Transcript
 from guiderail.guides.types import Candidate, Event, Scored, TokenLogprob, TokenPrompt
 
-MAX_TOP_K = 48  # the engine serves log-probabilities of 50 tokens; end-of-sequence may have to be left out
+SERVED = 50  # log-probabilities that the engine serves
+MAX_TOP_K = SERVED - 2  # end-of-sequence may have to be left out
 
 
 class Steps:
@@ -116,7 +117,7 @@ async def top_tokens(ctx: Context, transcript: Transcript, k: int, policy: Token
     ends = {*ctx.sampling.stop_token_ids, *(() if ctx.sampling.ignore_eos else eos)}
     barred = {*eos, *ends} if transcript.due else eos if ctx.sampling.ignore_eos else set()
     count = ctx.sampling.logprobs or 0
-    (found,) = await ctx.next_tokens([transcript.prompt(policy)], max(k + len(barred), count))
+    (found,) = await ctx.next_tokens([transcript.prompt(policy)], min(SERVED, max(k + len(barred), count)))
     pieces = []
     for token, logprob in [each for each in found if each[0] not in barred][:k]:
         piece = Piece("", [token], [TokenLogprob(token, logprob, tuple(found[:count]))], "length")

@@ -1,9 +1,9 @@
 """The answer of a guide that commits it piece by piece: its tokens, its text across borders, its stop strings.
 
 A piece may end inside a character or a stop string. Text is therefore decoded from all the answer's tokens, and
-what may still change or turn out to be a stop string is held back from the stream. Text and stops are vLLM's: half
-characters are not shown, a token that ends the answer is no part of the text, and of several stop strings the one
-that is complete first counts (of several at once the first in the list).
+what may still change or turn out to be a stop string is held back from the stream. Text and stops are vLLM's: tokens
+that end in half a character are not shown, a token that ends the answer is no part of the text, and of several stop
+strings the one that is complete first counts (of several at once the first in the list).
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,11 @@ class Transcript:
         self._committed = Candidate(0, "", (), "partial")
 
     def _decode(self, ids: Sequence[int]) -> str:
+        """Text of tokens, without those at the end that are not whole characters yet."""
         decode = self._ctx.helpers.services.renderer.decode
-        return decode(ids, skip_special_tokens=self._ctx.sampling.skip_special_tokens).rstrip(UNFINISHED)
+        while (text := decode(ids, skip_special_tokens=self._ctx.sampling.skip_special_tokens)).endswith(UNFINISHED):
+            ids = ids[:-1]
+        return text
 
     @property
     def token_ids(self) -> tuple[int, ...]:

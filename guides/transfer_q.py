@@ -11,6 +11,7 @@ With rho = pi0 it is controlled decoding: Q under the policy itself.
 block 1: z runs over the top_k tokens of pi0, and the score is log pi0(z | s) + TQ / alpha.
 block M: z runs over top_k continuations of M tokens drawn from pi0, so pi0 is in the draw and the score is TQ / alpha.
 Selection by argmax is the paper's; softmax with beta 1 samples from the policy above.
+Reused rollouts (`reuse`) helped their candidate to be chosen, so few of them value the path taken a little too high.
 
 Costs per token 1 + k l tokens (k candidates, l of lookahead, R rollouts each: 1 + k R l) and k R scores.
 """

@@ -13,7 +13,7 @@ from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
 from guiderail.guides.controlled_decoding import ControlledDecoding
-from guiderail.guides.lookahead import value
+from guiderail.guides.lookahead import Lookahead, roll_forward, value
 from guiderail.guides.pipeline import COMBINES, IDENTITY, SELECTIONS, parse_chain
 from guiderail.guides.pipeline.combine import PointwiseMin
 from guiderail.guides.rollout import Piece
@@ -124,6 +124,22 @@ async def test_the_answers_of_one_request_draw_with_seeds_of_their_own(name: str
     assert len(set(drawn)) == len(drawn)
     if name not in ("args", "deal", "deal-beams", "deal-no-lookahead"):  # nothing is drawn there
         assert len({end.candidates[end.chosen].token_ids for end in ends}) > 1
+
+
+async def test_seeds_stay_apart_where_one_answer_has_fewer_rollouts_to_draw_than_another() -> None:
+    seeds: list[int | None] = []
+
+    class Spy(TabularEngine):
+        def generate(self, prompts: Any, sampling: Any, **more: Any) -> Any:
+            seeds.extend(more["seeds"])
+            return super().generate(prompts, sampling, **more)
+
+    for choice in range(4):
+        ctx = tabular_context(Spy(served().policies), scores(), sampling=SamplingSpec(9, seed=1), choice=choice)
+        pieces = [Piece("", [z], [], "length") for z in (1, 2, 3)]
+        there = [Piece("", [0], [], "stop") for _ in range(choice)]
+        await roll_forward(ctx, Transcript(ctx), pieces, Lookahead(ctx.prompt, 3, 4), 1, [there, [], []])
+    assert len(seeds) == len(set(seeds)) == 9 + 8 + 7 + 6
 
 
 @pytest.mark.parametrize("name", STEPWISE)

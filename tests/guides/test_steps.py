@@ -10,16 +10,18 @@ from hypothesis import strategies as st
 from tabular_context import tabular_context
 from tabular_engine import PROMPT, TabularEngine, TabularRenderer
 
+from guiderail.guides.args import Args
 from guiderail.guides.controlled_decoding import ControlledDecoding
 from guiderail.guides.rollout import Piece
 from guiderail.guides.sampling import Sampling
+from guiderail.guides.steps import MAX_TOP_K
 from guiderail.guides.transcript import Transcript
 from guiderail.guides.types import Final, SamplingSpec, Token, TokenPrompt
 
 SMILE = "😀".encode()
 TEXTS = {
     1: b"a", 2: b"b", 3: b"ab", 4: b"ba b", 5: b" ", 6: "é".encode()[:1], 7: "é".encode()[1:],
-    8: SMILE[:2], 9: SMILE[2:], 10: "é".encode(),
+    8: SMILE[:2], 9: SMILE[2:], 10: "é".encode(), 11: b"a" + SMILE[:1], 12: SMILE[1:],
 }  # fmt: skip
 VOCABULARY = len(TEXTS) + 1
 RENDERER = TabularRenderer(TEXTS)
@@ -137,6 +139,19 @@ async def test_a_stop_string_across_a_border_ends_the_answer(name: str) -> None:
         else:
             assert len(answer.token_ids) == 60
         assert not any(stop in answer.text[4:] for stop in sampling.stop)
+
+
+async def test_no_more_log_probabilities_are_asked_for_than_the_engine_serves() -> None:
+    """With the largest top_k and tokens that must not come yet; these would end the answer at once."""
+    engine = TabularEngine(
+        {None: Script([1, 2, 3, 4, 5, 6], 60)}, renderer=TabularRenderer(dict.fromkeys(range(1, 60), b"x"))
+    )
+    sampling = SamplingSpec(9, min_tokens=4, stop_token_ids=tuple(range(1, 8)), seed=1)
+    ctx = tabular_context(engine, flat_scores(), sampling=sampling)
+    answer = final(await run(Args(Args.Params(top_k=MAX_TOP_K)), ctx)).candidates[0]
+    assert len(answer.token_ids) == 5
+    assert not set(answer.token_ids[:4]) & set(range(8))
+    assert answer.stop_reason == 5
 
 
 @pytest.mark.parametrize("name", EVERY)

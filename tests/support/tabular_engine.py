@@ -196,8 +196,11 @@ class TabularEngine:
         return _Row(tuple(ids), tuple(logprobs), reason, stop_reason, [*streamed, texts[-1]], sampling.stream)
 
     def _decode(self, ids: Sequence[int], sampling: SamplingSpec) -> str:
-        """Text in which half characters are not shown."""
-        return self.renderer.decode(ids, skip_special_tokens=sampling.skip_special_tokens).rstrip(UNFINISHED)
+        """Text; a token that leaves half a character at the end is not shown until the rest is there."""
+        decode = self.renderer.decode
+        while (text := decode(ids, skip_special_tokens=sampling.skip_special_tokens)).endswith(UNFINISHED):
+            ids = ids[:-1]
+        return text
 
     def _draw(self, prompt: TokenPrompt, sampling: SamplingSpec, at: int, rng: random.Random) -> int:
         barred = (EOS, *sampling.stop_token_ids) if at < sampling.min_tokens else ()

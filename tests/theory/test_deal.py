@@ -105,6 +105,17 @@ async def test_one_beam_with_a_lookahead_of_an_aligned_start_state_finds_the_bes
     assert missed >= 8
 
 
+async def test_the_start_state_is_the_prompt_with_the_instruction() -> None:
+    """log P is that of the instructed model: beam search is of its law, not of the law without instruction."""
+    plain, instructed = random_policy(4, horizon=HORIZON), random_policy(5, horizon=HORIZON)
+    engine = TabularEngine({PROMPT: plain, None: instructed})
+    for instruction, policy in ((None, plain), ("be good", instructed)):
+        guide = deal(beams=3, weight=0.0, lookahead=0, instruction=instruction)
+        chosen, _ = await answer(guide, policy, random_reward(policy, 1), engine=engine)
+        assert chosen.token_ids == beam_search(policy, 3)[0]
+    assert beam_search(plain, 3)[0] != beam_search(instructed, 3)[0]
+
+
 @pytest.mark.parametrize("lookahead", [1, 2, None])
 async def test_reused_lookaheads_are_those_that_would_be_generated(lookahead: int | None) -> None:
     """Greedy decoding has no memory: a fresh lookahead after the chosen token is the rest of the old one."""

@@ -1,0 +1,136 @@
+"""What benchmarks of guides share: requests on the path that HTTP takes, raw results kept safe, and intervals."""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from report import ROOT, write_section
+
+from guiderail.server.evaluation.prompts import read_prompts
+from guiderail.server.jobs import chat_job, completion_job
+from guiderail.server.protocol import ChatRequest, CompletionRequest
+from guiderail.server.settings import OperatorLimits
+from guiderail.server.sse import whole
+from guiderail.server.state import ServerState
+from guiderail.server.wire import ChatWire, TextWire
+
+HEAD = "hh-harmless-smollm2-135m"  # the bundled reward head, served as `harmless`
+EVERYDAY = ROOT / "deploy" / "prompts" / "everyday.jsonl"
+MORE = ROOT / "deploy" / "prompts" / "more.jsonl"
+# A benchmark's requests wait in its own process; nothing of it is to be refused.
+LIMITS = OperatorLimits(max_candidates=4096, max_queue=10_000, max_queue_tokens=10**9)
+RESAMPLES = 4000
+QUIET_S = 1.2  # vLLM's idle processes poll for a second after their last work
+
+
+class Raw:
+    """Raw results by key, one JSON line each, written as they come, so that a run that was cut off can be resumed."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool) -> None:
+        """Raises SystemExit if there are results of other settings to resume, or any where none are wanted."""
+        self._found: dict[str, Any] = {}
+        settings = json.loads(json.dumps(settings))
+        if path.exists():
+            if not resume:
+                raise SystemExit(f"{path} exists: give --resume to go on from it, or another --raw")
+            head, *rows = _lines(path.read_text())
+            if head["settings"] != settings:
+                raise SystemExit(f"{path} was made with other settings: {head['settings']}")
+            self._found = {row["key"]: row["value"] for row in rows}
+            self._file = path.open("a")
+            self._file.write("\n")  # the last line may have been cut off
+        else:
+            self._file = path.open("w")
+            self._put({"settings": settings})
+        print(f"raw results: {path} ({len(self._found)} there)", file=sys.stderr)
+
+    async def get(self, key: str, make: Callable[[], Awaitable[Any]]) -> Any:
+        """The value of a key: what was found, else what `make` gives."""
+        if key not in self._found:
+            self._found[key] = json.loads(json.dumps(await make()))
+            self._put({"key": key, "value": self._found[key]})
+            print(f"  {key}", file=sys.stderr, flush=True)
+        return self._found[key]
+
+    def _put(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def _lines(text: str) -> list[dict[str, Any]]:
+    """The rows of a raw file; one that was cut off is left out."""
+    rows = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+async def ask(state: ServerState, **body: Any) -> dict[str, Any]:
+    """The response to a chat request, or to a text completion if it has a `prompt`, with `wall_s` in it."""
+    started = time.perf_counter()
+    if "prompt" in body:
+        job = completion_job(state, CompletionRequest.model_validate(body))
+        response = await whole(job, TextWire(job, state.renderer), state.metrics)
+    else:
+        job = chat_job(state, ChatRequest.model_validate(body))
+        response = await whole(job, ChatWire(job, state.renderer), state.metrics)
+    return response | {"wall_s": time.perf_counter() - started}
+
+
+async def at_once(work: Sequence[Callable[[], Awaitable[Any]]], limit: int) -> list[Any]:
+    """Results of all the work, at most `limit` of it in flight."""
+    room = asyncio.Semaphore(limit)
+
+    async def one(each: Callable[[], Awaitable[Any]]) -> Any:
+        async with room:
+            return await each()
+
+    return await asyncio.gather(*map(one, work))
+
+
+async def seconds(work: Awaitable[Any]) -> float:
+    """How long it takes, from a quiet start."""
+    await asyncio.sleep(QUIET_S)
+    started = time.perf_counter()
+    await work
+    return time.perf_counter() - started
+
+
+def questions(path: Path) -> list[str]:
+    """The user's messages of a prompt file."""
+    return [messages[-1].content for messages in read_prompts(path).prompts]
+
+
+def user(text: str) -> list[dict[str, str]]:
+    """A conversation of one message."""
+    return [{"role": "user", "content": text}]
+
+
+def interval(
+    values: Sequence[float], how: Callable[[np.ndarray], np.ndarray] = lambda rows: rows.mean(axis=-1), seed: int = 0
+) -> tuple[float, float, float]:
+    """A statistic of one value a prompt, with its 95 % bootstrap interval over prompts."""
+    array = np.array(values, float)
+    drawn = how(array[np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))])
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(how(array)), float(low), float(high)
+
+
+def verdict(value: float, target: float, *, at_most: bool) -> str:
+    """Whether a target was met, for the tables."""
+    return "met" if (value <= target if at_most else value >= target) else "**missed**"
+
+
+def publish(rehearse: bool, key: str, title: str, command: str, lines: list[str], data: dict[str, Any]) -> None:
+    """Writes the section; a rehearsal only prints it."""
+    if rehearse:
+        print("\n".join([f"## {title} (rehearsal: nothing is written)", "", *lines, ""]))
+    else:
+        write_section(key, title, command, lines, data)

@@ -1,0 +1,184 @@
+"""What guides do to answers: `make bench-quality` (about 20 minutes on 2 cores; ARGS="urial" for the base model's part).
+
+tasks    sentiment, keyword coverage, length and profanity avoidance: plain sampling, best-of-n, and every guide at about
+         the tokens of best-of-16, with SmolLM2-135M-Instruct; a table and a picture
+urial    the base model Gemma 3 270M with the prompter urial against the same model alone
+choose   the grid on other prompts from which the guides' weights were chosen (prints it)
+
+Requests take the path of HTTP requests, inside this process. Raw results go to --raw as they come; --resume goes on
+from there. Rewards are scorers: a gain in one is a gain in that scorer, and no more.
+"""
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
+from asking import EVERYDAY, HEAD, LIMITS, Raw, ask, at_once, publish, questions, user
+from quality_figures import figures, picture, table
+from quality_tasks import BUDGET, CHOSEN, GRID, ROWS, Task, body, guides, rows, tasks
+from quality_urial import urial
+from report import ROOT
+
+from guiderail.server.offline import offline
+from guiderail.server.protocol import ScoreRequest
+from guiderail.server.scoring import score_request
+from guiderail.server.settings import Settings
+from guiderail.server.state import ServerState
+
+EVEN = f"best of {BUDGET}"
+PICTURE = ROOT / "benchmarks" / "quality.png"
+
+
+def settings() -> Settings:
+    """The default model with every scorer that steers or judges."""
+    rewards = ["sentiment", "keywords", "length", "offensive", "judge"]
+    return Settings(reward={"harmless": {"path": HEAD}}, rewards=rewards, limits=LIMITS)
+
+
+async def answer_all(state: ServerState, task: Task, name: str, guide: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One method's answers to all prompts of a task, scored by the steering reward and the judge, and the seconds."""
+
+    async def one(index: int) -> dict[str, Any]:
+        response = await ask(state, **body(task, name, guide, index, seed))
+        report = response["alignment"]
+        return {
+            "text": response["choices"][0]["message"]["content"],
+            "finish": response["choices"][0]["finish_reason"],
+            "kl": report["choices"][0]["diagnostics"]["kl"] if guide["name"] != "logit_mix" else None,
+            "generated": report["spend"]["tokens_generated"],
+        }
+
+    started = time.perf_counter()
+    answers = await at_once([lambda i=i: one(i) for i in range(len(task.prompts))], max(2, ROWS // rows(guide)))
+    seconds = (time.perf_counter() - started) / len(answers)
+
+    async def scored(index: int) -> list[float]:
+        request = {
+            "inputs": [{"messages": user(task.prompts[index]), "answers": [answers[index]["text"]]}],
+            "rewards": [{**task.rewards[index], "label": "steered"}, {**task.judge_reward, "label": "judge"}],
+        }
+        response = await score_request(state, ScoreRequest.model_validate(request))
+        values = response["data"][0]["answers"][0]["rewards"]
+        return [values["steered"], values["judge"]]
+
+    values = await at_once([lambda i=i: scored(i) for i in range(len(answers))], 16)
+    for answer, (steered, judge) in zip(answers, values, strict=True):
+        answer["steered"], answer["judge"] = steered, judge
+    return {"seconds": seconds, "answers": answers}
+
+
+async def compare(state: ServerState, raw: Raw, some: Sequence[Task], seed: int) -> tuple[list[str], dict[str, Any]]:
+    """Every method on every task; lines of the page, and the figures by task and method."""
+    results: dict[str, dict[str, Any]] = {}
+    missing: set[str] = set()
+    lines: list[str] = []
+    for task in some:
+        found = {}
+        for name, guide in guides(task).items():
+            if guide["name"] not in state.guides:
+                missing.add(guide["name"])
+                continue
+            found[name] = await raw.get(
+                f"{task.key}/{name}", lambda n=name, g=guide, t=task: answer_all(state, t, n, g, seed)
+            )
+        even = found[EVEN]["answers"]
+        results[task.key] = {
+            name: {**figures(task, each["answers"], even), "seconds": each["seconds"], "guide": guides(task)[name]}
+            for name, each in found.items()
+        }
+        lines += table(task, results[task.key], EVEN)
+    if missing:
+        lines += [f"Not installed, so not measured: {', '.join(sorted(missing))}.", ""]
+    return lines, results
+
+
+def notes() -> list[str]:
+    """How to read the tables."""
+    return [
+        f"SmolLM2-135M-Instruct. Guides are set to about the tokens of best-of-{BUDGET}; what they took is in the table (ARGS "
+        "spends reward calls instead; logit mix only the other policy's tokens). 95 % intervals are bootstraps over prompts, "
+        f"`less {EVEN}` is paired. KL is what the response's diagnostics bound it by, summed over a guide's selections "
+        "(speculative rejection: over the survivors alone, so too small). Distinct: ARGS' product of distinct 2-, 3- and "
+        "4-grams. Seconds: time of all prompts, many at once, over their number. `plain, instructed` has the system "
+        "message that is the baseline policy of Transfer Q* and the other policy of logit mix. Weights were chosen on "
+        "deploy/prompts/everyday.jsonl by sentiment, and used for all tasks.",
+        "",
+        "Rewards and judges are scorers: a gain in one of them is not alignment or safety. The profanity task's prompts are "
+        "benign and plain answers are seldom rude, so it can show that steering by a profanity scorer lowers that scorer "
+        "and what it does to another one; it says nothing of attacks.",
+        "",
+    ]
+
+
+async def choose(state: ServerState, raw: Raw, prompts: int) -> list[str]:
+    """Mean sentiment on every fourth everyday prompt for each value of the grid."""
+    texts = questions(EVERYDAY)[::4][:prompts]
+    (task, *_) = tasks(0, 0, 0)
+    task = Task(
+        "choose", task.title, task.steered, task.judge, texts, [{"name": "sentiment"}] * len(texts), task.judge_reward,
+        task.system, task.tokens,
+    )  # fmt: skip
+    owners = {
+        "block": ("controlled decoding", "Transfer Q*, blocks"), "alpha": ("Transfer Q*",), "w": ("ARGS",),
+        "weight": ("DeAL",), "mix": ("logit mix",),
+    }  # fmt: skip
+    lines = [f"{len(texts)} prompts of everyday.jsonl, {task.tokens} tokens", ""]
+    for parameter, values in GRID.items():
+        for value in values:
+            for name, guide in guides(task, CHOSEN | {parameter: value}, owners[parameter]).items():
+                if guide["name"] not in state.guides:
+                    continue
+                found = await raw.get(
+                    f"choose/{name}/{parameter}/{value}", lambda n=name, g=guide: answer_all(state, task, n, g, 5)
+                )
+                means = {k: np.mean([a[k] for a in found["answers"]]) for k in ("steered", "judge", "generated")}
+                kept = np.mean([len(set(a["text"].split())) / max(1, len(a["text"].split())) for a in found["answers"]])
+                lines.append(
+                    f"{name}, {parameter} {value:g}: sentiment {means['steered']:.3f}, judge {means['judge']:.3f}, "
+                    f"tokens {means['generated']:.0f}, distinct words {kept:.2f}"
+                )
+    return lines
+
+
+async def main(args: argparse.Namespace) -> None:
+    """Runs one part."""
+    raw = Raw(args.raw, {key: value for key, value in vars(args).items() if key not in OF_THE_RUN}, resume=args.resume)
+    few = 2 if args.rehearse else None
+    if args.part == "urial":
+        lines, data = await urial(raw, few or args.others, args.seed)
+        title = "URIAL on a base model"
+        publish(args.rehearse, "quality_urial", title, 'make bench-quality ARGS="urial"', lines, data)
+        return
+    async with offline(settings()) as state:
+        if args.part == "choose":
+            print("\n".join(await choose(state, raw, few or 18)))
+            return
+        some = tasks(few or args.prompts, few or args.keywords, few or args.others)
+        lines, data = await compare(state, raw, some, args.seed)
+    image = args.raw.with_suffix(".png") if args.rehearse else PICTURE
+    picture(image, some, data)
+    lines = [*notes(), *lines, "![](benchmarks/quality.png)"]
+    publish(args.rehearse, "quality", "Quality under steering", "make bench-quality", lines, data)
+
+
+OF_THE_RUN = ("raw", "resume")
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("tasks", "urial", "choose"), default="tasks")
+    parser.add_argument("--prompts", type=int, default=104, help="of more.jsonl for sentiment (104)")
+    parser.add_argument("--keywords", type=int, default=30, help="concept sets (30)")
+    parser.add_argument("--others", type=int, default=24, help="prompts of each other task (24)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--raw", type=Path, default=Path(tempfile.gettempdir()) / "guiderail-bench-quality.jsonl")
+    parser.add_argument("--resume", action="store_true", help="go on from the raw results that are there")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes; prints the tables and writes nothing")
+    asyncio.run(main(parser.parse_args()))
