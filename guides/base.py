@@ -132,7 +132,7 @@ class Guide(ABC):
 
     streams: whether it commits text before its work is over.
     steers: whether rewards change its answer (else they are only reported).
-    needs_rewards: whether it cannot do without one.
+    needs_rewards: whether a guide that steers cannot do without one.
     keeps_format: whether it can keep a `response_format` (each answer is one engine generation).
     """
 

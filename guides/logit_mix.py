@@ -48,6 +48,7 @@ class LogitMix(Sampling):
         tilt: tuple[TokenTilt, ...] = Field(default=(), max_length=300, description="A sparse reward over tokens.")
 
     steers: ClassVar[bool] = True
+    needs_rewards: ClassVar[bool] = False
     keeps_format: ClassVar[bool] = False
 
     def rows(self) -> int:

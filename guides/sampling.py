@@ -17,7 +17,6 @@ class Sampling(Guide):
 
     streams: ClassVar[bool] = True
     steers: ClassVar[bool] = False
-    needs_rewards: ClassVar[bool] = False
     keeps_format: ClassVar[bool] = True
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:

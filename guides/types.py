@@ -80,6 +80,7 @@ class SamplingSpec:
     skip_special_tokens: bool = True
     json_schema: Mapping[str, Any] | None = None
     stream: bool = True
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,7 @@ class Resolver:
                 f"this server requires the rewards {names}, and guide '{guide_name}' does not use rewards to steer",
                 "alignment.guide.name",
             )
-        if guide.needs_rewards and not any(term.weight for term in terms):
+        if guide.steers and guide.needs_rewards and not any(term.weight for term in terms):
             raise bad_request(
                 f"guide '{guide_name}' needs at least one reward; known: {', '.join(sorted(self._rewards))}",
                 "alignment.rewards",

@@ -68,7 +68,7 @@ class Calibrator:
         return None
 
     async def _drawn(self, ctx: Context, term: RewardTerm) -> CalibrationSample:
-        sampling = replace(ctx.sampling, stream=False, logprobs=None)
+        sampling = replace(ctx.sampling, stream=False, logprobs=None, priority=0)
         n = ctx.calibration.n
         key = (ctx.prompt, _frozen(sampling), n)
         pool = self._pools.get(key)

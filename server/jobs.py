@@ -230,6 +230,7 @@ def _sampling(
         skip_special_tokens=request.skip_special_tokens,
         json_schema=schema,
         stream=request.stream,
+        priority=request.priority,
     )
 
 

@@ -23,6 +23,10 @@ class Load:
     waiting_tokens: int
     engine_rows: int
     engine_up: bool
+    kv_cache_usage_perc: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    preemptions: int
 
 
 class Metrics:
@@ -53,6 +57,10 @@ class Metrics:
                 ("waiting_tokens", "Tokens that waiting requests may ask for."),
                 ("engine_rows", "Rows open in the engine."),
                 ("engine_up", "1 while the engine serves."),
+                ("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1."),
+                ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache since the engine's start."),
+                ("prefix_cache_hits", "Prompt tokens found there."),
+                ("preemptions", "Rows that lost their KV pages for want of memory, since the engine's start."),
             )
         }
         self._queue_time = histogram("request_queue_time_seconds", "Wait for admission.", SECONDS)

@@ -110,12 +110,17 @@ def build_router(state: ServerState) -> APIRouter:
         """Prometheus metrics."""
         runners = {n: r.stats for n, r in state.rewards.items() if isinstance(r, NeuralReward) and r.stats is not None}
         waiting = state.admission.waiting
+        engine = state.engine.stats
         load = Load(
             num_requests_running=state.metrics.in_flight - waiting,
             num_requests_waiting=waiting,
             waiting_tokens=state.admission.waiting_tokens,
             engine_rows=state.engine.num_running(),
             engine_up=state.engine.up,
+            kv_cache_usage_perc=engine.kv_cache_usage,
+            prefix_cache_queries=engine.prefix_queries,
+            prefix_cache_hits=engine.prefix_hits,
+            preemptions=engine.preemptions,
         )
         body = state.metrics.render(load, runners)
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")

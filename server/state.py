@@ -8,6 +8,7 @@ from guiderail.guides.base import Engine, Guide, Helpers, Scorer
 from guiderail.guides.reward import Reward
 from guiderail.server.admission import Admission
 from guiderail.server.alignment import Resolver
+from guiderail.server.engines.stats import EngineStats
 from guiderail.server.metrics import Metrics
 from guiderail.server.renderer import ChatRenderer
 from guiderail.server.settings import Settings
@@ -22,6 +23,9 @@ class ServedEngine(Engine, Protocol):
 
     @property
     def up(self) -> bool: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
 
     def num_running(self) -> int: ...
 

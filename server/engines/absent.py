@@ -5,6 +5,7 @@ from typing import NoReturn
 
 from guiderail.guides.errors import EngineUnavailable
 from guiderail.guides.types import SamplingSpec, TokenPrompt
+from guiderail.server.engines.stats import EngineStats
 
 
 class EngineNeeded(EngineUnavailable):
@@ -16,6 +17,7 @@ class NoEngine:
 
     max_model_len = vocab_size = max_logprobs = 0
     up = False
+    stats = EngineStats()
 
     async def start(self) -> None:
         """There is nothing to start."""

@@ -12,6 +12,7 @@ from typing import Protocol
 from guiderail.guides.base import Engine, Rollouts
 from guiderail.guides.errors import EngineUnavailable
 from guiderail.guides.types import SamplingSpec, TokenPrompt
+from guiderail.server.engines.stats import EngineStats
 
 log = logging.getLogger("guiderail.engine")
 
@@ -22,6 +23,7 @@ class LocalEngine(Engine, Protocol):
     max_model_len: int
     vocab_size: int
     max_logprobs: int
+    stats: EngineStats
 
     @property
     def dead(self) -> bool: ...
@@ -70,6 +72,11 @@ class SupervisedEngine:
     def up(self) -> bool:
         """Whether requests are served now."""
         return self._inner is not None and not self._inner.dead
+
+    @property
+    def stats(self) -> EngineStats:
+        """Figures of the engine that runs now, counted from its start."""
+        return self._inner.stats if self._inner is not None else EngineStats()
 
     def num_running(self) -> int:
         """Rows open in the engine."""

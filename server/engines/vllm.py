@@ -6,12 +6,9 @@ so that a row can be dropped alone; prefixes are shared by vLLM's cache.
 """
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, files
-from pathlib import Path
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from guiderail.guides.base import Rollouts
@@ -20,94 +17,11 @@ from guiderail.guides.types import Delta, SamplingSpec, TokenPrompt
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.mixed import MixedRow, MixedSampling, Recipe
 from guiderail.server.engines.rollouts import EngineRollouts, new_request_id
-from guiderail.server.engines.vllm_params import forced_params, refusal, sampling_params, token_logprobs
+from guiderail.server.engines.stats import EngineStats
+from guiderail.server.engines.vllm_args import EngineSettings, base_args, engine_args, prepare_environment
+from guiderail.server.engines.vllm_params import forced_params, refusal, row_priority, sampling_params, token_logprobs
 
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """How to start the engine. `adapters` maps LoRA names to folders of the operator's choice."""
-
-    model: str
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    seed: int = 0
-    kv_cache_gb: float = 2.0
-    gpu_memory_utilization: float = 0.9
-    max_num_seqs: int = 128
-    enforce_eager: bool | None = None
-    tensor_parallel_size: int = 1
-    adapters: tuple[tuple[str, str], ...] = ()
-    max_lora_rank: int = 16
-    max_logprobs: int = 50
-
-
-def prepare_environment() -> None:
-    """Sets what vLLM reads from the environment, unless the operator has. Must precede its import."""
-    cores = sorted(os.sched_getaffinity(0))
-    # With "auto" vLLM keeps a core for its scheduler; on a small machine that is half of it.
-    bind = ",".join(map(str, cores)) if len(cores) <= 4 else "auto"
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bind)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTHONSAFEPATH", "1")  # no process of ours takes the folder kernels/ for a package
-    # Intel's OpenMP, where it is installed, gives 8 to 18% more tokens/s on 2 cores than the default that
-    # vLLM would preload. It acts on the processes that vLLM starts.
-    preload = os.environ.get("LD_PRELOAD", "")
-    with suppress(PackageNotFoundError):
-        for file in files("intel-openmp") or ():
-            if file.name == "libiomp5.so" and "omp" not in preload:
-                library = str(Path(str(file.locate())).resolve())
-                os.environ["LD_PRELOAD"] = f"{library}:{preload}" if preload else library
-
-
-def base_args(settings: EngineSettings) -> dict[str, Any]:
-    """Engine arguments that generating and pooling engines share."""
-    from vllm.platforms import current_platform
-
-    args: dict[str, Any] = {
-        "model": settings.model,
-        "dtype": settings.dtype,
-        "max_model_len": settings.max_model_len,
-        "seed": settings.seed,
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        "max_num_seqs": settings.max_num_seqs,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        "generation_config": "vllm",  # what a request does not say is OpenAI's default, not the model's
-    }
-    if current_platform.is_cpu():
-        args["block_size"] = 32  # the default of 128 caches no prompt below 128 tokens
-        args["enforce_eager"] = settings.enforce_eager is not False  # compiling takes most of a minute
-        args["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
-        if args["dtype"] == "auto":
-            args["dtype"] = "bfloat16"
-    else:
-        args["enforce_eager"] = bool(settings.enforce_eager)
-        args["gpu_memory_utilization"] = settings.gpu_memory_utilization
-    return args
-
-
-def _engine_args(settings: EngineSettings) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    args = base_args(settings) | {"max_logprobs": settings.max_logprobs}
-    if settings.adapters:
-        # One slot more than adapters: vLLM's CPU path gives rows without adapter the weights of the last
-        # slot when another row of the batch has one. Unused, that slot holds zeros, which is what they need.
-        args |= {"enable_lora": True, "max_loras": len(settings.adapters) + 1, "max_lora_rank": settings.max_lora_rank}
-    config = AsyncEngineArgs(**args).create_engine_config()
-    here = "guiderail.server.engines"
-    args["scheduler_cls"] = f"{here}.vllm_gang.GroupScheduler"
-    if config.scheduler_config.async_scheduling:
-        args["scheduler_cls"] = f"{here}.vllm_gang.AsyncGroupScheduler"
-    if config.use_v2_model_runner:
-        args |= {"enable_trace_replay": True, "logits_processors": [f"{here}.vllm_mix_v2:MixedPolicies"]}
-    else:
-        processors = ["vllm_mix_v1:MixedPolicies", "vllm_processors:ForcedTokens"]
-        args["logits_processors"] = [f"{here}.{name}" for name in processors]
-    return AsyncEngineArgs(**args)
+__all__ = ["EngineSettings", "VllmEngine", "base_args", "build", "end", "prepare_environment"]
 
 
 async def build(settings: EngineSettings) -> "VllmEngine":
@@ -116,8 +30,9 @@ async def build(settings: EngineSettings) -> "VllmEngine":
     Raises EngineUnavailable when it does not start and RequestError for a bad adapter (param is its name).
     """
     prepare_environment()
-    llm = await asyncio.to_thread(_start, settings)
-    engine = VllmEngine(llm, settings)
+    stats = EngineStats()
+    llm = await asyncio.to_thread(_start, settings, stats)
+    engine = VllmEngine(llm, settings, stats)
     try:
         await engine.load_adapters()
         # The first log-probabilities compile a small kernel (about 2 s); no user should wait for that.
@@ -128,11 +43,13 @@ async def build(settings: EngineSettings) -> "VllmEngine":
     return engine
 
 
-def _start(settings: EngineSettings) -> Any:
+def _start(settings: EngineSettings, stats: EngineStats) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from guiderail.server.engines.vllm_stats import Recorder
+
     try:
-        return AsyncLLM.from_engine_args(_engine_args(settings))
+        return AsyncLLM.from_engine_args(engine_args(settings), stat_loggers=[partial(Recorder, stats=stats)])
     except Exception as error:
         raise EngineUnavailable(f"vLLM does not start with {settings.model}: {error}") from error
 
@@ -149,7 +66,8 @@ async def end(llm: Any) -> None:
 class VllmEngine:
     """guiderail.guides.Engine over one AsyncLLM. Use it on the event loop that built it."""
 
-    def __init__(self, llm: Any, settings: EngineSettings) -> None:
+    def __init__(self, llm: Any, settings: EngineSettings, stats: EngineStats) -> None:
+        self.stats = stats
         self._llm = llm
         self._settings = settings
         self._lora: dict[str, Any] = {}
@@ -228,7 +146,9 @@ class VllmEngine:
             raise EngineUnavailable("the engine returned nothing")
         return last.outputs[0]
 
-    async def stream(self, prompt: TokenPrompt, params: Any, request_id: str) -> AsyncGenerator[Any, None]:
+    async def stream(
+        self, prompt: TokenPrompt, params: Any, request_id: str, priority: int = 0
+    ) -> AsyncGenerator[Any, None]:
         """vLLM's outputs for one request, its errors turned into ours."""
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
@@ -237,7 +157,7 @@ class VllmEngine:
         lora = self._lora[prompt.adapter] if prompt.adapter is not None else None
         try:
             async for output in self._llm.generate(
-                tokens_input(list(prompt.token_ids)), params, request_id, lora_request=lora
+                tokens_input(list(prompt.token_ids)), params, request_id, lora_request=lora, priority=priority
             ):
                 yield output
         except EngineDeadError as error:
@@ -261,7 +181,7 @@ class VllmEngine:
             finally:
                 del self._mixed[request_id]
             return
-        async with aclosing(self.stream(prompt, params, request_id)) as outputs:
+        async with aclosing(self.stream(prompt, params, request_id, row_priority(params, row))) as outputs:
             async for output in outputs:
                 completion = output.outputs[0]
                 logprobs = token_logprobs(completion) if params.logprobs is not None else None

@@ -7,6 +7,7 @@ from guiderail.guides.errors import RequestError
 from guiderail.guides.types import SamplingSpec, TokenLogprob
 
 FORCED = "guiderail_forced"  # key of SamplingParams.extra_args; see vllm_processors.py
+PRIORITY = "guiderail_priority"  # likewise: the request's priority
 
 
 def refusal(error: Exception, params: Any) -> RequestError:
@@ -19,6 +20,8 @@ def sampling_params(spec: SamplingSpec, seed: int | None, extra_args: dict[str, 
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    if spec.priority:
+        extra_args = {**(extra_args or {}), PRIORITY: spec.priority}
     structured = None
     if spec.json_schema is not None:
         structured = StructuredOutputsParams(json=dict(spec.json_schema))
@@ -48,6 +51,14 @@ def sampling_params(spec: SamplingSpec, seed: int | None, extra_args: dict[str, 
         )
     except ValueError as error:
         raise RequestError(str(error)) from error
+
+
+def row_priority(params: Any, row: int) -> int:
+    """A row's place among those that wait in the engine: the request's priority, then rows in order.
+
+    So the first rows of one request go before the last ones of another: a wide one cannot hold up the rest.
+    """
+    return int((params.extra_args or {}).get(PRIORITY, 0)) * 4096 + row
 
 
 def forced_params(answer: Sequence[int], v2: bool) -> Any:

@@ -47,7 +47,7 @@ def parts(args: argparse.Namespace) -> dict[str, tuple[str, Part]]:
         "plain": (
             "Token-level search against plain transformers",
             lambda state, raw: (
-                against_plain(state, raw, 3, dict.fromkeys(answers, 1), LENGTHS[:1])
+                against_plain(state, raw, 8, dict.fromkeys(answers, 1), LENGTHS[:1])
                 if small
                 else against_plain(state, raw, 32, answers)
             ),

@@ -94,7 +94,7 @@ async def against_plain(
                         "same": _same(state.renderer.encode(text), plain.token_ids),
                         "reward": ours[0]["alignment"]["choices"][0]["rewards"]["harmless"],
                         "plain_reward": (
-                            await apart(lambda: search.rewards(messages, [state.renderer.decode(plain.token_ids)]))
+                            await apart(lambda: search.rewards(messages, [state.renderer.decode(plain.token_ids)], whole=True))
                         ).item(),
                         "threads": torch.get_num_threads(),
                     }  # fmt: skip

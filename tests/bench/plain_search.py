@@ -72,7 +72,7 @@ class PlainSearch:
             if ahead:
                 candidates = self._roll_out(candidates, ahead, sampled=sampled)
             texts = self.tokenizer.batch_decode(candidates[:, prompt.shape[1] :], skip_special_tokens=True)
-            score = log_prior + weight * self.rewards(messages, texts)
+            score = log_prior + weight * self.rewards(messages, texts, whole=at + 1 + ahead == tokens)
             ids = torch.cat([ids, top[score.argmax()][None, None]], 1)
         return PlainAnswer(ids[0, prompt.shape[1] :].tolist(), time.perf_counter() - started)
 
@@ -82,13 +82,13 @@ class PlainSearch:
         return self.policy.generate(candidates, attention_mask=mask, max_new_tokens=tokens, use_cache=True, **how)
 
     @torch.inference_mode()
-    def rewards(self, messages: Sequence[dict[str, str]], answers: Sequence[str]) -> Any:
-        """[K] rewards of answers that go on, as one padded batch under the reward model's template."""
-        turns = [[*messages, {"role": "assistant", "content": text}] for text in answers]
-        texts = [
-            self.reward_tokenizer.apply_chat_template(each, tokenize=False, continue_final_message=bool(text.strip()))
-            for each, text in zip(turns, answers, strict=True)
-        ]
+    def rewards(self, messages: Sequence[dict[str, str]], answers: Sequence[str], *, whole: bool) -> Any:
+        """[K] rewards of answers, whole ones or such that go on, as one padded batch under the reward model's template."""
+        texts = []
+        for answer in answers:
+            turns, goes_on = [*messages, {"role": "assistant", "content": answer}], not whole and bool(answer.strip())
+            text = self.reward_tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=goes_on)
+            texts.append(text if goes_on else text.rstrip())  # the head was trained at the end of the turn
         self.reward_tokenizer.truncation_side = "left"
         batch = self.reward_tokenizer(
             texts,

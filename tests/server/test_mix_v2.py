@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_checks import needs_gpu
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
@@ -131,7 +132,7 @@ def test_several_rows_of_logits_a_request_are_refused() -> None:
         runner.processor.apply(torch.zeros(2, V), context)
 
 
-@pytest.mark.gpu
+@needs_gpu
 async def test_mixing_on_a_gpu(model_path: str) -> None:
     """The runner that vLLM picks there: a policy mixed with itself is greedy as ever, and answers stay repeatable."""
     from guiderail.server.engines.vllm import EngineSettings, build

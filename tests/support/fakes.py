@@ -9,6 +9,7 @@ from guiderail.guides import Message, Reward, ScoreResult, TextReward
 from guiderail.guides.errors import EngineUnavailable
 from guiderail.guides.types import Delta, SamplingSpec, ScoreGroup, TokenLogprob, TokenPrompt
 from guiderail.server.engines.rollouts import EngineRollouts
+from guiderail.server.engines.stats import EngineStats
 
 
 @dataclass
@@ -25,6 +26,7 @@ class ScriptedEngine:
     vocab_size: int = 1000
     max_logprobs: int = 5
     up: bool = True
+    stats: EngineStats = field(default_factory=EngineStats)
     running: set[str] = field(default_factory=set)
     aborted: list[str] = field(default_factory=list)
     peak: int = 0

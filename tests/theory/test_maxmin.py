@@ -134,11 +134,11 @@ def test_a_group_that_is_never_worst_has_no_say() -> None:
 
 
 def test_a_weight_changes_the_unit() -> None:
-    values = np.random.default_rng(0).random((20, 2))
-    scaled = values * np.array([1.0, 10.0])
-    assert MaxMin().combine(values, np.array([1.0, 10.0]), "ab") == pytest.approx(
-        MaxMin().combine(scaled, np.ones(2), "ab")
-    )
+    values = np.random.default_rng(0).random((20, 2)) * np.array([1.0, 0.1])
+    same_unit = values * np.array([1.0, 10.0])
+    w, _ = maxmin_dual(same_unit, 0.1)
+    assert w.min() > 0.1, "both rewards bind"
+    assert MaxMin().combine(values, np.array([1.0, 10.0]), "ab") == pytest.approx(same_unit @ w)
 
 
 @pytest.mark.parametrize("values", [[[1e6, -1e6], [-1e6, 1e6]], [[1.0, 1.0]], [[-1e100, 1e100]], [[2.0, 2.0]] * 3])

@@ -1,0 +1,183 @@
+"""The scheduler that lets the rows of a mixture begin together: vLLM's own beneath it, the model runner played."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from guiderail.server.engines.mixed import Recipe
+from guiderail.server.engines.vllm_gang import AsyncGroupScheduler, GroupScheduler
+
+BLOCK = 32
+
+
+class Played:
+    """A scheduler with its engine's loop around it. 4 places, 256 tokens a step."""
+
+    def __init__(self, model: str, kind: type = GroupScheduler, blocks: int = 200) -> None:
+        config = EngineArgs(
+            model=model, max_model_len=1024, max_num_seqs=4, max_num_batched_tokens=256, block_size=BLOCK,
+            dtype="bfloat16", enforce_eager=True, async_scheduling=kind is AsyncGroupScheduler,
+        ).create_engine_config()  # fmt: skip
+        config.cache_config.num_gpu_blocks = blocks
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+        cache = KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+        init_none_hash(sha256)
+        self.hasher = get_request_block_hasher(BLOCK, sha256)
+        self.scheduler: Any = kind(config, cache, StructuredOutputManager(config), block_size=BLOCK)
+        self.emitted: Counter[str] = Counter()
+
+    def add(self, name: str, prompt: int, *, recipe: Recipe | None = None, first: int = 1, **params: Any) -> Request:
+        """A request of `prompt` tokens, which begin with `first` to tell prompts apart."""
+        sampling = SamplingParams(extra_args=recipe and recipe.extra_args(), **({"max_tokens": 50, "ignore_eos": True} | params))
+        sampling.update_from_generation_config({}, eos_token_id=0)
+        request = Request(name, [first] * prompt, sampling, None, block_hasher=self.hasher)
+        self.scheduler.add_request(request)
+        return request
+
+    def group(self, name: str, prompts: tuple[int, ...], **params: Any) -> None:
+        for role, prompt in enumerate(prompts):
+            self.add(f"{name}{role}", prompt, recipe=Recipe(name, role, len(prompts)), first=100 + role, **params)
+
+    def step(self) -> dict[str, int]:
+        """One step of the engine: the tokens scheduled of each row."""
+        output = self.scheduler.schedule()
+        rows = list(output.num_scheduled_tokens)
+        sampled = []
+        for name in rows:
+            request = self.scheduler.requests[name]
+            done = not request.is_prefill_chunk
+            self.emitted[name] += done
+            sampled.append([7] if done else [])
+        self.scheduler.update_from_output(
+            output, ModelRunnerOutput(rows, {name: i for i, name in enumerate(rows)}, sampled)
+        )
+        return dict(output.num_scheduled_tokens)
+
+    def in_step(self, name: str, size: int) -> bool:
+        return len({self.emitted[f"{name}{role}"] for role in range(size)}) == 1
+
+
+@pytest.fixture(params=[GroupScheduler, AsyncGroupScheduler], ids=["plain", "async"])
+def played(request: pytest.FixtureRequest, model_path: str) -> Played:
+    return Played(model_path, request.param)
+
+
+def test_a_group_waits_for_its_last_row(played: Played) -> None:
+    played.add("a0", 10, recipe=Recipe("a", 0, 2))
+    assert not played.scheduler.has_requests(), "nothing can be done yet, so the engine may sleep"
+    assert played.step() == {}
+    played.add("a1", 20, recipe=Recipe("a", 1, 2))
+    assert played.scheduler.get_num_unfinished_requests() == 2
+    assert played.step() == {"a0": 10, "a1": 20}
+    assert played.step() == {"a0": 1, "a1": 1}
+
+
+def test_a_group_waits_for_places_and_what_follows_waits_for_it(played: Played) -> None:
+    for i in range(3):
+        played.add(f"s{i}", 5, first=i + 1, max_tokens=3 + i)
+    played.step()
+    played.group("a", (10, 10))
+    played.add("late", 5, first=9)
+    assert set(played.step()) == {"s0", "s1", "s2"}, "one place is free, and the group needs two"
+    steps = [played.step() for _ in range(12)]
+    together = next(i for i, step in enumerate(steps) if "a0" in step)
+    assert "a1" in steps[together]
+    assert "late" not in steps[together - 1]
+    assert any("late" in step for step in steps[together:])
+    assert played.in_step("a", 2)
+
+
+def test_a_group_waits_until_its_prompts_fit_into_one_step(played: Played) -> None:
+    played.add("long", 500)
+    assert played.step() == {"long": 256}
+    played.group("a", (60, 60))
+    step = played.step()
+    assert step == {"long": 244}, "12 tokens are left; one row alone would begin"
+    assert played.step() == {"long": 1, "a0": 60, "a1": 60}
+
+
+def test_groups_begin_together_while_they_fit(played: Played) -> None:
+    played.group("a", (20, 20))
+    played.group("b", (20, 20))
+    played.group("c", (20, 20))
+    assert list(played.step()) == ["a0", "a1", "b0", "b1"]
+    assert list(played.step()) == ["a0", "a1", "b0", "b1"], "four places"
+
+
+def test_a_group_waits_for_kv_blocks(model_path: str) -> None:
+    played = Played(model_path, blocks=10)
+    played.add("s", 200, max_tokens=2)
+    played.step()
+    played.group("a", (40, 40))
+    assert played.step() == {"s": 1}
+    assert played.step() == {"a0": 40, "a1": 40}
+
+
+def test_prompts_too_long_for_a_step_are_cached_for_the_next_try(played: Played) -> None:
+    """The rows part (which mixed.py sees), and begin together when they come again."""
+    played.group("a", (200, 210))
+    while not (played.emitted["a0"] and played.emitted["a1"]):
+        played.step()
+    assert not played.in_step("a", 2)
+    played.scheduler.finish_requests(["a0", "a1"], RequestStatus.FINISHED_ABORTED)
+    for role, prompt in enumerate((200, 210)):
+        played.add(f"b{role}", prompt, recipe=Recipe("b", role, 2), first=100 + role)
+    first = played.step()
+    assert first == {"b0": 200 - 192, "b1": 210 - 192}
+
+
+def test_aborted_rows_leave_nothing_behind(played: Played) -> None:
+    scheduler = played.scheduler
+    for i in range(4):
+        played.add(f"s{i}", 5, first=i + 1)
+    played.step()
+    played.add("a0", 10, recipe=Recipe("a", 0, 2))
+    played.group("b", (10, 10))
+    played.add("late", 5)
+    assert scheduler.get_num_unfinished_requests() == 4 + 3
+    gone = scheduler.finish_requests(["a0", "b0", "b1", "late", "unknown"], RequestStatus.FINISHED_ABORTED)
+    assert {request.request_id for request in gone} == {"a0", "b0", "b1", "late"}
+    assert not scheduler._coming
+    assert not scheduler._queue
+    played.group("c", (10, 10))
+    assert len(scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)) == 6
+    assert scheduler.get_num_unfinished_requests() == 0
+    played.add("new", 5)
+    assert played.step()["new"] == 5
+
+
+def test_a_grammar_that_is_being_compiled_holds_up_its_group_alone(model_path: str) -> None:
+    from concurrent.futures import Future
+
+    played = Played(model_path)
+    grammar: Future[Any] = Future()
+    for role in range(2):
+        schema = {"structured_outputs": StructuredOutputsParams(json={"type": "object"})} if role == 0 else {}
+        sampling = SamplingParams(extra_args=Recipe("a", role, 2).extra_args(), max_tokens=9, ignore_eos=True, **schema)
+        request = Request(f"a{role}", [role + 1] * 10, sampling, None, block_hasher=played.hasher)
+        if request.structured_output_request is not None:
+            request.structured_output_request.grammar = grammar
+            assert request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        played.scheduler.add_request(request)
+    played.group("b", (10, 10))
+    assert set(played.step()) == {"b0", "b1"}
+    grammar.set_result(object())
+    output = played.scheduler.schedule()
+    assert set(output.num_scheduled_tokens) == {"a0", "a1", "b0", "b1"}
+
+
+def test_plain_requests_pass_at_once(played: Played) -> None:
+    played.add("s", 10)
+    assert not played.scheduler._queue
+    assert played.step() == {"s": 10}
