@@ -170,7 +170,11 @@ class MixedRow:
             spec = replace(spec, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
         else:
             spec = SamplingSpec(
-                spec.max_tokens, temperature=0.0, stop_token_ids=spec.stop_token_ids, ignore_eos=spec.ignore_eos
+                spec.max_tokens,
+                temperature=0.0,
+                stop_token_ids=spec.stop_token_ids,
+                ignore_eos=spec.ignore_eos,
+                priority=spec.priority,
             )
         return self._engine.member_deltas(self._row, self._prompts[role], spec, recipe, self._ids[role])
 

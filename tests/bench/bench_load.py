@@ -143,6 +143,8 @@ def overload(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
         full = loadtest(ours, folder, bounded, "--max-concurrency", "64", "--num-prompts", "192")
         saturation = full["request_throughput"]
         calm = ("--request-rate", f"{saturation / 2:.3f}", "--duration", "20")
+        # A first storm fills what is filled once (caches, the allocator's arenas); a leak grows with every one.
+        loadtest(ours, folder, bounded, "--request-rate", f"{5 * saturation:.3f}", "--duration", f"{seconds / 4:g}")
         before = loadtest(ours, folder, bounded, *calm)
         memory = ours.memory()
         storm = loadtest(ours, folder, bounded, "--request-rate", f"{5 * saturation:.3f}", "--duration", f"{seconds:g}")
@@ -159,7 +161,7 @@ def overload(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
         "only answers and 429": set(outcomes) <= {"completed", "rejected_429"},
         f"answers within their deadline of {deadline:g} s and 0.5 s": late <= deadline + 0.5,
         "engine rows left after it: 0": rows_left == 0,
-        "memory afterwards at most 1.05 of before": grown <= 1.05,
+        "memory after the second storm at most 1.05 of that after a first, shorter one": grown <= 1.05,
     }
     lines = [
         f"{5 * saturation:.1f} requests/s (5 x saturation) of plain chats with a deadline of {deadline:g} s for {seconds:g} s: "

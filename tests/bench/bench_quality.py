@@ -53,7 +53,7 @@ async def answer_all(state: ServerState, task: Task, name: str, guide: dict[str,
             "text": response["choices"][0]["message"]["content"],
             "finish": response["choices"][0]["finish_reason"],
             "kl": report["choices"][0]["diagnostics"]["kl"] if guide["name"] != "logit_mix" else None,
-            "generated": report["spend"]["tokens_generated"],
+            "generated": report["spend"]["tokens_generated"] + report["spend"]["mixed_tokens"],
         }
 
     started = time.perf_counter()
@@ -108,7 +108,8 @@ def notes() -> list[str]:
         f"`less {EVEN}` is paired. KL is what the response's diagnostics bound it by, summed over a guide's selections "
         "(speculative rejection: over the survivors alone, so too small). Distinct: ARGS' product of distinct 2-, 3- and "
         "4-grams. Seconds: time of all prompts, many at once, over their number. `plain, instructed` has the system "
-        "message that is the baseline policy of Transfer Q* and the other policy of logit mix. Weights were chosen on "
+        "message that is the baseline policy of Transfer Q* and the other policy of logit mix; token-level guides take the best "
+        "token at each step, so their control without a reward is `plain, greedy`. Weights were chosen on "
         "deploy/prompts/everyday.jsonl by sentiment, and used for all tasks.",
         "",
         "Rewards and judges are scorers: a gain in one of them is not alignment or safety. The profanity task's prompts are "

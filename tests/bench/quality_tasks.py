@@ -112,6 +112,7 @@ def guides(task: Task, chosen: dict[str, Any] = CHOSEN, only: Sequence[str] | No
     block = int(chosen["block"])
     found: dict[str, dict[str, Any]] = {
         "plain": {"name": "sampling"},
+        "plain, greedy": {"name": "sampling"},
         "plain, instructed": {"name": "sampling"},
         **{f"best of {n}": {"name": "best_of_n", "n": n} for n in NS},
         # 4 segments and alpha 0.5: n (1 + 1/2 + 1/4 + 1/8) length / 4 tokens
@@ -146,5 +147,6 @@ def body(task: Task, name: str, guide: dict[str, Any], index: int, seed: int) ->
     rewards = [] if guide["name"] in ("sampling", "logit_mix") else [task.rewards[index]]
     return {
         "messages": messages, "max_tokens": task.tokens, "seed": seed + 10_000 * index,
+        "temperature": 0.0 if name == "plain, greedy" else 1.0,
         "alignment": {"guide": guide, "rewards": rewards},
     }  # fmt: skip

@@ -28,6 +28,7 @@ class Played:
         config = EngineArgs(
             model=model, max_model_len=1024, max_num_seqs=4, max_num_batched_tokens=256, block_size=BLOCK,
             dtype="bfloat16", enforce_eager=True, async_scheduling=kind is AsyncGroupScheduler,
+            scheduling_policy="priority",
         ).create_engine_config()  # fmt: skip
         config.cache_config.num_gpu_blocks = blocks
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
@@ -37,11 +38,15 @@ class Played:
         self.scheduler: Any = kind(config, cache, StructuredOutputManager(config), block_size=BLOCK)
         self.emitted: Counter[str] = Counter()
 
-    def add(self, name: str, prompt: int, *, recipe: Recipe | None = None, first: int = 1, **params: Any) -> Request:
+    def add(
+        self, name: str, prompt: int, *, recipe: Recipe | None = None, first: int = 1, priority: int = 0, **params: Any
+    ) -> Request:
         """A request of `prompt` tokens, which begin with `first` to tell prompts apart."""
-        sampling = SamplingParams(extra_args=recipe and recipe.extra_args(), **({"max_tokens": 50, "ignore_eos": True} | params))
+        sampling = SamplingParams(
+            extra_args=recipe and recipe.extra_args(), **({"max_tokens": 50, "ignore_eos": True} | params)
+        )
         sampling.update_from_generation_config({}, eos_token_id=0)
-        request = Request(name, [first] * prompt, sampling, None, block_hasher=self.hasher)
+        request = Request(name, [first] * prompt, sampling, None, priority=priority, block_hasher=self.hasher)
         self.scheduler.add_request(request)
         return request
 
@@ -75,8 +80,9 @@ def played(request: pytest.FixtureRequest, model_path: str) -> Played:
 
 def test_a_group_waits_for_its_last_row(played: Played) -> None:
     played.add("a0", 10, recipe=Recipe("a", 0, 2))
-    assert not played.scheduler.has_requests(), "nothing can be done yet, so the engine may sleep"
     assert played.step() == {}
+    assert played.step() == {}
+    assert played.scheduler.has_requests()
     played.add("a1", 20, recipe=Recipe("a", 1, 2))
     assert played.scheduler.get_num_unfinished_requests() == 2
     assert played.step() == {"a0": 10, "a1": 20}
@@ -145,16 +151,44 @@ def test_aborted_rows_leave_nothing_behind(played: Played) -> None:
     played.add("a0", 10, recipe=Recipe("a", 0, 2))
     played.group("b", (10, 10))
     played.add("late", 5)
-    assert scheduler.get_num_unfinished_requests() == 4 + 3
-    gone = scheduler.finish_requests(["a0", "b0", "b1", "late", "unknown"], RequestStatus.FINISHED_ABORTED)
-    assert {request.request_id for request in gone} == {"a0", "b0", "b1", "late"}
-    assert not scheduler._coming
-    assert not scheduler._queue
+    played.step()
+    assert scheduler.get_num_unfinished_requests() == 4 + 4
+    scheduler.finish_requests(["a0", "b0", "b1", "late", "unknown"], RequestStatus.FINISHED_ABORTED)
+    assert scheduler.get_num_unfinished_requests() == 4
+    assert set(played.step()) == {"s0", "s1", "s2", "s3"}
+    assert not scheduler._groups
     played.group("c", (10, 10))
-    assert len(scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)) == 6
+    scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
     assert scheduler.get_num_unfinished_requests() == 0
     played.add("new", 5)
     assert played.step()["new"] == 5
+    assert not scheduler._groups
+
+
+def test_priority_goes_before_arrival_for_groups_too(played: Played) -> None:
+    for i in range(3):
+        played.add(f"s{i}", 5, first=i + 1, max_tokens=4)
+    played.step()
+    played.group("low", (10, 10), priority=5)
+    played.add("single", 5, first=9, priority=1, max_tokens=20)
+    played.group("high", (10, 10), priority=-1)
+    assert set(played.step()) == {"s0", "s1", "s2"}, "the first in order needs two places"
+    for _ in range(3):
+        step = played.step()
+    assert {"high0", "high1", "single"} <= set(step), "the fourth place goes to the next in order"
+    assert "low0" not in step
+    while "low0" not in step:
+        step = played.step()
+    assert "low1" in step
+
+
+def test_a_group_that_comes_later_holds_up_nothing_before_it(played: Played) -> None:
+    for i in range(3):
+        played.add(f"s{i}", 5, first=i + 1)
+    played.step()
+    played.group("a", (10, 10), priority=1)
+    played.add("sooner", 5, first=8)
+    assert "sooner" in played.step()
 
 
 def test_a_grammar_that_is_being_compiled_holds_up_its_group_alone(model_path: str) -> None:
@@ -175,9 +209,3 @@ def test_a_grammar_that_is_being_compiled_holds_up_its_group_alone(model_path: s
     grammar.set_result(object())
     output = played.scheduler.schedule()
     assert set(output.num_scheduled_tokens) == {"a0", "a1", "b0", "b1"}
-
-
-def test_plain_requests_pass_at_once(played: Played) -> None:
-    played.add("s", 10)
-    assert not played.scheduler._queue
-    assert played.step() == {"s": 10}

@@ -86,7 +86,9 @@ def test_greedy_takes_the_best_of_the_mixture_whatever_is_cut() -> None:
         assert tokens[0] == wanted
 
 
-@pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.8, "min_p": 0.05}], ids=str)
+@pytest.mark.parametrize(
+    "cut", [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.8, "min_p": 0.05}], ids=str
+)
 def test_cuts_apply_to_the_tempered_mixture(cut: dict[str, float]) -> None:
     """In vLLM's order: min_p, then top_k, then top_p of what is left."""
     logits, weights, temperature = policies(2, seed=4), [0.5], 1.3
@@ -150,7 +152,10 @@ def test_not_a_number_parts_the_rows() -> None:
 
 def test_a_replay_is_emitted_before_anything_is_drawn() -> None:
     rows = group([0, 1], 2)
-    told = [Row(r.index, Recipe(**{**{f: getattr(r.recipe, f) for f in r.recipe.__slots__}, "replay": [9, 8, 7]}), 2) for r in rows]
+    told = [
+        Row(r.index, Recipe(**{**{f: getattr(r.recipe, f) for f in r.recipe.__slots__}, "replay": [9, 8, 7]}), 2)
+        for r in rows
+    ]
     logits = policies(2)
     emit(logits, told)
     assert emitted(logits) == [7, 7]
@@ -164,7 +169,10 @@ class Batch:
         self.outputs: dict[int, list[int]] = {}
 
     def update(
-        self, removed: tuple[int, ...] = (), added: dict[int, Any] | None = None, moved: tuple[tuple[int, int, bool], ...] = ()
+        self,
+        removed: tuple[int, ...] = (),
+        added: dict[int, Any] | None = None,
+        moved: tuple[tuple[int, int, bool], ...] = (),
     ) -> None:
         """added: SamplingParams by index, or (params, prompt, output). moved: (from, to, whether they swap)."""
         news = []
@@ -277,9 +285,7 @@ def test_penalties_act_on_the_served_policy_before_the_mixing() -> None:
     penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.6}
     output, prompt = [3, 3, 8], [5, 6, 3]
     batch = Batch()
-    batch.update(
-        added={0: (member(0, weights=[0.5], **penalties), prompt, output), 1: (member(1), [1], list(output))}
-    )
+    batch.update(added={0: (member(0, weights=[0.5], **penalties), prompt, output), 1: (member(1), [1], list(output))})
     logits = policies(2, seed=8)
     main = logits[0].clone()
     for token in {*prompt, *output}:

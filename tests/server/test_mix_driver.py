@@ -89,7 +89,15 @@ TEXT = "".join(map(letter, WHOLE))
 
 async def test_rows_in_step_are_passed_on_as_they_come() -> None:
     engine = ScriptedGroup()
-    spec = {"temperature": 0.7, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "stop": ("x",), "stop_token_ids": (50,), "logit_bias": {4: 1.0}}
+    spec = {
+        "temperature": 0.7,
+        "top_k": 4,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "stop": ("x",),
+        "stop_token_ids": (50,),
+        "logit_bias": {4: 1.0},
+    }
     async with aclosing(mixed(engine, **spec).deltas()) as deltas:
         first = await anext(deltas)
         assert first.token_ids == (10,)

@@ -1,0 +1,149 @@
+"""Mixed rows that fall out of step in the real engine: a partner that is killed, rows that are preempted, formats."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from serving import Live
+
+from guiderail.guides.base import Engine
+from guiderail.guides.errors import RequestError
+from guiderail.guides.types import Message, Mixed, SamplingSpec, TokenLogprob, TokenPrompt
+from guiderail.server.engines.mixed import MixedRow
+from guiderail.server.engines.vllm import EngineSettings, build
+
+ASK = Message("user", "Tell me about your day and a friend.")
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(attempt, tokens replayed) of every start of a group."""
+    seen: list[tuple[int, int]] = []
+    original = MixedRow._attempt
+
+    def spy(self: MixedRow, attempt: int) -> Any:
+        seen.append((attempt, len(self._taken)))
+        return original(self, attempt)
+
+    monkeypatch.setattr(MixedRow, "_attempt", spy)
+    return seen
+
+
+def mixture(live: Live, adapter: str | None = None) -> TokenPrompt:
+    render = live.state.renderer.render
+    pirate = render((Message("system", "You are a pirate."), ASK)).token_ids
+    return TokenPrompt(render((ASK,)).token_ids, None, (Mixed(pirate, adapter, 1.0),))
+
+
+async def read(engine: Engine, prompts: list[TokenPrompt], spec: SamplingSpec, each: Any = None) -> list[Any]:
+    """(text, tokens, logprobs) of each row; `each(row, tokens so far)` is awaited at every delta."""
+    rows: list[Any] = [["", [], []] for _ in prompts]
+    async with engine.generate(prompts, spec, seeds=[7 + i for i in range(len(prompts))]) as rollouts:
+        async for delta in rollouts:
+            row = rows[delta.row]
+            row[0] += delta.text
+            row[1] += delta.token_ids
+            row[2] += delta.logprobs or ()
+            if each is not None and delta.finish_reason is None:
+                await each(delta.row, len(row[1]))
+    return rows
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+async def test_a_killed_partner_costs_time_and_nothing_else(
+    live: Live, attempts: list[tuple[int, int]], temperature: float
+) -> None:
+    """The same text, tokens and log-probabilities as undisturbed, a stop string and penalties among the conditions."""
+    spec = SamplingSpec(40, temperature, logprobs=1, presence_penalty=0.6, stop=("zzz",), ignore_eos=True)
+    prompt, engine = mixture(live), live.state.engine
+    undisturbed = await read(engine, [prompt], spec)
+    assert len(undisturbed[0][1]) == 40
+    attempts.clear()
+    inner: Any = engine._inner
+    killed: list[str] = []
+
+    async def kill(row: int, tokens: int) -> None:
+        if tokens in (9, 25):
+            (mixed,) = inner._mixed.values()
+            if mixed._ids[1] not in killed:
+                killed.append(mixed._ids[1])
+                await inner._llm.abort(killed[-1])
+
+    disturbed = await read(engine, [prompt], spec, kill)
+    assert len(killed) == 2
+    assert [attempt for attempt, _ in attempts] == [0, 1, 2]
+    assert 9 <= attempts[1][1] < 25 <= attempts[2][1]
+    assert disturbed[0][:2] == undisturbed[0][:2]
+    together: list[tuple[TokenLogprob, TokenLogprob]] = list(zip(disturbed[0][2], undisturbed[0][2], strict=True))
+    assert max(abs(a.logprob - b.logprob) for a, b in together) < 0.3, "bfloat16 logits"
+    assert engine.num_running() == 0
+
+
+async def test_an_answer_keeps_its_format_in_a_mixture(live: Live) -> None:
+    """The grammar binds the served policy's row, and so the mixture; its partners know nothing of it."""
+    age = {"type": "integer", "minimum": 1, "maximum": 99}
+    schema = {"type": "object", "properties": {"age": age}, "required": ["age"], "additionalProperties": False}
+    rows = await read(live.state.engine, [mixture(live)] * 3, SamplingSpec(40, 1.0, json_schema=schema))
+    for text, *_ in rows:
+        assert 1 <= json.loads(text)["age"] <= 99
+
+
+async def test_no_log_probabilities_are_made_up_for_a_mixture(live: Live) -> None:
+    with pytest.raises(RequestError, match="mixture"):
+        await live.state.engine.next_token_logprobs([mixture(live)], 3)
+    with pytest.raises(RequestError, match="mixture"):
+        await live.state.engine.answer_logprobs([mixture(live)], [[1]])
+
+
+async def test_a_deadline_ends_a_mixture(live: Live) -> None:
+    import time
+
+    ends = []
+    spec = SamplingSpec(500, 1.0, ignore_eos=True)
+    deadline = time.monotonic() + 1.0
+    async with live.state.engine.generate([mixture(live, "noise")] * 2, spec, deadline=deadline) as rollouts:
+        async for delta in rollouts:
+            ends.append(delta.finish_reason)
+    assert [end for end in ends if end] == ["deadline"] * 2
+    assert time.monotonic() < deadline + 3
+    assert live.state.engine.num_running() == 0
+
+
+async def test_more_rows_than_places_are_served_in_turn(live: Live, attempts: list[tuple[int, int]]) -> None:
+    """80 mixtures are 160 rows; the engine has 128 places. None is parted by that."""
+    spec = SamplingSpec(3, 1.0, ignore_eos=True)
+    plain = TokenPrompt(mixture(live).token_ids)
+    rows = await read(live.state.engine, [mixture(live)] * 80 + [plain] * 20, spec)
+    assert {len(tokens) for _, tokens, _ in rows} == {3}
+    assert attempts == [(0, 0)] * 80
+
+
+@pytest.mark.slow
+async def test_preempted_rows_end_with_the_answers_they_have_alone(
+    model_path: str, live: Live, attempts: list[tuple[int, int]]
+) -> None:
+    """A KV cache for 1,376 tokens, and eight rows that would grow to 2,200."""
+    engine = await build(EngineSettings(model=model_path, max_model_len=512, kv_cache_gb=0.03))
+    try:
+        spec = SamplingSpec(220, 0.8, ignore_eos=True)
+        prompt = mixture(live)
+        alone = []
+        for seed in range(7, 11):
+            async with engine.generate([prompt], spec, seeds=[seed]) as rollouts:
+                alone.append([token async for delta in rollouts for token in delta.token_ids])
+        assert {attempt for attempt, _ in attempts} == {0}
+        rows = await read(engine, [prompt] * 4, spec)
+        assert any(attempt for attempt, _ in attempts), "nothing was preempted: the test is void"
+        assert all(len(tokens) == 220 for _, tokens, _ in rows)
+        # bfloat16 may turn a near-tie in another batch; from there on an answer is another.
+        shared = [
+            next((i for i, (a, b) in enumerate(zip(row[1], one, strict=True)) if a != b), 220)
+            for row, one in zip(rows, alone, strict=True)
+        ]
+        assert sum(shared) > 4 * 220 * 0.6
+        async with asyncio.timeout(10):
+            while engine.num_running():
+                await asyncio.sleep(0.05)
+    finally:
+        await engine.close()
