@@ -203,9 +203,7 @@ def _job(
     return Job(model, alignment, tuple(contexts), spend, state.admission, request.priority, rows, tokens)
 
 
-def _sampling(
-    request: SamplingFields, max_tokens: int, logprobs: int | None, stops: tuple[str, ...]
-) -> SamplingSpec:
+def _sampling(request: SamplingFields, max_tokens: int, logprobs: int | None, stops: tuple[str, ...]) -> SamplingSpec:
     schema = None
     if request.response_format is not None and request.response_format.type != "text":
         given = request.response_format.json_schema

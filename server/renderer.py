@@ -65,9 +65,9 @@ class ChatRenderer:
 
         plain: what looks like a special token is ordinary text.
         """
-        ids: list[int] = self._tokenizer(
-            text, add_special_tokens=add_special_tokens, split_special_tokens=plain
-        )["input_ids"]
+        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=plain)[
+            "input_ids"
+        ]
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
