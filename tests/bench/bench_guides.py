@@ -35,7 +35,10 @@ def parts(args: argparse.Namespace) -> dict[str, tuple[str, Part]]:
     small = args.rehearse
     answers = {"Transfer Q*": args.plain_answers, "DeAL": max(1, args.plain_answers // 2)}
     return {
-        "speed": ("Speed of the guides", lambda state, raw: speed(state, raw, 1 if small else args.singles)),
+        "speed": (
+            "Speed of the guides",
+            lambda state, raw: speed(state, raw, 1, 8) if small else speed(state, raw, args.singles),
+        ),
         "blocks": (
             "Block-level guides against plain sampling",
             lambda state, raw: blocks(state, raw, 1 if small else args.rounds),

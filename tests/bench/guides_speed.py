@@ -43,11 +43,17 @@ def question() -> list[dict[str, str]]:
     return user(f"({number}) {texts[number % len(texts)]}")
 
 
-async def speed(state: ServerState, raw: Raw, singles: int) -> tuple[list[str], dict[str, Any]]:
-    """Tokens per second and seconds per answer of every guide, alone and with TOGETHER requests at once."""
+async def speed(
+    state: ServerState, raw: Raw, singles: int, longest: int | None = None
+) -> tuple[list[str], dict[str, Any]]:
+    """Tokens per second and seconds per answer of every guide, alone and with TOGETHER requests at once.
+
+    longest: bounds the tokens of an answer, for a rehearsal.
+    """
     data: dict[str, Any] = {}
     missing = sorted({guide["name"] for _, guide, _ in SETTINGS} - set(state.guides))
-    for title, guide, tokens in SETTINGS:
+    for title, guide, full in SETTINGS:
+        tokens = min(full, longest or full)
         if guide["name"] in missing:
             continue
         for kind in ("none",) if guide["name"] in UNREWARDED else ("neural", "rule"):

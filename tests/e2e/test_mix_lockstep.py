@@ -1,6 +1,5 @@
 """Mixed rows that fall out of step in the real engine: a partner that is killed, rows that are preempted, formats."""
 
-import asyncio
 import json
 from typing import Any
 
@@ -82,11 +81,10 @@ async def test_a_killed_partner_costs_time_and_nothing_else(
 
 async def test_an_answer_keeps_its_format_in_a_mixture(live: Live) -> None:
     """The grammar binds the served policy's row, and so the mixture; its partners know nothing of it."""
-    age = {"type": "integer", "minimum": 1, "maximum": 99}
-    schema = {"type": "object", "properties": {"age": age}, "required": ["age"], "additionalProperties": False}
-    rows = await read(live.state.engine, [mixture(live)] * 3, SamplingSpec(40, 1.0, json_schema=schema))
-    for text, *_ in rows:
-        assert 1 <= json.loads(text)["age"] <= 99
+    rows = await read(
+        live.state.engine, [mixture(live)] * 3, SamplingSpec(20, 1.0, json_schema={"enum": ["Ana", "Zoe"]})
+    )
+    assert {json.loads(text) for text, *_ in rows} <= {"Ana", "Zoe"}
 
 
 async def test_no_log_probabilities_are_made_up_for_a_mixture(live: Live) -> None:
@@ -123,27 +121,23 @@ async def test_more_rows_than_places_are_served_in_turn(live: Live, attempts: li
 async def test_preempted_rows_end_with_the_answers_they_have_alone(
     model_path: str, live: Live, attempts: list[tuple[int, int]]
 ) -> None:
-    """A KV cache for 1,376 tokens, and eight rows that would grow to 2,200."""
-    engine = await build(EngineSettings(model=model_path, max_model_len=512, kv_cache_gb=0.03))
+    """A KV cache for some 550 tokens, and six rows that would grow to 900."""
+    engine = await build(EngineSettings(model=model_path, max_model_len=256, kv_cache_gb=0.012))
     try:
-        spec = SamplingSpec(220, 0.8, ignore_eos=True)
+        spec = SamplingSpec(100, 0.8, ignore_eos=True)
         prompt = mixture(live)
         alone = []
-        for seed in range(7, 11):
+        for seed in range(7, 10):
             async with engine.generate([prompt], spec, seeds=[seed]) as rollouts:
                 alone.append([token async for delta in rollouts for token in delta.token_ids])
         assert {attempt for attempt, _ in attempts} == {0}
-        rows = await read(engine, [prompt] * 4, spec)
+        rows = await read(engine, [prompt] * 3, spec)
         assert any(attempt for attempt, _ in attempts), "nothing was preempted: the test is void"
-        assert all(len(tokens) == 220 for _, tokens, _ in rows)
+        assert all(len(tokens) == 100 for _, tokens, _ in rows)
         # bfloat16 may turn a near-tie in another batch; from there on an answer is another.
-        shared = [
-            next((i for i, (a, b) in enumerate(zip(row[1], one, strict=True)) if a != b), 220)
-            for row, one in zip(rows, alone, strict=True)
-        ]
-        assert sum(shared) > 4 * 220 * 0.6
-        async with asyncio.timeout(10):
-            while engine.num_running():
-                await asyncio.sleep(0.05)
+        pairs = [zip(row[1], one, strict=True) for row, one in zip(rows, alone, strict=True)]
+        shared = [next((i for i, (a, b) in enumerate(pair) if a != b), 100) for pair in pairs]
+        assert sum(shared) > 3 * 100 * 0.6
+        assert engine.num_running() == 0
     finally:
         await engine.close()
