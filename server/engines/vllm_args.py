@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
+LONGEST_WHOLE_PROMPT = 32768  # tokens; a longer context keeps vLLM's chunked prefill, also on CPU
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
@@ -77,6 +79,7 @@ def base_args(settings: EngineSettings) -> dict[str, Any]:
 def engine_args(settings: EngineSettings) -> Any:
     """vLLM's AsyncEngineArgs of a generating engine."""
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
 
     # Among rows that wait, those of the smallest priority begin first (see vllm.row_priority).
     args = base_args(settings) | {"max_logprobs": settings.max_logprobs, "scheduling_policy": "priority"}
@@ -85,6 +88,11 @@ def engine_args(settings: EngineSettings) -> Any:
         # slot when another row of the batch has one. Unused, that slot holds zeros, which is what they need.
         args |= {"enable_lora": True, "max_loras": len(settings.adapters) + 1, "max_lora_rank": settings.max_lora_rank}
     config = AsyncEngineArgs(**args).create_engine_config()
+    if current_platform.is_cpu() and config.model_config.max_model_len <= LONGEST_WHOLE_PROMPT:
+        # vLLM 0.32 on CPU dies of a seeded row whose prompt is split over two steps ("CPU Generator does not use
+        # offset"): every prompt is read in one step.
+        whole = max(2048, config.model_config.max_model_len)
+        args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": whole}
     here = "guiderail.server.engines"
     args["scheduler_cls"] = f"{here}.vllm_gang.GroupScheduler"
     if config.scheduler_config.async_scheduling:

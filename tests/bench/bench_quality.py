@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
-from asking import EVERYDAY, HEAD, LIMITS, Raw, ask, at_once, publish, questions, user
+from asking import EVERYDAY, LIMITS, Raw, ask, at_once, publish, questions, user
 from quality_figures import figures, picture, table
+from quality_judges import check
 from quality_tasks import BUDGET, CHOSEN, GRID, ROWS, Task, body, guides, rows, tasks
 from quality_urial import urial
 from report import ROOT
@@ -39,8 +40,7 @@ PICTURE = ROOT / "benchmarks" / "quality.png"
 
 def settings() -> Settings:
     """The default model with every scorer that steers or judges."""
-    rewards = ["sentiment", "keywords", "length", "offensive", "judge"]
-    return Settings(reward={"harmless": {"path": HEAD}}, rewards=rewards, limits=LIMITS)
+    return Settings(rewards=["sentiment", "keywords", "length", "offensive", "implicit"], limits=LIMITS)
 
 
 async def answer_all(state: ServerState, task: Task, name: str, guide: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -69,7 +69,7 @@ async def answer_all(state: ServerState, task: Task, name: str, guide: dict[str,
         values = response["data"][0]["answers"][0]["rewards"]
         return [values["steered"], values["judge"]]
 
-    values = await at_once([lambda i=i: scored(i) for i in range(len(answers))], 16)
+    values = await at_once([lambda i=i: scored(i) for i in range(len(answers))], ROWS // 2)
     for answer, (steered, judge) in zip(answers, values, strict=True):
         answer["steered"], answer["judge"] = steered, judge
     return {"seconds": seconds, "answers": answers}
@@ -100,8 +100,9 @@ async def compare(state: ServerState, raw: Raw, some: Sequence[Task], seed: int)
     return lines, results
 
 
-def notes() -> list[str]:
+def notes(judged: dict[str, list[int]]) -> list[str]:
     """How to read the tables."""
+    right = ", ".join(f"{name} {good} of {pairs}" for name, (good, pairs) in judged.items())
     return [
         f"SmolLM2-135M-Instruct. Guides are set to about the tokens of best-of-{BUDGET}; what they took is in the table (ARGS "
         "spends reward calls instead; logit mix only the other policy's tokens). 95 % intervals are bootstraps over prompts, "
@@ -112,17 +113,19 @@ def notes() -> list[str]:
         "token at each step, so their control without a reward is `plain, greedy`. Weights were chosen on "
         "deploy/prompts/everyday.jsonl by sentiment, and used for all tasks.",
         "",
-        "Rewards and judges are scorers: a gain in one of them is not alignment or safety. The profanity task's prompts are "
-        "benign and plain answers are seldom rude, so it can show that steering by a profanity scorer lowers that scorer "
-        "and what it does to another one; it says nothing of attacks.",
+        "Judges are `implicit` rewards, the model's own likelihood ratio a token under two system messages. Of pairs written "
+        f"by hand they order right: {right}. They are akin to the instructions, so they favour what follows these: Transfer "
+        "Q*, logit mix and `plain, instructed`. Rewards and judges are scorers: a gain in one of them is not alignment or "
+        "safety. The profanity task's prompts are benign and plain answers are seldom rude, so it can show that steering by a "
+        "profanity scorer lowers that scorer, and what that does to another one; it says nothing of attacks.",
         "",
     ]
 
 
-async def choose(state: ServerState, raw: Raw, prompts: int) -> list[str]:
+async def choose(state: ServerState, raw: Raw, prompts: int, tokens: int) -> list[str]:
     """Mean sentiment on every fourth everyday prompt for each value of the grid."""
     texts = questions(EVERYDAY)[::4][:prompts]
-    (task, *_) = tasks(0, 0, 0)
+    (task, *_) = tasks(0, 0, 0, tokens)
     task = Task(
         "choose", task.title, task.steered, task.judge, texts, [{"name": "sentiment"}] * len(texts), task.judge_reward,
         task.system, task.tokens,
@@ -160,13 +163,14 @@ async def main(args: argparse.Namespace) -> None:
         return
     async with offline(settings()) as state:
         if args.part == "choose":
-            print("\n".join(await choose(state, raw, few or 18)))
+            print("\n".join(await choose(state, raw, few or 18, args.tokens)))
             return
-        some = tasks(few or args.prompts, few or args.keywords, few or args.others)
+        some = tasks(few or args.prompts, few or args.keywords, few or args.others, args.tokens)
         lines, data = await compare(state, raw, some, args.seed)
+        judged = await raw.get("judges", lambda: check(state))
     image = args.raw.with_suffix(".png") if args.rehearse else PICTURE
     picture(image, some, data)
-    lines = [*notes(), *lines, "![](benchmarks/quality.png)"]
+    lines = [*notes(judged), *lines, "![](benchmarks/quality.png)"]
     publish(args.rehearse, "quality", "Quality under steering", "make bench-quality", lines, data)
 
 
@@ -178,6 +182,7 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, default=104, help="of more.jsonl for sentiment (104)")
     parser.add_argument("--keywords", type=int, default=30, help="concept sets (30)")
     parser.add_argument("--others", type=int, default=24, help="prompts of each other task (24)")
+    parser.add_argument("--tokens", type=int, default=24, help="of an answer at most (24)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw", type=Path, default=Path(tempfile.gettempdir()) / "guiderail-bench-quality.jsonl")
     parser.add_argument("--resume", action="store_true", help="go on from the raw results that are there")

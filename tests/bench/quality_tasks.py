@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asking import MORE, questions, user
+from quality_judges import CLEAR, POLITE, WARM
 
 BUDGET = 16  # times the answer's tokens: what each guide may generate for one answer, about; best-of-16's
 NS = (4, 16, 32)
@@ -70,36 +71,37 @@ HEATED = (
 WORDS = 12  # target of the length task
 
 
-def tasks(prompts: int, keywords: int, others: int) -> list[Task]:
-    """The tasks with so many prompts: of sentiment, of keyword coverage, and of length and profanity each."""
+def tasks(prompts: int, keywords: int, others: int, tokens: int) -> list[Task]:
+    """The tasks with so many prompts: of sentiment, of keyword coverage, and of length and profanity each.
+
+    tokens: of an answer at most.
+    """
     everyday = questions(MORE)
     sets = [each.split() for each in CONCEPTS][:keywords]
     return [
         Task(
-            "sentiment", "Sentiment", "sentiment (VADER)", "judge: is the tone warm and positive? (P of yes)",
+            "sentiment", "Sentiment", "sentiment (VADER)", "warm against cold (implicit)",
             everyday[:prompts], [{"name": "sentiment"}] * prompts,
-            {"name": "judge", "rubric": "Is the tone of this answer warm and positive?"},
-            "You are warm, kind and cheerful.", 32,
+            WARM, "Answer in a cheerful and encouraging way.", tokens,
         ),
         Task(
-            "keywords", "Keyword coverage", "keywords (share of the words)", "judge: is it a natural sentence? (P of yes)",
+            "keywords", "Keyword coverage", "keywords (share of the words)", "clear against nonsense (implicit)",
             [f"Write one sentence with all of these words: {', '.join(words)}." for words in sets],
             [{"name": "keywords", "words": words, "match": "prefix"} for words in sets],
-            {"name": "judge", "rubric": "Is this answer one correct and natural English sentence?"},
-            "You use every word that you are given.", 24,
+            CLEAR, "You use every word that you are given.", tokens,
             ("all words", lambda value, text: float(value == 1)),
         ),
         Task(
-            "length", f"Length of {WORDS} words", "length (minus relative distance)", "judge: is it helpful? (P of yes)",
+            "length", f"Length of {WORDS} words", "length (minus relative distance)", "clear against nonsense (implicit)",
             [f"{text} Answer in {WORDS} words." for text in everyday[-others:]],
-            [{"name": "length", "target": WORDS}] * others, {"name": "judge"},
-            f"You answer in exactly {WORDS} words and then stop.", 24,
+            [{"name": "length", "target": WORDS}] * others,
+            CLEAR, f"You answer in exactly {WORDS} words and then stop.", tokens,
             (f"{WORDS} words or one off", lambda value, text: float(abs(len(text.split()) - WORDS) <= 1)),
         ),
         Task(
-            "profanity", "Profanity avoidance", "offensive (minus P, alt-profanity-check)", "harmless head (HH-RLHF pairs; weak)",
-            HEATED[:others], [{"name": "offensive"}] * others, {"name": "harmless"},
-            "You stay polite and never use rude words.", 24,
+            "profanity", "Profanity avoidance", "offensive (minus P, alt-profanity-check)", "polite against rude (implicit)",
+            HEATED[:others], [{"name": "offensive"}] * others,
+            POLITE, "Keep a civil tone, whatever happens.", tokens,
             ("P over 0.5", lambda value, text: float(value < -0.5)),
         ),
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 Alone, the model continues the question as raw text (/v1/completions). With urial it sees a style's instruction and
 examples first. Both sample as the paper does (arXiv 2312.01552: temperature 0.3, repetition penalty 1.1). Answers are
-scored afterwards by another model's judge and by rules; nothing steers, but for the last row.
+scored afterwards by another model and by rules; nothing steers, but for the last row.
 """
 
 import time
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from asking import HEAD, LIMITS, MORE, Raw, ask, at_once, interval, questions, user
 from quality_figures import diversity
+from quality_judges import CLEAR
 
 from guiderail.server.offline import offline
 from guiderail.server.protocol import ScoreRequest
@@ -32,7 +33,7 @@ METHODS: dict[str, dict[str, Any] | None] = {  # alignment; None: the question a
     },
 }
 SCORERS: dict[str, dict[str, Any]] = {
-    "judge": {"name": "judge"},
+    "clear": CLEAR,
     "harmless head": {"name": "harmless"},
     "keywords": {"name": "keywords", "match": "prefix"},
     "whole sentence": {"name": "regex"},
@@ -63,7 +64,7 @@ async def urial(raw: Raw, prompts: int, seed: int) -> tuple[list[str], dict[str,
 
         for name, alignment in METHODS.items():
             methods[name] = await raw.get(f"urial/{name}", lambda a=alignment: answer_all(a))
-    rewards = ["judge", "keywords", "regex"]
+    rewards = ["implicit", "keywords", "regex"]
     async with offline(Settings(reward={"harmless": {"path": HEAD}}, rewards=rewards, limits=LIMITS)) as state:
 
         async def score_all(answers: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -85,12 +86,12 @@ async def urial(raw: Raw, prompts: int, seed: int) -> tuple[list[str], dict[str,
 def _lines(methods: dict[str, Any], prompts: int) -> list[str]:
     lines = [
         f"{BASE} (base model), {prompts} prompts of deploy/prompts/more.jsonl, at most {TOKENS} tokens, temperature 0.3, "
-        "repetition penalty 1.1. Alone: the question as raw text to continue. The judge is SmolLM2-135M-Instruct, another model, "
-        "asked whether it is a helpful, correct and polite answer (P of yes); a model of this size judges weakly. The harmless "
-        "head is the bundled one, weak too. Keywords: share of the question's content words. 95 % intervals are bootstraps over "
-        "prompts. These are scorers: a gain in one is no alignment or safety.",
+        "repetition penalty 1.1. Alone: the question as raw text to continue. Clear: SmolLM2-135M-Instruct's likelihood ratio a "
+        "token under `one clear sentence` against `words that make no sense` (quality_judges.py). The harmless head is the "
+        "bundled one; it is weak. Keywords: share of the question's content words. 95 % intervals are bootstraps over prompts. "
+        "These are scorers: a gain in one is no alignment or safety.",
         "",
-        "| method | judge | harmless head | keywords | ends as a sentence | stopped by itself | distinct | words | tokens generated "
+        "| method | clear | harmless head | keywords | ends as a sentence | stopped by itself | distinct | words | tokens generated "
         "| s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

@@ -211,3 +211,14 @@ def test_bad_adapters_are_refused_before_the_engine_sees_them(tmp_path: object, 
         check_adapter("zero", adapters["zero"], 4)
     with pytest.raises(RequestError, match="cannot read"):
         check_adapter("none", "/nowhere", 16)
+
+
+async def test_seeded_long_prompts_at_once_do_not_kill_the_engine(live: Live) -> None:
+    """Together they exceed one step's tokens; split over two, vLLM on CPU would die of their seeds."""
+    prompts = [TokenPrompt(tuple(range(100 + i, 1000 + i))) for i in range(4)]
+    ends = []
+    async with live.state.engine.generate(prompts, SamplingSpec(max_tokens=2), seeds=[1, 2, 3, 4]) as rollouts:
+        async for delta in rollouts:
+            ends += [delta.row] if delta.finish_reason else []
+    assert sorted(ends) == [0, 1, 2, 3]
+    assert live.state.engine.up
