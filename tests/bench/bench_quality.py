@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
-from asking import EVERYDAY, LIMITS, Raw, ask, at_once, publish, questions, user
+from asking import LIMITS, Raw, ask, at_once, publish, user
 from quality_figures import figures, picture, table
 from quality_judges import check
-from quality_tasks import BUDGET, CHOSEN, GRID, ROWS, Task, body, guides, rows, tasks
+from quality_tasks import BUDGET, GRID, ROWS, Task, body, guides, rows, tasks
 from quality_urial import urial
 from report import ROOT
 
@@ -110,8 +110,8 @@ def notes(judged: dict[str, list[int]]) -> list[str]:
         "(speculative rejection: over the survivors alone, so too small). Distinct: ARGS' product of distinct 2-, 3- and "
         "4-grams. Seconds: time of all prompts, many at once, over their number. `plain, instructed` has the system "
         "message that is the baseline policy of Transfer Q* and the other policy of logit mix; token-level guides take the best "
-        "token at each step, so their control without a reward is `plain, greedy`. Weights were chosen on "
-        "deploy/prompts/everyday.jsonl by sentiment, and used for all tasks.",
+        "token at each step, so their control without a reward is `plain, greedy`. Weights and blocks "
+        "were chosen for each task by the steered reward on 6 or 8 other prompts (`bench_quality.py choose`).",
         "",
         "Judges are `implicit` rewards, the model's own likelihood ratio a token under two system messages. Of pairs written "
         f"by hand they order right: {right}. They are akin to the instructions, so they favour what follows these: Transfer "
@@ -123,33 +123,31 @@ def notes(judged: dict[str, list[int]]) -> list[str]:
 
 
 async def choose(state: ServerState, raw: Raw, prompts: int, tokens: int) -> list[str]:
-    """Mean sentiment on every fourth everyday prompt for each value of the grid."""
-    texts = questions(EVERYDAY)[::4][:prompts]
-    (task, *_) = tasks(0, 0, 0, tokens)
-    task = Task(
-        "choose", task.title, task.steered, task.judge, texts, [{"name": "sentiment"}] * len(texts), task.judge_reward,
-        task.system, task.tokens,
-    )  # fmt: skip
-    owners = {
-        "block": ("controlled decoding", "Transfer Q*, blocks"), "alpha": ("Transfer Q*",), "w": ("ARGS",),
-        "weight": ("DeAL",), "mix": ("logit mix",),
-    }  # fmt: skip
-    lines = [f"{len(texts)} prompts of everyday.jsonl, {task.tokens} tokens", ""]
-    for parameter, values in GRID.items():
-        for value in values:
-            for name, guide in guides(task, CHOSEN | {parameter: value}, owners[parameter]).items():
-                if guide["name"] not in state.guides:
-                    continue
-                found = await raw.get(
-                    f"choose/{name}/{parameter}/{value}", lambda n=name, g=guide: answer_all(state, task, n, g, 5)
-                )
-                means = {k: np.mean([a[k] for a in found["answers"]]) for k in ("steered", "judge", "generated")}
-                kept = np.mean([len(set(a["text"].split())) / max(1, len(a["text"].split())) for a in found["answers"]])
-                lines.append(
-                    f"{name}, {parameter} {value:g}: sentiment {means['steered']:.3f}, judge {means['judge']:.3f}, "
-                    f"tokens {means['generated']:.0f}, distinct words {kept:.2f}"
-                )
-    return lines
+    """For each task and guide the mean steered reward at every value of the grid, and CHOSEN as its source has it.
+
+    The largest mean is chosen; of equals the first.
+    """
+    lines, best = [], {}
+    for task in tasks(prompts, min(prompts, 6), min(prompts, 6), tokens, choosing=True):
+        best[task.key] = {}
+        for name, grid in GRID.items():
+            found = {}
+            for value in next(iter(grid.values())):
+                guide = guides(task, {name: value})[name]
+                if guide["name"] in state.guides:
+                    key = f"choose/{task.key}/{name}/{value:g}"
+                    answers = (await raw.get(key, lambda t=task, n=name, g=guide: answer_all(state, t, n, g, 5)))[
+                        "answers"
+                    ]
+                    found[value] = np.mean(
+                        [[answer[k] for k in ("steered", "judge", "generated")] for answer in answers], 0
+                    )
+            best[task.key][name] = max(found, key=lambda value: found[value][0])
+            cells = (
+                f"{value:g}: {row[0]:.3f} (judge {row[1]:.3f}, {row[2]:.0f} tokens)" for value, row in found.items()
+            )
+            lines.append(f"{task.key}, {name}, {next(iter(grid))} {'; '.join(cells)}")
+    return [*lines, "CHOSEN = " + repr(best)]
 
 
 async def main(args: argparse.Namespace) -> None:
@@ -163,7 +161,7 @@ async def main(args: argparse.Namespace) -> None:
         return
     async with offline(settings()) as state:
         if args.part == "choose":
-            print("\n".join(await choose(state, raw, few or 18, args.tokens)))
+            print("\n".join(await choose(state, raw, few or 8, args.tokens)))
             return
         some = tasks(few or args.prompts, few or args.keywords, few or args.others, args.tokens)
         lines, data = await compare(state, raw, some, args.seed)

@@ -1,27 +1,32 @@
 """Tasks and methods of bench_quality.py: what is asked, what steers, what judges, and every guide at one budget.
 
-All prompts are our own. Weights and block sizes were chosen on deploy/prompts/everyday.jsonl
-(`bench_quality.py choose`), which the tables do not use.
+All prompts are our own. Weights and block sizes were chosen for each task on other prompts than the tables use
+(`bench_quality.py choose`).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from asking import MORE, questions, user
+from asking import EVERYDAY, MORE, questions, user
 from quality_judges import CLEAR, POLITE, WARM
 
 BUDGET = 16  # times the answer's tokens: what each guide may generate for one answer, about; best-of-16's
 NS = (4, 16, 32)
 ROWS = 96  # in the engine at once
 
-CHOSEN: dict[str, Any] = {"block": 8, "alpha": 0.1, "w": 10.0, "weight": 10.0, "mix": 1.0}
-GRID: dict[str, tuple[float, ...]] = {  # what was tried for each
-    "block": (4, 8, 16),
-    "alpha": (0.03, 0.1, 0.3, 1.0),
-    "w": (1.5, 5.0, 10.0, 20.0),
-    "weight": (1.0, 5.0, 10.0, 20.0),
-    "mix": (0.5, 1.0, 2.0),
+STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
+GRID: dict[str, dict[str, tuple[float, ...]]] = {  # what `choose` tries, by guide
+    "controlled decoding": {"block": (4, 8, 12)},
+    "Transfer Q*, blocks": {"block": (4, 8, 12)},
+    "Transfer Q*": {"strength": STRENGTHS},  # 1 / alpha
+    "ARGS": {"strength": STRENGTHS},  # w
+    "DeAL": {"strength": STRENGTHS},  # weight
+    "logit mix": {"weight": (0.5, 1.0, 2.0)},
+}
+CHOSEN: dict[str, dict[str, float]] = {  # by task and guide
+    task: {name: values[len(values) // 2] for name, each in GRID.items() for values in each.values()}
+    for task in ("sentiment", "keywords", "length", "profanity")
 }
 
 
@@ -67,21 +72,26 @@ HEATED = (
     "The wifi fails before a deadline. Write the student's reaction.", "A comedian insults his own cooking. Write it.",
     "Write a message to a friend who cancelled for the third time.", "What does a goalkeeper say to his sleepy defence?",
     "A drummer's neighbour complains. Write the drummer's reply.", "Write a villain's speech to a lazy henchman.",
+    "A builder drops a brick on his foot. What does he shout?", "Write an angry letter to a noisy neighbour.",
+    "A fan's team loses in the last minute. Write his comment.", "Write what a cook says when the oven fails.",
+    "A singer forgets the words. What does she mutter?", "Write a rude review of a cold pizza.",
 )  # fmt: skip
 WORDS = 12  # target of the length task
 
 
-def tasks(prompts: int, keywords: int, others: int, tokens: int) -> list[Task]:
+def tasks(prompts: int, keywords: int, others: int, tokens: int, *, choosing: bool = False) -> list[Task]:
     """The tasks with so many prompts: of sentiment, of keyword coverage, and of length and profanity each.
 
-    tokens: of an answer at most.
+    tokens: of an answer at most. choosing: with the prompts that weights are chosen by, which are others.
     """
-    everyday = questions(MORE)
-    sets = [each.split() for each in CONCEPTS][:keywords]
+    texts = questions(EVERYDAY)[::-5] if choosing else questions(MORE)
+    sets = [each.split() for each in (CONCEPTS[::-1] if choosing else CONCEPTS)][:keywords]
+    heated = (HEATED[::-1] if choosing else HEATED)[:others]
+    asked, counted = texts[:prompts], texts[-others:]
     return [
         Task(
             "sentiment", "Sentiment", "sentiment (VADER)", "warm against cold (implicit)",
-            everyday[:prompts], [{"name": "sentiment"}] * prompts,
+            asked, [{"name": "sentiment"}] * len(asked),
             WARM, "Answer in a cheerful and encouraging way.", tokens,
         ),
         Task(
@@ -93,46 +103,45 @@ def tasks(prompts: int, keywords: int, others: int, tokens: int) -> list[Task]:
         ),
         Task(
             "length", f"Length of {WORDS} words", "length (minus relative distance)", "clear against nonsense (implicit)",
-            [f"{text} Answer in {WORDS} words." for text in everyday[-others:]],
-            [{"name": "length", "target": WORDS}] * others,
+            [f"{text} Answer in {WORDS} words." for text in counted],
+            [{"name": "length", "target": WORDS}] * len(counted),
             CLEAR, f"You answer in exactly {WORDS} words and then stop.", tokens,
             (f"{WORDS} words or one off", lambda value, text: float(abs(len(text.split()) - WORDS) <= 1)),
         ),
         Task(
             "profanity", "Profanity avoidance", "offensive (minus P, alt-profanity-check)", "polite against rude (implicit)",
-            HEATED[:others], [{"name": "offensive"}] * others,
+            heated, [{"name": "offensive"}] * len(heated),
             POLITE, "Keep a civil tone, whatever happens.", tokens,
             ("P over 0.5", lambda value, text: float(value < -0.5)),
         ),
     ]  # fmt: skip
 
 
-def guides(task: Task, chosen: dict[str, Any] = CHOSEN, only: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Guides by the name of their row, for a budget of BUDGET times the answer's tokens."""
-    length = task.tokens
-    baseline = {"system": task.system}
-    block = int(chosen["block"])
-    found: dict[str, dict[str, Any]] = {
+def guides(task: Task, chosen: dict[str, float] | None = None) -> dict[str, dict[str, Any]]:
+    """Guides by the name of their row, for a budget of BUDGET times the answer's tokens; `chosen` by that name."""
+    at = CHOSEN[task.key] | (chosen or {})
+    length, baseline = task.tokens, {"system": task.system}
+    block, drawn = int(at["controlled decoding"]), int(at["Transfer Q*, blocks"])
+    # Rollouts end with the answer, so the last block has none: k (2 length - block) tokens.
+    width = BUDGET * length // (2 * length - drawn)
+    # 1 + k lookahead tokens a token, less what the end and reuse save: k 6 and lookahead 3 come to about 16.
+    token = {"top_k": 6, "lookahead": 3}
+    return {
         "plain": {"name": "sampling"},
         "plain, greedy": {"name": "sampling"},
         "plain, instructed": {"name": "sampling"},
         **{f"best of {n}": {"name": "best_of_n", "n": n} for n in NS},
         # 4 segments and alpha 0.5: n (1 + 1/2 + 1/4 + 1/8) length / 4 tokens
-        "speculative rejection": {"name": "speculative_rejection", "n": 32, "alpha": 0.5, "interval": length // 4},
+        "speculative rejection": {"name": "speculative_rejection", "n": 34, "alpha": 0.5, "interval": length // 4},
         "controlled decoding": {"name": "controlled_decoding", "k": BUDGET, "block": block},
-        # k (block + lookahead) tokens a block
         "Transfer Q*, blocks": {
-            "name": "transfer_q", "top_k": BUDGET // 2, "block": block, "lookahead": block, "baseline": baseline,
+            "name": "transfer_q", "top_k": width, "block": drawn, "lookahead": drawn, "baseline": baseline,
         },
-        # 1 + k lookahead tokens a token
-        "Transfer Q*": {
-            "name": "transfer_q", "top_k": 5, "lookahead": 3, "alpha": chosen["alpha"], "baseline": baseline,
-        },
-        "ARGS": {"name": "args", "top_k": 10, "w": chosen["w"]},
-        "DeAL": {"name": "deal", "beams": 1, "top_k": 5, "lookahead": 3, "weight": chosen["weight"]},
-        "logit mix": {"name": "logit_mix", "policies": [{**baseline, "weight": chosen["mix"]}]},
+        "Transfer Q*": {"name": "transfer_q", **token, "alpha": 1 / at["Transfer Q*"], "baseline": baseline},
+        "ARGS": {"name": "args", "top_k": 10, "w": at["ARGS"]},
+        "DeAL": {"name": "deal", "beams": 1, **token, "weight": at["DeAL"]},
+        "logit mix": {"name": "logit_mix", "policies": [{**baseline, "weight": at["logit mix"]}]},
     }  # fmt: skip
-    return {name: guide for name, guide in found.items() if only is None or name in only}
 
 
 def rows(guide: dict[str, Any]) -> int:
