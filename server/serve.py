@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
@@ -89,9 +89,11 @@ def signals(stop: asyncio.Event) -> Iterator[None]:
 async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = True) -> AsyncIterator[ServerState]:
     """The server's state with everything started; on leaving all of it is ended, processes included.
 
-    `engine=False` leaves the engine out (server/engines/absent.py). If `stop` is set during the start this
-    process ends at once, with status 130. Raises GuiderailError if something does not start.
+    `engine=False` leaves the engine out (server/engines/absent.py). Child processes that were there before
+    are left alone. If `stop` is set during the start this process ends at once, with status 130. Raises
+    GuiderailError if something does not start.
     """
+    before = frozenset(_children())
     metrics = Metrics(settings.model_name)
     say(f"preparing {settings.model}")
     path = await asyncio.to_thread(models.resolve, settings.model, settings.cache, say)
@@ -102,7 +104,7 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         say("stopped while starting")
-        _end(psutil.Process().children(recursive=True))
+        _end(_children() - before)
         os._exit(130)  # the thread that builds the engine cannot be interrupted
     state: ServerState | None = None
     try:
@@ -112,7 +114,7 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
         stopping.cancel()
         if engine:
             say("ending the engine")
-        processes = psutil.Process().children(recursive=True)
+        processes = _children() - before
         for reward in state.rewards.values() if state is not None else ():
             await reward.close()
         await served.close()
@@ -237,7 +239,11 @@ class _Server:
             raise GuiderailError(f"cannot listen on {self._settings.host}:{self._settings.port}")
 
 
-def _end(processes: Sequence[psutil.Process]) -> None:
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: Collection[psutil.Process]) -> None:
     """Ends what is left of these processes (vLLM's, listed while they still were our descendants)."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):

@@ -27,3 +27,19 @@ def test_a_signal_ends_an_offline_command_in_order(number: int, model_path: str)
     process.send_signal(number)
     assert process.communicate(timeout=30)[0] == "let go\n"
     assert process.returncode == 130
+
+
+def test_what_the_process_started_before_goes_on(model_path: str) -> None:
+    script = (
+        "import subprocess, sys\n"
+        "from guiderail.server.offline import run_offline\n"
+        "from guiderail.server.settings import Settings\n"
+        "async def main(state): return 0\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "with subprocess.Popen(sleep) as before:\n"
+        "    run_offline(Settings(rewards=['length'], guides=['sampling']), main, engine=False)\n"
+        "    print(before.poll())\n"
+        "    before.kill()\n"
+    )
+    process = subprocess.run([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stdout == "None\n"
