@@ -52,6 +52,7 @@ TASKS = {
     "rewards calibrate": ("server.evaluation.calibrate", "store a reward's quantiles under the served model"),
     "loadtest": ("loadtest.command", "load-test any OpenAI-compatible server"),
     "evaluate curve": ("server.evaluation.curve", "gold reward of best-of-N against N and KL"),
+    "evaluate partial-correlation": ("server.evaluation.partial", "how well partial rewards tell final ones"),
 }
 
 

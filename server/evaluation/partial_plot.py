@@ -21,12 +21,14 @@ def draw_partial(path: Path, report: dict[str, Any]) -> None:
         axes.grid(alpha=0.25)
     left.plot(tokens, [row["ended"] for row in rows], color="0.6", linestyle=":", label="share of answers ended")
     left.axhline(0, color="0.6", linewidth=1)
-    left.set_ylabel(f"Kendall's tau-b of partial and final {report['reward']['name']}")
+    left.set_title(f"partial against final reward ({report['reward']['name']})", fontsize=9)
+    left.set_ylabel("Kendall's tau-b, mean over prompts")
     left.set_ylim(top=1.02)
     left.legend(fontsize=8)
     alpha = report["alpha"]
     right.axhline(1 - alpha, color="0.6", linewidth=1, linestyle="--", label="rejecting at random")
-    right.set_ylabel(f"prompts whose best answer outlives losing {alpha:g} of the pool")
+    right.set_title(f"the best answer outlives rejecting {alpha:g} of {report['m']}", fontsize=9)
+    right.set_ylabel("share of prompts")
     right.set_ylim(-0.02, 1.02)
     right.legend(fontsize=8, loc="lower right")
     prompts = report["prompts"]

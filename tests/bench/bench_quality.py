@@ -130,23 +130,20 @@ async def choose(state: ServerState, raw: Raw, prompts: int, tokens: int) -> lis
     lines, best = [], {}
     for task in tasks(prompts, min(prompts, 6), min(prompts, 6), tokens, choosing=True):
         best[task.key] = {}
-        for name, grid in GRID.items():
+        for name, values in GRID.items():
             found = {}
-            for value in next(iter(grid.values())):
+            for value in values:
                 guide = guides(task, {name: value})[name]
                 if guide["name"] in state.guides:
                     key = f"choose/{task.key}/{name}/{value:g}"
-                    answers = (await raw.get(key, lambda t=task, n=name, g=guide: answer_all(state, t, n, g, 5)))[
-                        "answers"
-                    ]
-                    found[value] = np.mean(
-                        [[answer[k] for k in ("steered", "judge", "generated")] for answer in answers], 0
-                    )
+                    made = await raw.get(key, lambda t=task, n=name, g=guide: answer_all(state, t, n, g, 5))
+                    figures_of = [[each[k] for k in ("steered", "judge", "generated")] for each in made["answers"]]
+                    found[value] = np.mean(figures_of, axis=0)
             best[task.key][name] = max(found, key=lambda value: found[value][0])
             cells = (
                 f"{value:g}: {row[0]:.3f} (judge {row[1]:.3f}, {row[2]:.0f} tokens)" for value, row in found.items()
             )
-            lines.append(f"{task.key}, {name}, {next(iter(grid))} {'; '.join(cells)}")
+            lines.append(f"{task.key}, {name}, {'; '.join(cells)}")
     return [*lines, "CHOSEN = " + repr(best)]
 
 
@@ -155,7 +152,7 @@ async def main(args: argparse.Namespace) -> None:
     raw = Raw(args.raw, {key: value for key, value in vars(args).items() if key not in OF_THE_RUN}, resume=args.resume)
     few = 2 if args.rehearse else None
     if args.part == "urial":
-        lines, data = await urial(raw, few or args.others, args.seed)
+        lines, data = await urial(raw, few or args.prompts, args.seed)
         title = "URIAL on a base model"
         publish(args.rehearse, "quality_urial", title, 'make bench-quality ARGS="urial"', lines, data)
         return
@@ -177,9 +174,9 @@ OF_THE_RUN = ("raw", "resume")
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=("tasks", "urial", "choose"), default="tasks")
-    parser.add_argument("--prompts", type=int, default=104, help="of more.jsonl for sentiment (104)")
+    parser.add_argument("--prompts", type=int, default=104, help="of more.jsonl for sentiment and urial (104)")
     parser.add_argument("--keywords", type=int, default=30, help="concept sets (30)")
-    parser.add_argument("--others", type=int, default=24, help="prompts of each other task (24)")
+    parser.add_argument("--others", type=int, default=20, help="prompts of each other task (20)")
     parser.add_argument("--tokens", type=int, default=24, help="of an answer at most (24)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw", type=Path, default=Path(tempfile.gettempdir()) / "guiderail-bench-quality.jsonl")

@@ -75,6 +75,7 @@ def picture(path: Path, tasks: Sequence[Task], results: dict[str, dict[str, dict
     """Steered reward and judge of every method, a column a task, with intervals."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     names = list(results[tasks[0].key])
     figure, axes = plt.subplots(
@@ -91,7 +92,11 @@ def picture(path: Path, tasks: Sequence[Task], results: dict[str, dict[str, dict
             panel.set_yticks(range(len(names)), names if column == 0 else [""] * len(names))
             panel.invert_yaxis()
             panel.grid(alpha=0.25, axis="x")
+            panel.xaxis.set_major_locator(MaxNLocator(5))
             panel.set_xlabel(task.steered if key == "steered" else task.judge, fontsize=8)
             panel.set_title(f"{task.title}: {'the reward steered by' if key == 'steered' else 'the judge'}", fontsize=9)
-    figure.suptitle("Means over prompts with 95 % intervals; dashed: plain sampling", fontsize=10)
+    figure.suptitle(
+        "Means over prompts with 95 % intervals; grey: not steered, blue: best-of-n, orange: other guides; dashed: plain",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=100)

@@ -16,17 +16,47 @@ NS = (4, 16, 32)
 ROWS = 96  # in the engine at once
 
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
-GRID: dict[str, dict[str, tuple[float, ...]]] = {  # what `choose` tries, by guide
-    "controlled decoding": {"block": (4, 8, 12)},
-    "Transfer Q*, blocks": {"block": (4, 8, 12)},
-    "Transfer Q*": {"strength": STRENGTHS},  # 1 / alpha
-    "ARGS": {"strength": STRENGTHS},  # w
-    "DeAL": {"strength": STRENGTHS},  # weight
-    "logit mix": {"weight": (0.5, 1.0, 2.0)},
+GRID: dict[str, tuple[float, ...]] = {  # what `choose` tries, by guide
+    "controlled decoding": (4, 8, 12),  # block
+    "Transfer Q*, blocks": (4, 8, 12),  # block
+    "Transfer Q*": STRENGTHS,  # 1 / alpha
+    "ARGS": STRENGTHS,  # w
+    "DeAL": STRENGTHS,  # weight
+    "logit mix": (0.5, 1.0, 2.0),  # weight
 }
-CHOSEN: dict[str, dict[str, float]] = {  # by task and guide
-    task: {name: values[len(values) // 2] for name, each in GRID.items() for values in each.values()}
-    for task in ("sentiment", "keywords", "length", "profanity")
+CHOSEN: dict[str, dict[str, float]] = {  # by task and guide, as `choose` gave them
+    "sentiment": {
+        "controlled decoding": 4,
+        "Transfer Q*, blocks": 12,
+        "Transfer Q*": 100,
+        "ARGS": 100,
+        "DeAL": 100,
+        "logit mix": 0.5,
+    },
+    "keywords": {
+        "controlled decoding": 8,
+        "Transfer Q*, blocks": 8,
+        "Transfer Q*": 10,
+        "ARGS": 10,
+        "DeAL": 10,
+        "logit mix": 2,
+    },
+    "length": {
+        "controlled decoding": 4,
+        "Transfer Q*, blocks": 12,
+        "Transfer Q*": 100,
+        "ARGS": 100,
+        "DeAL": 100,
+        "logit mix": 2,
+    },
+    "profanity": {
+        "controlled decoding": 4,
+        "Transfer Q*, blocks": 12,
+        "Transfer Q*": 100,
+        "ARGS": 100,
+        "DeAL": 100,
+        "logit mix": 2,
+    },
 }
 
 

@@ -59,7 +59,7 @@ async def urial(raw: Raw, prompts: int, seed: int) -> tuple[list[str], dict[str,
                 return {"text": text, "finish": choice["finish_reason"], "generated": spend["tokens_generated"]}
 
             started = time.perf_counter()
-            answers = await at_once([lambda i=i: one(i) for i in range(len(texts))], 8)
+            answers = await at_once([lambda i=i: one(i) for i in range(len(texts))], 24)
             return {"answers": answers, "seconds": (time.perf_counter() - started) / len(texts)}
 
         for name, alignment in METHODS.items():
