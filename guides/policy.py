@@ -1,6 +1,7 @@
 """Other policies that a guide uses beside the served one: a baseline to roll out, an expert to mix in.
 
-They share the served weights where they can: another LoRA adapter, another prompt, or both.
+They share the served weights where they can: another LoRA adapter, another prompt, or both. One that is only rolled
+out may run on another server (`guiderail serve --policy`), with the same tokenizer.
 """
 
 from collections.abc import Sequence
@@ -35,9 +36,11 @@ class PolicySpec(Params):
     system: str | None = Field(default=None, description="A system message in place of the conversation's own.")
     prompter: AnyPrompter | None = Field(default=None, description="Another prompter, such as urial, with its fields.")
 
-    def check(self, services: Services) -> None:
-        """Raises ValueError if there is no such policy here."""
-        known = {services.model_name, *services.adapters}
+    def check(self, services: Services, *, rolled_out: bool = False) -> None:
+        """Raises ValueError if there is no such policy here. `rolled_out`: the guide only continues text with it."""
+        if self.model in services.remote and not rolled_out:
+            raise ValueError(f"policy '{self.model}' is on another server: it can be a baseline, and not be mixed in")
+        known = {services.model_name, *services.adapters, *(services.remote if rolled_out else ())}
         if self.model is not None and self.model not in known:
             raise ValueError(f"no policy '{self.model}'; known: {', '.join(sorted(known))}")
         if self.prompter is not None:

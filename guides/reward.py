@@ -39,12 +39,16 @@ class Renderer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What a reward may use of the server: the engine, its renderer, the names of its model and LoRA adapters."""
+    """What a reward may use of the server: the engine, its renderer, the names of its model and LoRA adapters.
+
+    remote: names of policies on other servers, which can be rolled out and nothing else.
+    """
 
     engine: Engine
     renderer: Renderer
     adapters: frozenset[str] = frozenset()
     model_name: str = ""
+    remote: frozenset[str] = frozenset()
 
 
 class Reward(ABC):

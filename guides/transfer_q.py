@@ -73,7 +73,7 @@ class TransferQ(Guide):
         return (*penalties, "repetition_penalty", "logit_bias")  # tokens are chosen here, from pi0 as it is
 
     def check(self, services: Services) -> None:
-        self.params.baseline.check(services)
+        self.params.baseline.check(services, rolled_out=True)
         if self.params.baseline_reward is not None and self.params.rollouts < 2:
             raise ValueError("indirect transfer (baseline_reward) weighs a candidate's rollouts: it needs at least 2")
 

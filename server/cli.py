@@ -23,6 +23,14 @@ SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("compile", {"action": "store_const", "const": True, "help": "compile the model on CPU (slow start)"}),
     ("lora", {"action": "append", "metavar": "NAME=PATH", "help": "serve a LoRA adapter; may be repeated"}),
     ("max-lora-rank", {"type": int, "help": "largest rank of an adapter (16)"}),
+    (
+        "policy",
+        {
+            "action": "append",
+            "metavar": "NAME=URL[,KEY=VALUE]",
+            "help": "a policy on another vLLM server, as a guide's baseline (keys: model, key_env); may be repeated",
+        },
+    ),
     ("guides", {"metavar": "A,B", "help": "load only these guides"}),
     ("rewards", {"metavar": "A,B", "help": "load only these rewards"}),
     (
@@ -119,10 +127,10 @@ def _parser() -> argparse.ArgumentParser:
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     names = {name.replace("-", "_") for name, _ in SERVE_FLAGS}
     flags = {key: value for key, value in vars(args).items() if key in names}
-    if "reward" in flags:
-        from guiderail.server.rewards.spec import parse_flag
-
-        flags["reward"] = dict(parse_flag(item) for item in flags["reward"])
+    for flag, module in (("reward", "rewards"), ("policy", "policies")):
+        if flag in flags:
+            spec = import_module(f"guiderail.server.{module}.spec")
+            flags[flag] = dict(spec.parse_flag(item) for item in flags[flag])
     for flag in ("lora", "urial"):
         if flag in flags:
             from guiderail.server.settings import SettingsError

@@ -37,6 +37,7 @@ from guiderail.server.errors import ApiError
 from guiderail.server.fingerprint import fingerprint
 from guiderail.server.helpers import ServerHelpers
 from guiderail.server.metrics import Metrics
+from guiderail.server.policies.remote import RemotePolicy
 from guiderail.server.renderer import ChatRenderer
 from guiderail.server.rewards.loading import neural_reward
 from guiderail.server.scorer import BatchingScorer
@@ -97,9 +98,14 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
     metrics = Metrics(settings.model_name)
     say(f"preparing {settings.model}")
     path = await asyncio.to_thread(models.resolve, settings.model, settings.cache, say)
-    served = SupervisedEngine(lambda: _build(settings, path), on_restart=metrics.restarted) if engine else NoEngine()
+    remote = {name: RemotePolicy(name, spec) for name, spec in settings.policy.items()} if engine else {}
+    served = (
+        SupervisedEngine(lambda: _build(settings, path), on_restart=metrics.restarted, remote=remote)
+        if engine
+        else NoEngine()
+    )
     say("starting the engine and loading rewards (about 20 s on a small CPU)" if engine else "loading rewards")
-    starting = asyncio.create_task(_prepare(settings, path, served, metrics))
+    starting = asyncio.create_task(_prepare(settings, path, served, metrics, remote))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -118,6 +124,8 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
         for reward in state.rewards.values() if state is not None else ():
             await reward.close()
         await served.close()
+        for policy in remote.values():
+            await policy.close()
         _end(processes)
 
 
@@ -139,7 +147,13 @@ async def _build(settings: Settings, path: str) -> LocalEngine:
     )
 
 
-async def _prepare(settings: Settings, path: str, engine: SupervisedEngine | NoEngine, metrics: Metrics) -> ServerState:
+async def _prepare(
+    settings: Settings,
+    path: str,
+    engine: SupervisedEngine | NoEngine,
+    metrics: Metrics,
+    remote: Mapping[str, RemotePolicy],
+) -> ServerState:
     # What can be wrong in the configuration is found before the engine takes its time.
     guides = load_guides(settings.guides)
     rewards: dict[str, Reward] = {name: cls() for name, cls in load_rewards(settings.rewards).items()}
@@ -149,10 +163,14 @@ async def _prepare(settings: Settings, path: str, engine: SupervisedEngine | NoE
         rewards[name] = neural_reward(spec, settings.cache, say)
     for name, folder in settings.lora.items():
         check_adapter(name, folder, settings.max_lora_rank)
+    for name in remote.keys() & {settings.model_name, *settings.lora}:
+        raise SettingsError(f"--policy {name}: the model or an adapter has this name")
     renderer = await asyncio.to_thread(ChatRenderer, path, settings.chat_template)
-    services = Services(engine, renderer, frozenset(settings.lora), settings.model_name)
+    services = Services(engine, renderer, frozenset(settings.lora), settings.model_name, frozenset(remote))
     stored = {file: calibration_store.load(file) for file in settings.calibration}
     state = assemble(settings, engine, renderer, guides, rewards, services, metrics, list(stored.values()))
+    for policy in remote.values():
+        await policy.start(renderer)
     await engine.start()
     await start_rewards(rewards, services)
     if stored:

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from guiderail.guides.errors import GuiderailError
 from guiderail.server.models import DEFAULT_MODEL
+from guiderail.server.policies.spec import RemotePolicySpec
 from guiderail.server.rewards.spec import RewardModelSpec
 
 
@@ -61,6 +62,7 @@ class Settings(BaseSettings):
     compile: bool = False
     lora: dict[str, str] = {}
     max_lora_rank: int = 16
+    policy: dict[str, RemotePolicySpec] = {}
 
     guides: Annotated[list[str] | None, NoDecode] = None
     rewards: Annotated[list[str] | None, NoDecode] = None

@@ -1,16 +1,17 @@
 """An engine that comes back: watches the inner engine's processes and builds a new one when they die.
 
-While it is down every call raises EngineUnavailable, which the API answers with 503.
+While it is down every call raises EngineUnavailable, which the API answers with 503. Prompts of a policy on another
+server go there instead, by the name that they carry as their adapter.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from guiderail.guides.base import Engine, Rollouts
-from guiderail.guides.errors import EngineUnavailable
+from guiderail.guides.errors import EngineUnavailable, RequestError
 from guiderail.guides.types import SamplingSpec, TokenPrompt
 from guiderail.server.engines.stats import EngineStats
 
@@ -41,11 +42,16 @@ class SupervisedEngine:
         build: Callable[[], Awaitable[LocalEngine]],
         *,
         on_restart: Callable[[], None] = lambda: None,
+        remote: Mapping[str, Engine] | None = None,
         poll_s: float = 0.25,
         backoff_s: float = 1.0,
     ) -> None:
-        """Polls for death every `poll_s`; failed restarts are tried again after backoff_s, doubling to 60 s."""
+        """Polls for death every `poll_s`; failed restarts are tried again after backoff_s, doubling to 60 s.
+
+        remote: policies on other servers by name. They are the caller's to start and to close.
+        """
         self._build = build
+        self._remote = remote or {}
         self._on_restart = on_restart
         self._poll_s = poll_s
         self._backoff_s = backoff_s
@@ -90,15 +96,24 @@ class SupervisedEngine:
         seeds: Sequence[int | None] | None = None,
         deadline: float | None = None,
     ) -> Rollouts:
-        return self._now().generate(prompts, sampling, seeds=seeds, deadline=deadline)
+        return self._of(prompts).generate(prompts, sampling, seeds=seeds, deadline=deadline)
 
     async def next_token_logprobs(self, prompts: Sequence[TokenPrompt], top_k: int) -> list[dict[int, float]]:
-        return await self._now().next_token_logprobs(prompts, top_k)
+        return await self._of(prompts).next_token_logprobs(prompts, top_k)
 
     async def answer_logprobs(
         self, prompts: Sequence[TokenPrompt], answers: Sequence[Sequence[int]]
     ) -> list[list[float]]:
-        return await self._now().answer_logprobs(prompts, answers)
+        return await self._of(prompts).answer_logprobs(prompts, answers)
+
+    def _of(self, prompts: Sequence[TokenPrompt]) -> Engine:
+        """The engine of the policy that these prompts are for."""
+        names = {prompt.adapter for prompt in prompts}
+        if not names & self._remote.keys():
+            return self._now()
+        if len(names) > 1:
+            raise RequestError("prompts for a policy on another server are asked apart from others")
+        return self._remote[names.pop() or ""]
 
     def _now(self) -> LocalEngine:
         if self._inner is None or self._inner.dead:

@@ -11,17 +11,16 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from itertools import cycle, islice
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar
 
-import httpx
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat
 
-from guiderail.guides.errors import GuiderailError
 from guiderail.guides.tasks import together
+from guiderail.server.remote import NoResponse, Remote, RemoteError, Wire, parse
 from guiderail.server.rewards.neural import NeuralReward
 from guiderail.server.rewards.stats import RunnerStats
 
-CONNECT_S, READ_S = 5.0, 60.0
+READ_S = 60.0
 ATTEMPTS = 3
 IN_FLIGHT = 32  # HTTP requests of one reward at a time
 CHUNK = 64  # sequences in one of them
@@ -32,42 +31,13 @@ SLACK = 16384  # tokens that one server may have in flight above another before 
 log = logging.getLogger("guiderail.reward")
 
 
-class RemoteError(GuiderailError):
-    """A server cannot be reached or answers what it should not. `fault` says what, without its address."""
-
-    def __init__(self, url: str, fault: str, detail: str = "", status: int | None = None) -> None:
-        super().__init__(f"{url} {fault}" + (f": {detail}" if detail else ""))
-        self.fault = fault
-        self.status = status
-
-
-class _NoResponse(RemoteError):
-    """The connection failed before any response, so another try does no harm."""
-
-
-class _Wire(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _Item(_Wire):
+class _Item(Wire):
     index: int
     data: Annotated[list[FiniteFloat], Field(min_length=1)]
 
 
-class _Scores(_Wire):
+class _Scores(Wire):
     data: list[_Item]
-
-
-class _Model(_Wire):
-    id: str
-    max_model_len: int | None = None
-
-
-class _Models(_Wire):
-    data: list[_Model]
-
-
-Kind = TypeVar("Kind", bound=_Wire)
 
 
 class RemoteReward(NeuralReward):
@@ -110,21 +80,13 @@ class RemotePooler:
         self._names: dict[str, str] = {}
         self._router = PrefixRouter(self.urls)
         self._turns = asyncio.Semaphore(IN_FLIGHT)
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key is not None else {},
-            timeout=httpx.Timeout(READ_S, connect=CONNECT_S, pool=None),
-            limits=httpx.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=IN_FLIGHT),
-        )
+        self._remote = Remote(key, IN_FLIGHT, READ_S)
 
     async def check(self, url: str, probe: Sequence[int], model: str | None, heads: int | None) -> None:
         """Asks a server for its model and scores `probe`; sets what the backend says of itself. Raises RemoteError."""
-        listed = _parse(url, _Models, await self._exchange(url, "GET", "/v1/models")).data
-        found = [each for each in listed if model in (None, each.id)]
-        if len(found) != 1:
-            names = ", ".join(each.id for each in listed) or "nothing"
-            raise RemoteError(url, f"serves {names}; " + ("say which with model=" if found else f"there is no {model}"))
-        self._names[url] = found[0].id
-        limits = [limit for limit in (self.longest, found[0].max_model_len) if limit is not None]
+        found = await self._remote.model(url, model)
+        self._names[url] = found.id
+        limits = [limit for limit in (self.longest, found.max_model_len) if limit is not None]
         self.longest = min(limits, default=None)
         (raw,) = await self._ask(url, [probe])
         if heads is not None and len(raw) != heads:
@@ -172,7 +134,7 @@ class RemotePooler:
                 try:
                     values = await self._ask(url, sequences)
                     break
-                except _NoResponse:
+                except NoResponse:
                     if attempt == ATTEMPTS:
                         raise
         for each in values:
@@ -193,37 +155,14 @@ class RemotePooler:
             "use_activation": activation,
             "encoding_format": "float",
         }
-        items = _parse(url, _Scores, await self._exchange(url, "POST", "/pooling", body)).data
+        items = parse(url, _Scores, await self._remote.exchange(url, "POST", "/pooling", body)).data
         if sorted(item.index for item in items) != list(range(len(sequences))):
             raise RemoteError(url, f"answered {len(items)} sequences of {len(sequences)}, or others")
         return [item.data for item in sorted(items, key=lambda item: item.index)]
 
-    async def _exchange(self, url: str, method: str, path: str, body: object = None) -> bytes:
-        """The body of a response with status 200. Raises _NoResponse or RemoteError."""
-        try:
-            try:
-                response = await self._client.send(
-                    self._client.build_request(method, url + path, json=body), stream=True
-                )
-            except (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError) as error:
-                raise _NoResponse(url, f"cannot be reached ({type(error).__name__})", str(error)) from error
-            try:
-                content = await response.aread()
-            finally:
-                await response.aclose()
-        except httpx.ReadTimeout as error:
-            raise RemoteError(url, f"sent nothing for {READ_S:g} s") from error
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            raise RemoteError(url, f"broke off ({type(error).__name__})", str(error)) from error
-        if response.status_code != 200:
-            detail = content[:300].decode(errors="replace")
-            status = response.status_code
-            raise RemoteError(url, f"answered {path} with status {status}", detail, status)
-        return content
-
     async def close(self) -> None:
         """Closes the connections."""
-        await self._client.aclose()
+        await self._remote.close()
 
 
 class PrefixRouter:
@@ -259,13 +198,3 @@ class PrefixRouter:
     def done(self, url: str, tokens: int) -> None:
         """So many tokens are no longer in flight at a server."""
         self._load[url] -= tokens
-
-
-def _parse(url: str, kind: type[Kind], content: bytes) -> Kind:
-    """Reads a body. Raises RemoteError if it is not of this kind."""
-    try:
-        return kind.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RemoteError(url, "sent a body that cannot be used", f"{where}: {first['msg']}") from error

@@ -1,11 +1,11 @@
 """What the operator says of a reward model: `--reward name=path[,option=value...]` or YAML. Imports nothing heavy."""
 
 from typing import Self
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from guiderail.guides.errors import GuiderailError
+from guiderail.server.urls import usable_url
 
 
 class RewardModelSpec(BaseModel):
@@ -35,11 +35,7 @@ class RewardModelSpec(BaseModel):
     @classmethod
     def _is_usable(cls, value: str | None) -> str | None:
         for part in value.split("|") if value is not None else ():
-            url = urlsplit(part)
-            if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment or url.port == 0:
-                raise ValueError(f"'{part}' is not of the form http://host:port")
-            if url.username is not None:
-                raise ValueError("a URL shows up in messages: name the key's environment variable with key_env")
+            usable_url(part)
         return value
 
     @model_validator(mode="after")

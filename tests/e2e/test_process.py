@@ -1,76 +1,12 @@
 """`guiderail serve` as a process: start, engine loss and return, SIGTERM, Ctrl-C, and nothing left behind."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
-
-COMMAND = [str(Path(sys.executable).with_name("guiderail")), "serve", "--max-model-len", "512", "--kv-cache-gb", "0.25"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-class Serve:
-    """A server process of ours and everything that descends from it."""
-
-    def __init__(self, log: Path, *flags: str, env: dict[str, str] | None = None) -> None:
-        self.url = f"http://127.0.0.1:{(port := free_port())}"
-        self.log = log
-        self._seen: dict[int, psutil.Process] = {}
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [*COMMAND, "--port", str(port), *flags], stdout=file, stderr=file, env={**os.environ, **(env or {})}
-            )
-
-    def family(self) -> list[psutil.Process]:
-        """Living processes that are or were descendants."""
-        if self.process.poll() is None:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                self._seen[child.pid] = child
-        return [p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-    def wait(self, condition: Callable[[], bool], seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, self.log.read_text()[-3000:]
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            self.family()
-            time.sleep(0.1)
-
-    def health(self) -> int:
-        try:
-            return httpx.get(f"{self.url}/health", timeout=2).status_code
-        except httpx.TransportError:
-            return 0
-
-    def end(self, number: int, seconds: float = 30) -> int:
-        """Sends the signal; returns the exit status once the process and its whole family are gone."""
-        self.family()
-        self.process.send_signal(number)
-        status = self.process.wait(seconds)
-        _, alive = psutil.wait_procs(self.family(), timeout=5)
-        assert not alive, f"left behind: {alive}"
-        return status
-
-    def kill(self) -> None:
-        for each in self.family():
-            each.kill()
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+from serve_process import Serve
 
 
 @pytest.fixture
