@@ -7,6 +7,7 @@ from guiderail.guides.errors import RequestError
 from guiderail.guides.types import SamplingSpec, TokenLogprob
 
 FORCED = "guiderail_forced"  # key of SamplingParams.extra_args; see vllm_processors.py
+ROWS = 4096  # between the priorities of two requests in the engine: more than rows of one
 PRIORITY = "guiderail_priority"  # likewise: the request's priority
 
 
@@ -58,7 +59,7 @@ def row_priority(params: Any, row: int) -> int:
 
     So the first rows of one request go before the last ones of another: a wide one cannot hold up the rest.
     """
-    return int((params.extra_args or {}).get(PRIORITY, 0)) * 4096 + row
+    return int((params.extra_args or {}).get(PRIORITY, 0)) * ROWS + row
 
 
 def forced_params(answer: Sequence[int], v2: bool) -> Any:

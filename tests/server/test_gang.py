@@ -17,6 +17,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from guiderail.server.engines.mixed import Recipe
 from guiderail.server.engines.vllm_gang import AsyncGroupScheduler, GroupScheduler
+from guiderail.server.engines.vllm_params import ROWS
 
 BLOCK = 32
 
@@ -24,11 +25,11 @@ BLOCK = 32
 class Played:
     """A scheduler with its engine's loop around it. 4 places, 256 tokens a step."""
 
-    def __init__(self, model: str, kind: type = GroupScheduler, blocks: int = 200) -> None:
+    def __init__(self, model: str, kind: type = GroupScheduler, blocks: int = 200, **more: Any) -> None:
         config = EngineArgs(
-            model=model, max_model_len=1024, max_num_seqs=4, max_num_batched_tokens=256, block_size=BLOCK,
-            dtype="bfloat16", enforce_eager=True, async_scheduling=kind is AsyncGroupScheduler,
-            scheduling_policy="priority",
+            model=model, max_model_len=1024, block_size=BLOCK, dtype="bfloat16", enforce_eager=True,
+            async_scheduling=kind is AsyncGroupScheduler, scheduling_policy="priority",
+            **{"max_num_seqs": 4, "max_num_batched_tokens": 256, **more},
         ).create_engine_config()  # fmt: skip
         config.cache_config.num_gpu_blocks = blocks
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
@@ -209,3 +210,58 @@ def test_a_grammar_that_is_being_compiled_holds_up_its_group_alone(model_path: s
     grammar.set_result(object())
     output = played.scheduler.schedule()
     assert set(output.num_scheduled_tokens) == {"a0", "a1", "b0", "b1"}
+
+
+class TestPromptsInWholeSteps:
+    """Without chunked prefill: first rows begin at once, a step reads PROMPT_TOKENS of others beside what decodes."""
+
+    @pytest.fixture(params=[GroupScheduler, AsyncGroupScheduler], ids=["plain", "async"])
+    def whole(self, request: pytest.FixtureRequest, model_path: str) -> Played:
+        sizes = {"max_num_seqs": 16, "max_num_batched_tokens": 1024, "enable_chunked_prefill": False}
+        return Played(model_path, request.param, **sizes)
+
+    def wide(self, played: Played, rows: int, prompt: int, priority: int = 0) -> None:
+        for row in range(rows):
+            played.add(f"w{row}", prompt, first=50 + row, priority=priority * ROWS + row)
+
+    def test_a_wide_request_alone_begins_at_once(self, whole: Played) -> None:
+        self.wide(whole, 8, 30)
+        assert whole.step() == {f"w{row}": 30 for row in range(8)}
+
+    def test_beside_others_it_begins_over_several_steps(self, whole: Played) -> None:
+        whole.add("chat", 20)
+        whole.step()
+        self.wide(whole, 6, 30)
+        assert whole.step() == {"chat": 1, "w0": 30, "w1": 30, "w2": 30}
+        assert whole.step() == {"chat": 1, "w0": 1, "w1": 1, "w2": 1, "w3": 30, "w4": 30}
+        assert whole.step()["w5"] == 30
+
+    def test_chats_that_come_together_begin_together_and_before_later_rows(self, whole: Played) -> None:
+        whole.add("chat", 20)
+        whole.step()
+        self.wide(whole, 4, 40)
+        for i in range(5):
+            whole.add(f"c{i}", 100, first=i + 2)
+        step = whole.step()
+        assert step.keys() == {"chat", "w0", "w1", *(f"c{i}" for i in range(5))}
+        assert whole.step().keys() - step.keys() == {"w2"}
+
+    def test_rows_that_share_a_prompt_count_what_is_not_cached(self, whole: Played) -> None:
+        whole.add("chat", 20)
+        whole.step()
+        for row in range(8):
+            whole.add(f"r{row}", 2 * BLOCK + 20, first=9, priority=row)
+        assert whole.step() == {"chat": 1, "r0": 2 * BLOCK + 20, **{f"r{row}": 20 for row in range(1, 4)}}
+
+    def test_a_longer_prompt_is_read_whole_in_its_turn(self, whole: Played) -> None:
+        whole.add("chat", 20)
+        whole.step()
+        self.wide(whole, 3, 900)
+        assert whole.step() == {"chat": 1, "w0": 900}, "what waits behind does not overtake"
+        assert whole.step() == {"chat": 1, "w0": 1, "w1": 900}
+
+    def test_a_group_begins_in_one_step_all_the_same(self, whole: Played) -> None:
+        whole.add("chat", 20)
+        whole.step()
+        whole.group("a", (200, 200, 200))
+        assert whole.step() == {"chat": 1, "a0": 200, "a1": 200, "a2": 200}
