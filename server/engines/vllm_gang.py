@@ -25,6 +25,8 @@ WAITS = (RequestStatus.WAITING, RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAM
 
 
 class _Gate(Scheduler):  # type: ignore[misc]
+    max_num_scheduled_tokens: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._groups: dict[str, list[Request]] = {}  # rows that wait, of groups none of which has begun
@@ -35,7 +37,8 @@ class _Gate(Scheduler):  # type: ignore[misc]
             self._groups.setdefault(recipe.group, []).append(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        held, most = self._hold() if self._groups else [], self.max_num_scheduled_tokens
+        held = self._hold() if self._groups else []
+        most = self.max_num_scheduled_tokens
         self.max_num_scheduled_tokens = self._bound(most)
         try:
             return super().schedule(throttle_prefills)
