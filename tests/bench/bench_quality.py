@@ -108,7 +108,8 @@ def notes(judged: dict[str, list[int]]) -> list[str]:
         "spends reward calls instead; logit mix only the other policy's tokens). 95 % intervals are bootstraps over prompts, "
         f"`less {EVEN}` is paired. KL is what the response's diagnostics bound it by, summed over a guide's selections "
         "(speculative rejection: over the survivors alone, so too small). Distinct: ARGS' product of distinct 2-, 3- and "
-        "4-grams. Seconds: time of all prompts, many at once, over their number. `plain, instructed` has the system "
+        "4-grams. Seconds: time of all prompts, many at once, over their number; other work may have run beside "
+        "(`make bench-guides` measures speed). `plain, instructed` has the system "
         "message that is the baseline policy of Transfer Q* and the other policy of logit mix; token-level guides take the best "
         "token at each step, so their control without a reward is `plain, greedy`. Weights and blocks "
         "were chosen for each task by the steered reward on 6 or 8 other prompts (`bench_quality.py choose`).",
