@@ -108,43 +108,45 @@ WIDTH = 8
 
 
 async def blocks(state: ServerState, raw: Raw, rounds: int) -> tuple[list[str], dict[str, Any]]:
-    """Seconds of controlled decoding with K = 8, over those of drawing 8 plain answers of the same length."""
-    cases = [(block, kind) for block in BLOCKS for kind in ("rule", "neural")]
-    data: dict[str, list[list[float]]] = {f"{block}/{kind}": [] for block, kind in cases}
+    """Seconds of block-level guides with K = 8, over those of drawing 8 plain answers of the same length."""
+    guides = {f"{block}": {"name": "controlled_decoding", "k": WIDTH, "block": block} for block in BLOCKS}
+    guides["transfer_q/16"] = {"name": "transfer_q", "top_k": WIDTH, "block": 16, "lookahead": 16}
+    data: dict[str, list[list[float]]] = {f"{name}/{kind}": [] for name in guides for kind in ("rule", "neural")}
 
     def plain() -> Any:
         return ask(state, messages=question(), max_tokens=64, n=WIDTH, ignore_eos=True, seed=1)
 
-    def guided(block: int, kind: str) -> Any:
-        guide = {"name": "controlled_decoding", "k": WIDTH, "block": block}
+    def guided(name: str, kind: str) -> Any:
         return ask(
             state, messages=question(), max_tokens=64, ignore_eos=True, seed=1,
-            alignment={"guide": guide, "rewards": REWARDS[kind]},
+            alignment={"guide": guides[name], "rewards": REWARDS[kind]},
         )  # fmt: skip
 
     for number in range(rounds + 1):  # the first warms up
-        for block, kind in cases:
+        for key in data:
 
-            async def measure(block: int = block, kind: str = kind) -> list[float]:
-                return [await seconds(plain()), await seconds(guided(block, kind))]
+            async def measure(key: str = key) -> list[float]:
+                name, _, kind = key.rpartition("/")
+                return [await seconds(plain()), await seconds(guided(name, kind))]
 
-            pair = await raw.get(f"blocks/{number}/{block}/{kind}", measure)
+            pair = await raw.get(f"blocks/{number}/{key}", measure)
             if number:
-                data[f"{block}/{kind}"].append(pair)
+                data[key].append(pair)
     lines = [
-        f"One request of 64 tokens: controlled_decoding with k {WIDTH}, against {WIDTH} plain answers (`n`: {WIDTH}) in the "
-        f"same round. Ratios: median of {rounds} rounds, with the smallest and largest.",
+        f"One request of 64 tokens with k {WIDTH}, against {WIDTH} plain answers (`n`: {WIDTH}) in the same round. Ratios: "
+        f"median of {rounds} rounds, with the smallest and largest. Transfer Q*: blocks of 16 and a lookahead of 16, so it "
+        "decodes 7/4 of the tokens, one rollout after another.",
         "",
-        "| block | reward | plain, s | guided, s | ratio | range | target | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| guide | block | reward | plain, s | guided, s | ratio | range | target | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, pairs in data.items():
-        block, _, kind = name.partition("/")
+    for key, pairs in data.items():
+        name, _, kind = key.rpartition("/")
         ratios = [b / a for a, b in pairs]
         middle = statistics.median(ratios)
         a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
         lines.append(
-            f"| {block} | {kind} | {a:.2f} | {b:.2f} | {middle:.2f} | {min(ratios):.2f}-{max(ratios):.2f} | <= 2 "
-            f"| {verdict(middle, 2, at_most=True)} |"
+            f"| {guides[name]['name']} | {guides[name]['block']} | {kind} | {a:.2f} | {b:.2f} | {middle:.2f} "
+            f"| {min(ratios):.2f}-{max(ratios):.2f} | <= 2 | {verdict(middle, 2, at_most=True)} |"
         )
     return lines, data
