@@ -59,8 +59,9 @@ class _Gate(Scheduler):  # type: ignore[misc]
 
     def _unread(self, row: Request) -> int:
         """Tokens of a row that waits that its first step reads (of a short one: all)."""
-        if row.num_tokens <= PROMPT_TOKENS:
-            return int(row.num_tokens)
+        return int(row.num_tokens) if row.num_tokens <= PROMPT_TOKENS else self._uncached(row)
+
+    def _uncached(self, row: Request) -> int:
         return int(row.num_tokens - self.kv_cache_manager.get_computed_blocks(row)[1])
 
     def _hold(self) -> list[Request]:
@@ -96,7 +97,7 @@ class _Gate(Scheduler):  # type: ignore[misc]
                 rows = self._groups[recipe.group]
                 begins[recipe.group] = False
                 if not stuck and len(rows) == recipe.size and not any(map(_waits_for_grammar, rows)):
-                    need = sum(each.num_tokens - self.kv_cache_manager.get_computed_blocks(each)[1] for each in rows)
+                    need = sum(map(self._uncached, rows))
                     pages = sum(-(-each.num_tokens // self.block_size) + 1 for each in rows)
                     fits = len(rows) <= places and need <= tokens and pages <= blocks
                     # What would not fit later either begins now: its rows part, but leave their prompts in the cache.

@@ -7,13 +7,33 @@ from guiderail.guides.errors import RequestError
 from guiderail.guides.types import SamplingSpec, TokenLogprob
 
 FORCED = "guiderail_forced"  # key of SamplingParams.extra_args; see vllm_processors.py
-ROWS = 4096  # between the priorities of two requests in the engine: more than rows of one
 PRIORITY = "guiderail_priority"  # likewise: the request's priority
+ROWS = 4096  # between the priorities of two requests in the engine: more than rows of one
 
 
 def refusal(error: Exception, params: Any) -> RequestError:
     """vLLM's objection to a request; with a schema it is nearly always the grammar made of that."""
     return RequestError(str(error), "response_format" if params.structured_outputs is not None else None)
+
+
+def sampling_fields(spec: SamplingSpec) -> dict[str, Any]:
+    """What vLLM's SamplingParams and its HTTP requests name alike."""
+    return {
+        "max_tokens": spec.max_tokens,
+        "temperature": spec.temperature,
+        "top_p": spec.top_p,
+        "top_k": spec.top_k,
+        "min_p": spec.min_p,
+        "stop": list(spec.stop),
+        "stop_token_ids": list(spec.stop_token_ids),
+        "include_stop_str_in_output": spec.include_stop_str_in_output,
+        "min_tokens": spec.min_tokens,
+        "ignore_eos": spec.ignore_eos,
+        "presence_penalty": spec.presence_penalty,
+        "frequency_penalty": spec.frequency_penalty,
+        "repetition_penalty": spec.repetition_penalty,
+        "skip_special_tokens": spec.skip_special_tokens,
+    }
 
 
 def sampling_params(spec: SamplingSpec, seed: int | None, extra_args: dict[str, Any] | None = None) -> Any:
@@ -29,23 +49,10 @@ def sampling_params(spec: SamplingSpec, seed: int | None, extra_args: dict[str, 
     try:
         return SamplingParams(
             n=1,
-            max_tokens=spec.max_tokens,
-            temperature=spec.temperature,
-            top_p=spec.top_p,
-            top_k=spec.top_k,
-            min_p=spec.min_p,
+            **sampling_fields(spec),
             seed=seed,
-            stop=list(spec.stop) or None,
-            stop_token_ids=list(spec.stop_token_ids) or None,
-            include_stop_str_in_output=spec.include_stop_str_in_output,
-            min_tokens=spec.min_tokens,
-            ignore_eos=spec.ignore_eos,
-            presence_penalty=spec.presence_penalty,
-            frequency_penalty=spec.frequency_penalty,
-            repetition_penalty=spec.repetition_penalty,
             logit_bias=dict(spec.logit_bias) or None,
             logprobs=spec.logprobs,
-            skip_special_tokens=spec.skip_special_tokens,
             structured_outputs=structured,
             extra_args=extra_args,
             output_kind=RequestOutputKind.DELTA if spec.stream else RequestOutputKind.FINAL_ONLY,

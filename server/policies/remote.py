@@ -7,7 +7,6 @@ Token ids mean the same here and there only if the tokenizers agree, so that is 
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -15,7 +14,9 @@ from guiderail.guides.base import Rollouts
 from guiderail.guides.errors import EngineUnavailable, RequestError
 from guiderail.guides.reward import Renderer
 from guiderail.guides.types import Delta, Message, SamplingSpec, TokenPrompt
+from guiderail.server.elsewhere import api_key
 from guiderail.server.engines.rollouts import EngineRollouts
+from guiderail.server.engines.vllm_params import sampling_fields
 from guiderail.server.policies.spec import RemotePolicySpec
 from guiderail.server.remote import NoResponse, Remote, RemoteError, Wire, parse
 
@@ -47,8 +48,8 @@ class RemotePolicy:
 
     def __init__(self, name: str, spec: RemotePolicySpec) -> None:
         """Raises EngineUnavailable if the environment variable of its key is not set."""
-        key = os.environ.get(spec.key_env) if spec.key_env is not None else None
-        if spec.key_env is not None and not key:
+        key = api_key(spec.key_env)
+        if key == "":
             raise EngineUnavailable(f"policy '{name}': the environment variable {spec.key_env} is not set")
         self._name = name
         self._spec = spec
@@ -145,22 +146,7 @@ class RemotePolicy:
 
 def body_of(spec: SamplingSpec) -> dict[str, Any]:
     """The fields of a vLLM completion request that say how to sample."""
-    body: dict[str, Any] = {
-        "max_tokens": spec.max_tokens,
-        "temperature": spec.temperature,
-        "top_p": spec.top_p,
-        "top_k": spec.top_k,
-        "min_p": spec.min_p,
-        "stop": list(spec.stop),
-        "stop_token_ids": list(spec.stop_token_ids),
-        "include_stop_str_in_output": spec.include_stop_str_in_output,
-        "min_tokens": spec.min_tokens,
-        "ignore_eos": spec.ignore_eos,
-        "presence_penalty": spec.presence_penalty,
-        "frequency_penalty": spec.frequency_penalty,
-        "repetition_penalty": spec.repetition_penalty,
-        "skip_special_tokens": spec.skip_special_tokens,
-    }
+    body = sampling_fields(spec)
     if spec.logit_bias:
         body["logit_bias"] = {str(token): value for token, value in spec.logit_bias.items()}
     if spec.json_schema is not None:

@@ -2,8 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from guiderail.guides.errors import GuiderailError
-from guiderail.server.urls import usable_url
+from guiderail.server.elsewhere import named_options, usable_url
 
 
 class RemotePolicySpec(BaseModel):
@@ -23,9 +22,4 @@ class RemotePolicySpec(BaseModel):
 
 def parse_flag(text: str) -> tuple[str, dict[str, str]]:
     """Splits name=url[,key=value...]. Raises GuiderailError."""
-    name, equals, rest = text.partition("=")
-    url, *options = rest.split(",")
-    pairs = [option.partition("=") for option in options]
-    if not (name and equals and url and all(key and value for key, _, value in pairs)):
-        raise GuiderailError(f"--policy takes NAME=http://host:port[,model=...][,key_env=...]; got '{text}'")
-    return name, {"url": url, **{key: value for key, _, value in pairs}}
+    return named_options(text, "url", "--policy takes NAME=http://host:port[,model=...][,key_env=...]")

@@ -7,7 +7,6 @@ remote servers run only tokenizer and configuration are read here.
 
 import asyncio
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 from guiderail.guides.errors import GuiderailError
 from guiderail.server import models
+from guiderail.server.elsewhere import api_key
 from guiderail.server.fingerprint import fingerprint
 from guiderail.server.rewards.neural import Backend, NeuralReward, PackedBackend, scoring_thread
 from guiderail.server.rewards.remote import RemoteReward, connect
@@ -77,7 +77,7 @@ def _identity(spec: RewardModelSpec, cache: Path) -> str:
 
 async def _connect(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]) -> tuple[Backend, Any, int | None]:
     """The remote servers of a spec, and the tokenizer of its path."""
-    key = os.environ.get(spec.key_env, "").strip() if spec.key_env is not None else None
+    key = api_key(spec.key_env)
     if key == "":
         raise GuiderailError(f"key_env={spec.key_env}: this environment variable is not set, or empty")
     loop = asyncio.get_running_loop()

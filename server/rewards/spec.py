@@ -4,8 +4,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from guiderail.guides.errors import GuiderailError
-from guiderail.server.urls import usable_url
+from guiderail.server.elsewhere import named_options, usable_url
 
 
 class RewardModelSpec(BaseModel):
@@ -29,14 +28,12 @@ class RewardModelSpec(BaseModel):
     @property
     def urls(self) -> tuple[str, ...]:
         """The base URLs of the remote servers, without a slash at the end."""
-        return tuple(part.rstrip("/") for part in self.url.split("|")) if self.url is not None else ()
+        return tuple(self.url.split("|")) if self.url is not None else ()
 
     @field_validator("url")
     @classmethod
     def _is_usable(cls, value: str | None) -> str | None:
-        for part in value.split("|") if value is not None else ():
-            usable_url(part)
-        return value
+        return "|".join(map(usable_url, value.split("|"))) if value is not None else None
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
@@ -53,11 +50,5 @@ class RewardModelSpec(BaseModel):
 
 def parse_flag(text: str) -> tuple[str, dict[str, str]]:
     """Splits name=path[,key=value...]. Raises GuiderailError."""
-    name, equals, rest = text.partition("=")
-    path, *options = rest.split(",")
-    pairs = [option.partition("=") for option in options]
-    if not (name and equals and path and all(key and value for key, _, value in pairs)):
-        raise GuiderailError(
-            f"--reward takes NAME=PATH[,backend=packed|vllm][,head=0][,dtype=auto][,url=http://...]; got '{text}'"
-        )
-    return name, {"path": path, **{key: value for key, _, value in pairs}}
+    usage = "--reward takes NAME=PATH[,backend=packed|vllm][,head=0][,dtype=auto][,url=http://...]"
+    return named_options(text, "path", usage)

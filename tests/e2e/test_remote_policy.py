@@ -12,7 +12,7 @@ FLOAT32 = ("--dtype", "float32")  # so that no two tokens are a tie that batches
 
 
 def ask(url: str, baseline: dict[str, Any]) -> httpx.Response:
-    """Transfer Q* with two greedy rollouts' worth of reward a step; the baseline's rollouts decide."""
+    """Transfer Q* with one greedy rollout a candidate, whose reward outweighs the prior."""
     guide = {"name": "transfer_q", "top_k": 4, "lookahead": 6, "temperature": 0, "alpha": 0.05, "baseline": baseline}
     alignment = {"guide": guide, "rewards": [{"name": "sentiment"}], "return_candidates": True}
     messages = [{"role": "user", "content": "How was the concert?"}]

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 from fakes import Faulty, ScriptedEngine, make_state
 from serving import serving
+from waiting import until
 
 from guiderail.server import sse
 from guiderail.server.settings import OperatorLimits
@@ -19,12 +19,6 @@ BEST = {"guide": {"name": "best_of_n", "n": 4}, "rewards": [{"name": "last_digit
 
 def endless(seed: int) -> list[str]:
     return [f"w{seed}"] * 1000
-
-
-async def until(condition: Callable[[], bool], seconds: float = 2.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def events(client: httpx.AsyncClient, body: dict[str, Any]) -> list[Any]:

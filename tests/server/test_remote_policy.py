@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 from fakes import LetterRenderer
 from scripted_completions import ScriptedCompletions
+from waiting import until
 
 from guiderail.guides.errors import EngineUnavailable, GuiderailError, RequestError
 from guiderail.guides.logit_mix import LogitMix
@@ -84,7 +85,7 @@ async def test_a_dropped_row_frees_the_server_and_hurts_no_other() -> None:
                 deltas.append(delta)
                 await rollouts.drop(0)
         assert [(d.row, d.finish_reason) for d in deltas] == [(1, "length"), (0, "dropped")]
-        await until(lambda: server.given_up == 1 and not server.running)
+        await until(lambda: server.given_up == 1 and not server.running, 5)
 
 
 async def test_a_deadline_ends_rows_and_leaving_frees_them() -> None:
@@ -93,10 +94,10 @@ async def test_a_deadline_ends_rows_and_leaving_frees_them() -> None:
         (delta,) = await all_of(remote, prompts(10), SamplingSpec(2), deadline=time.monotonic() + 0.1)
         assert delta == Delta(0, "", (), "deadline")
         task = asyncio.create_task(all_of(remote, prompts(10, 20, 30), SamplingSpec(2)))
-        await until(lambda: server.running == 3)
+        await until(lambda: server.running == 3, 5)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await until(lambda: server.given_up == 4 and not server.running)
+        await until(lambda: server.given_up == 4 and not server.running, 5)
 
 
 async def test_a_lost_connection_is_tried_again_once() -> None:
@@ -205,10 +206,3 @@ def test_flags() -> None:
         RemotePolicySpec(url="host:1")
     with pytest.raises(ValueError, match="key_env"):
         RemotePolicySpec(url="http://user:pw@host:1")
-
-
-async def until(condition: Any, seconds: float = 5) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.01)

@@ -8,6 +8,7 @@ import pytest
 from aiohttp import web
 from scripted_pooling import NO_SERVICES, ScriptedPooling, drop, group, logits, pooler, served
 from tiny_reward import tiny_head
+from waiting import until
 
 from guiderail.guides.errors import RewardFailed
 from guiderail.server.metrics import Metrics
@@ -180,8 +181,7 @@ class TestFaults:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            async with asyncio.timeout(5):
-                await server.cancelled.wait()
+            await until(lambda: server.given_up == 1, 5)
             assert set(backend._router._load.values()) == {0}
             server.fault = None
             assert await backend.score([[5]]) == [logits([5], 2)]

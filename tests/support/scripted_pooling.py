@@ -2,13 +2,13 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from aiohttp.test_utils import TestServer
+from scripted_server import ScriptedServer
 
 from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
 from guiderail.server.rewards.loading import neural_reward
@@ -23,57 +23,24 @@ def logits(tokens: list[int], heads: int) -> list[float]:
     return [sum(tokens) / 100 - head for head in range(heads)]
 
 
-class ScriptedPooling:
-    """Answers as vLLM does unless `fault` does something else; `seen` keeps the bodies of /pooling requests.
+class ScriptedPooling(ScriptedServer):
+    """Answers as vLLM does unless `fault` does something else, which is asked after the checks at start.
 
     reads_option: whether `use_activation` is read. activation: what it turns on; None: nothing, as for a model
-    trained by regression. fault: called with a request after the checks at start; None from it means go on.
+    trained by regression.
     """
 
     def __init__(self, heads: int = 2, *, models: tuple[str, ...] = ("rm",), key: str | None = None) -> None:
+        super().__init__(models, 96, key)
         self.heads = heads
-        self.models = models
-        self.key = key
         self.reads_option = True
         self.activation: Callable[[float], float] | None = lambda x: 1 / (1 + math.exp(-x))
-        self.fault: Callable[[web.Request], Awaitable[web.StreamResponse | None]] | None = None
-        self.seen: list[dict[str, Any]] = []
-        self.running = self.peak = 0
-        self.cancelled = asyncio.Event()
-        app = web.Application()
-        app.router.add_post("/pooling", self._pooling)
-        app.router.add_get("/v1/models", self._models)
-        self._server = TestServer(app)
-
-    async def __aenter__(self) -> "ScriptedPooling":
-        await self._server.start_server()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._server.close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.port}"
-
-    async def _models(self, request: web.Request) -> web.Response:
-        if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
-            return web.json_response({"error": "Unauthorized"}, status=401)
-        return web.json_response({"data": [{"id": name, "max_model_len": 96} for name in self.models]})
+        self.app.router.add_post("/pooling", self._pooling)
 
     async def _pooling(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.seen.append(body)
-        self.running += 1
-        self.peak = max(self.peak, self.running)
-        try:
-            if self.fault is not None and (answer := await self.fault(request)) is not None:
-                return answer
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-        finally:
-            self.running -= 1
+        if (answer := await self.faulted(request, body)) is not None:
+            return answer
         option = body.get("use_activation", True) if self.reads_option else True
         if not isinstance(option, bool):
             return web.json_response({"error": {"message": "use_activation: not a boolean"}}, status=400)

@@ -1,7 +1,6 @@
 """A real vLLM server as a process of its own, ended with all that it starts."""
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+from serve_process import free_port
 
 from guiderail.server.engines.vllm import prepare_environment
 
@@ -22,9 +22,7 @@ FLAGS = "--kv-cache-memory-bytes 268435456 --block-size 32 --enforce-eager --max
 def vllm_server(model: str, *flags: str, log: Path, key: str | None = None) -> Iterator[str]:
     """URL of a server of this model (a folder), which starts in some 25 s."""
     prepare_environment()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{(port := probe.getsockname()[1])}"
+    url = f"http://127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-m", SERVE, "--model", model, *FLAGS.split(), *flags, "--port", str(port)]
     env = {**os.environ, **({"VLLM_API_KEY": key} if key is not None else {})}
     with log.open("w") as file:
