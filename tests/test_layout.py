@@ -64,6 +64,14 @@ def test_every_package_is_distributed() -> None:
     assert listed == there | {"guiderail.loadtest"}
 
 
+def test_helpers_of_tests_lie_in_one_folder() -> None:
+    """Two of one name, both on sys.path, are taken for each other in a full run and in no partial one."""
+    tests = ROOT / "tests"
+    known = (tests / "support", tests / "bench", tests / "plugin_example")
+    elsewhere = [path for path in tests.rglob("*.py") if not any(path.is_relative_to(k) for k in known)]
+    assert [p.name for p in elsewhere if not p.name.startswith("test_") and p.name != "conftest.py"] == []
+
+
 def test_guides_need_neither_torch_nor_vllm() -> None:
     code = "import sys, guiderail.guides; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)

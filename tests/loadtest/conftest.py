@@ -1,14 +1,9 @@
 """The scripted server as a fixture."""
 
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest_asyncio
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from scripted_server import Scripted
+from timed_server import Scripted
 
 
 @pytest_asyncio.fixture

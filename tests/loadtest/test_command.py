@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_server import Scripted
+from timed_server import Scripted
 
 from guiderail.loadtest.arrivals import Ramp
 from guiderail.loadtest.command import add_arguments, run

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from loadtest_harness import kind, load_test
-from scripted_server import Scripted
+from timed_server import Scripted
 
 from guiderail.loadtest import stats
 from guiderail.loadtest.arrivals import Ramp

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from loadtest_harness import by_id, kind, load_test
-from scripted_server import Scripted
+from timed_server import Scripted
 
 from guiderail.loadtest.errors import LoadtestError
 from guiderail.loadtest.plan import Cancellation

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from loadtest_harness import kind, load_test
-from scripted_server import Scripted
+from timed_server import Scripted
 
 from guiderail.loadtest import compare, report, table
 from guiderail.loadtest.errors import LoadtestError

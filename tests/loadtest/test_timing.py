@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from loadtest_harness import by_id, kind, load_test
-from scripted_server import Scripted
+from timed_server import Scripted
 
 from guiderail.loadtest.runner import Load
 

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from scripted_server import Scripted
+from timed_server import Scripted
 
 from guiderail.loadtest.plan import Cancellation, Requests
 from guiderail.loadtest.records import Record
