@@ -2,7 +2,8 @@
 
 Everything else is vLLM's. All that decodes waits for the end of a step, and so does what comes meanwhile. So where
 prompts are not chunked, the first row of every request begins when it would, but while others decode, a step reads
-about PROMPT_TOKENS of the prompts of other rows: a wide request does not hold up plain chats.
+about PROMPT_TOKENS of the prompts of other rows, and none beside a first row if the step before did: a wide request
+does not hold up plain chats.
 
 Before each step the rows of groups that cannot begin whole are taken out of the waiting queue for the time of the
 step: those that have not all come, and those for which the step has not the places, tokens or KV blocks. What waits
@@ -30,6 +31,7 @@ class _Gate(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._groups: dict[str, list[Request]] = {}  # rows that wait, of groups none of which has begun
+        self._read_others = False  # whether the last step read prompts of other than first rows
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
@@ -41,7 +43,10 @@ class _Gate(Scheduler):  # type: ignore[misc]
         most = self.max_num_scheduled_tokens
         self.max_num_scheduled_tokens = self._bound(most)
         try:
-            return super().schedule(throttle_prefills)
+            output = super().schedule(throttle_prefills)
+            begun = (self.requests[row.req_id] for row in output.scheduled_new_reqs)
+            self._read_others = not all(map(_is_first, begun))
+            return output
         finally:
             self.max_num_scheduled_tokens = most
             for request in held:
@@ -54,8 +59,9 @@ class _Gate(Scheduler):  # type: ignore[misc]
         begins = [row for row in (*self.kv_holding_waiting, *self.waiting) if not _waits_for_grammar(row)]
         if not begins:
             return most
-        needs = sum(self._unread(row) for row in begins if row.priority % ROWS == 0) + PROMPT_TOKENS
-        return min(most, sum(map(_tokens_left, self.running)) + max(needs, self._unread(begins[0])))
+        firsts = sum(map(self._unread, filter(_is_first, begins)))
+        others = 0 if firsts and self._read_others else PROMPT_TOKENS
+        return min(most, sum(map(_tokens_left, self.running)) + max(firsts + others, self._unread(begins[0])))
 
     def _unread(self, row: Request) -> int:
         """Tokens of a row that waits that its first step reads (of a short one: all)."""
@@ -114,6 +120,10 @@ class _Gate(Scheduler):  # type: ignore[misc]
 def _recipe(request: Request) -> Recipe | None:
     params = request.sampling_params
     return None if params is None else Recipe.of(params.extra_args)
+
+
+def _is_first(request: Request) -> bool:
+    return bool(request.priority % ROWS == 0)
 
 
 def _tokens_left(request: Request) -> int:

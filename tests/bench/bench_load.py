@@ -1,4 +1,4 @@
-"""Guiderail under load: `make bench-load` (about 25 minutes on 2 cores; ARGS="--only overload" for a part).
+"""Guiderail under load: `make bench-load` (about 40 minutes on 2 cores; ARGS="--only overload" for a part).
 
 plain      Guiderail against `vllm serve` (same version, model and settings), both up, taking turns at three loads
 mixed      plain chats beside best-of-8 and Transfer Q*, at 0.7 of what saturates the mix, against plain chats alone
@@ -112,7 +112,7 @@ def mixed(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
         full = loadtest(ours, folder, MIX, "--max-concurrency", "32", "--num-prompts", "120")
         rate = 0.7 * full["request_throughput"]
         together, alone = [], []
-        for turn in range(2):
+        for turn in range(3):
             flags = ("--duration", f"{seconds:g}", "--seed", str(turn), "--num-warmups", "4")
             alone.append(loadtest(ours, folder, [PLAIN], "--request-rate", f"{0.7 * rate:.3f}", *flags))
             together.append(loadtest(ours, folder, MIX, "--request-rate", f"{rate:.3f}", *flags))
@@ -120,7 +120,7 @@ def mixed(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
     value = statistics.median(ratios)
     lines = [
         f"Mix: 70% plain (64 tokens), 20% best-of-8 x 64, 10% Transfer Q* (k 5, lookahead 8, 16 tokens). It saturates at "
-        f"{full['request_throughput']:.2f} requests/s (closed loop, 32 users); run at 0.7 of that, 2 x {seconds:g} s.",
+        f"{full['request_throughput']:.2f} requests/s (closed loop, 32 users); run at 0.7 of that, 3 x {seconds:g} s.",
         "",
         f"- Plain chats' p99 time to first token, in the mix / alone at the same rate of theirs: **{value:.2f}** "
         f"({ratios[0]:.2f}-{ratios[-1]:.2f}); target <= 2: {verdict(value, 2, at_most=True)}.",

@@ -246,6 +246,16 @@ class TestPromptsInWholeSteps:
         assert step.keys() == {"chat", "w0", "w1", *(f"c{i}" for i in range(5))}
         assert whole.step().keys() - step.keys() == {"w2"}
 
+    def test_a_chat_does_not_wait_for_other_rows_in_two_steps_on_end(self, whole: Played) -> None:
+        whole.add("chat", 20)
+        whole.step()
+        self.wide(whole, 6, 30)
+        assert whole.step().keys() == {"chat", "w0", "w1", "w2"}
+        whole.add("c0", 100, first=2)
+        assert whole.step().keys() == {"chat", "w0", "w1", "w2", "c0"}, "the last step read other rows: this one not"
+        whole.add("c1", 100, first=3)
+        assert whole.step().keys() - {"chat", "w0", "w1", "w2", "c0"} == {"c1", "w3", "w4"}, "nor do they starve"
+
     def test_rows_that_share_a_prompt_count_what_is_not_cached(self, whole: Played) -> None:
         whole.add("chat", 20)
         whole.step()
