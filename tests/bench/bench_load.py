@@ -1,4 +1,4 @@
-"""Guiderail under load: `make bench-load` (about 40 minutes on 2 cores; ARGS="--only overload" for a part).
+"""Guiderail under load: `make bench-load` (about 45 minutes on 2 cores; ARGS="--only overload" for a part).
 
 plain      Guiderail against `vllm serve` (same version, model and settings), both up, taking turns at three loads
 mixed      plain chats beside best-of-8 and Transfer Q*, at 0.7 of what saturates the mix, against plain chats alone
@@ -233,7 +233,7 @@ def main() -> None:
     args = parser.parse_args()
     parts: dict[str, tuple[str, Callable[[Path], tuple[list[str], dict[str, Any]]]]] = {
         "plain": ("Plain load against vllm serve", lambda f: plain(f, 30 * args.scale, args.rounds)),
-        "mixed": ("Mixed load", lambda f: mixed(f, 60 * args.scale)),
+        "mixed": ("Mixed load", lambda f: mixed(f, 100 * args.scale)),
         "overload": ("Overload", lambda f: overload(f, 120 * args.scale)),
         "chaos": ("Chaos", lambda f: chaos(f, 600 * args.scale)),
     }
