@@ -5,6 +5,7 @@ directly; once it serves, requests in flight get the drain time and the engine i
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -67,6 +68,8 @@ async def _serve(settings: Settings) -> int:
     with signals(stop):
         async with running(settings, stop) as state:
             server = _Server(settings, create_app(state), stop)
+            gc.collect()
+            gc.freeze()  # a full collection walks all that was imported and holds up every stream meanwhile
             say(f"ready after {time.monotonic() - began:.0f} s on http://{settings.host}:{settings.port}")
             await server.run()
     say("stopped")

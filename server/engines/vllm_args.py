@@ -62,6 +62,7 @@ def base_args(settings: EngineSettings) -> dict[str, Any]:
         "max_num_seqs": settings.max_num_seqs,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
+        "worker_extension_cls": "guiderail.server.engines.vllm_worker.WorkerExtension",
         "generation_config": "vllm",  # what a request does not say is OpenAI's default, not the model's
     }
     if current_platform.is_cpu():

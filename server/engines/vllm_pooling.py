@@ -18,6 +18,11 @@ async def build_pooling(settings: EngineSettings) -> "VllmPooler":
     """Starts the engine's processes. Raises EngineUnavailable if it does not start."""
     prepare_environment()
     llm = await asyncio.to_thread(_start, settings)
+    try:
+        await llm.collective_rpc("freeze_heap")
+    except BaseException:
+        await end(llm)
+        raise
     return VllmPooler(llm)
 
 
