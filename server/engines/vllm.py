@@ -107,8 +107,11 @@ class VllmEngine:
         seeds: Sequence[int | None] | None = None,
         deadline: float | None = None,
     ) -> Rollouts:
+        wide = len(prompts) > 1
         params = [
-            MixedSampling(sampling, seed) if any(m.weight for m in prompt.mix) else sampling_params(sampling, seed)
+            MixedSampling(sampling, seed)
+            if any(m.weight for m in prompt.mix)
+            else sampling_params(sampling, seed, wide=wide)
             for prompt, seed in zip(prompts, seeds or [sampling.seed] * len(prompts), strict=True)
         ]
         return EngineRollouts(self, prompts, params, deadline)
@@ -140,7 +143,8 @@ class VllmEngine:
         if prompt.mix:
             raise RequestError("log-probabilities under a mixture of policies are not available")
         last = None
-        async with aclosing(self.stream(prompt, params, new_request_id())) as outputs:
+        # Not 0, a plain chat's priority: nobody looks at a single one of these.
+        async with aclosing(self.stream(prompt, params, new_request_id(), 1)) as outputs:
             async for output in outputs:
                 last = output
         if last is None:

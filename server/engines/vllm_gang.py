@@ -1,9 +1,9 @@
 """A vLLM scheduler that lets the rows of a group (mixed.py) begin in one step, to decode in lockstep; and short steps.
 
 Everything else is vLLM's. All that decodes waits for the end of a step, and so does what comes meanwhile. So where
-prompts are not chunked, the first row of every request begins when it would, but while others decode, a step reads
-about PROMPT_TOKENS of the prompts of other rows, and none beside a first row if the step before did: a wide request
-does not hold up plain chats.
+prompts are not chunked, rows that run alone (plain chats) begin in the next step, all of them; while others decode, a
+step reads about PROMPT_TOKENS of the prompts of wide requests' rows, and none beside a plain chat if the step before
+did. Where many rows decode they sit out the step in which a plain chat begins, though not twice on end.
 
 Before each step the rows of groups that cannot begin whole are taken out of the waiting queue for the time of the
 step: those that have not all come, and those for which the step has not the places, tokens or KV blocks. What waits
@@ -22,16 +22,19 @@ from guiderail.server.engines.mixed import Recipe
 from guiderail.server.engines.vllm_params import ROWS
 
 PROMPT_TOKENS = 64  # on 2 cores a 135M model reads them in about 20 ms, and decodes a step in 15
+MANY_ROWS = 16  # so many rows take as long to decode as the fixed part of a step, the price of one more: about 12 ms
 WAITS = (RequestStatus.WAITING, RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR)
 
 
 class _Gate(Scheduler):  # type: ignore[misc]
     max_num_scheduled_tokens: int
+    running: list[Request]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._groups: dict[str, list[Request]] = {}  # rows that wait, of groups none of which has begun
-        self._read_others = False  # whether the last step read prompts of other than first rows
+        self._read_others = False  # whether the last step read prompts of other than plain chats
+        self._sat_out = False  # whether rows sat out the last step
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
@@ -40,28 +43,41 @@ class _Gate(Scheduler):  # type: ignore[misc]
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         held = self._hold() if self._groups else []
-        most = self.max_num_scheduled_tokens
-        self.max_num_scheduled_tokens = self._bound(most)
+        most, running = self.max_num_scheduled_tokens, self.running
+        self.max_num_scheduled_tokens, self._sat_out = self._bound(most)
+        if self._sat_out:
+            self.running = []
         try:
             output = super().schedule(throttle_prefills)
             begun = (self.requests[row.req_id] for row in output.scheduled_new_reqs)
-            self._read_others = not all(map(_is_first, begun))
+            self._read_others = not all(map(_is_plain, begun))
             return output
         finally:
             self.max_num_scheduled_tokens = most
+            if self._sat_out:
+                self.running = running + self.running
             for request in held:
                 self._enqueue_waiting_request(request)
 
-    def _bound(self, most: int) -> int:
-        """Tokens of the next step, `most` at most."""
+    def _bound(self, most: int) -> tuple[int, bool]:
+        """Tokens of the next step, `most` at most, and whether the rows that decode sit it out."""
         if self._groups or not self.running or self.scheduler_config.enable_chunked_prefill:
-            return most
+            return most, False
         begins = [row for row in (*self.kv_holding_waiting, *self.waiting) if not _waits_for_grammar(row)]
         if not begins:
-            return most
-        firsts = sum(map(self._unread, filter(_is_first, begins)))
-        others = 0 if firsts and self._read_others else PROMPT_TOKENS
-        return min(most, sum(map(_tokens_left, self.running)) + max(firsts + others, self._unread(begins[0])))
+            return most, False
+        chats = [row for row in begins if _is_plain(row)]
+        needs = sum(map(self._unread, chats))
+        if chats and not self._sat_out and self._may_sit_out(len(chats)):
+            return min(most, needs), True
+        others = 0 if chats and self._read_others else PROMPT_TOKENS
+        return min(most, sum(map(_tokens_left, self.running)) + max(needs + others, self._unread(begins[0]))), False
+
+    def _may_sit_out(self, begins: int) -> bool:
+        """Whether it helps that the rows that decode sit out the step in which so many rows begin."""
+        rows = len(self.running)
+        # Rows of a group stay in lockstep; and vLLM counts the places that are taken by those it sees.
+        return MANY_ROWS <= rows <= self.max_num_active_reqs - begins and not any(map(_recipe, self.running))
 
     def _unread(self, row: Request) -> int:
         """Tokens of a row that waits that its first step reads (of a short one: all)."""
@@ -122,7 +138,8 @@ def _recipe(request: Request) -> Recipe | None:
     return None if params is None else Recipe.of(params.extra_args)
 
 
-def _is_first(request: Request) -> bool:
+def _is_plain(request: Request) -> bool:
+    """Whether a row runs alone, as plain chats do (vllm_params.row_priority)."""
     return bool(request.priority % ROWS == 0)
 
 

@@ -36,13 +36,15 @@ def sampling_fields(spec: SamplingSpec) -> dict[str, Any]:
     }
 
 
-def sampling_params(spec: SamplingSpec, seed: int | None, extra_args: dict[str, Any] | None = None) -> Any:
-    """vLLM's SamplingParams for one row. Raises RequestError for values that vLLM refuses."""
+def sampling_params(
+    spec: SamplingSpec, seed: int | None, extra_args: dict[str, Any] | None = None, *, wide: bool = False
+) -> Any:
+    """vLLM's SamplingParams for one row; `wide` if others run with it. Raises RequestError for what vLLM refuses."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    if spec.priority:
-        extra_args = {**(extra_args or {}), PRIORITY: spec.priority}
+    if spec.priority or wide:
+        extra_args = {**(extra_args or {}), PRIORITY: spec.priority * ROWS + wide}
     structured = None
     if spec.json_schema is not None:
         structured = StructuredOutputsParams(json=dict(spec.json_schema))
@@ -62,11 +64,11 @@ def sampling_params(spec: SamplingSpec, seed: int | None, extra_args: dict[str, 
 
 
 def row_priority(params: Any, row: int) -> int:
-    """A row's place among those that wait in the engine: the request's priority, then rows in order.
+    """A row's place among those that wait in the engine: the request's priority, then single rows, then rows in order.
 
-    So the first rows of one request go before the last ones of another: a wide one cannot hold up the rest.
+    So plain chats go before wide requests, and the first rows of one wide request before the last ones of another.
     """
-    return int((params.extra_args or {}).get(PRIORITY, 0)) * ROWS + row
+    return int((params.extra_args or {}).get(PRIORITY, 0)) + row
 
 
 def forced_params(answer: Sequence[int], v2: bool) -> Any:

@@ -12,6 +12,7 @@ from guiderail.guides.errors import RequestError
 from guiderail.guides.reward import Services
 from guiderail.guides.types import Answer, Message, SamplingSpec, ScoreGroup, TokenPrompt
 from guiderail.server.engines.lora import check_adapter
+from guiderail.server.engines.vllm_gang import MANY_ROWS
 from guiderail.server.rewards.implicit import Implicit
 from guiderail.server.rewards.judge import Judge
 from guiderail.server.rewards.pairwise import PairwiseJudge
@@ -70,6 +71,28 @@ async def test_forced_rows_leave_their_neighbours_alone(live: Live) -> None:
     beside, _ = await asyncio.gather(run(), live.state.engine.answer_logprobs([prompt(live)] * 3, answers))
     assert beside[0] == alone[0]
     assert all(len(top) == 3 for top in beside[1:])
+
+
+async def test_rows_that_sit_out_steps_go_on_where_they_were(live: Live) -> None:
+    """Many rows sit out the steps in which plain chats begin (vllm_gang.py): it shows in nothing that they give."""
+    engine, many = live.state.engine, MANY_ROWS + 4
+    words = live.state.renderer.encode("A completely different answer, word by word, of some length, about nothing.")
+    answers = [words[i % len(words) :] + words for i in range(many)]
+    alone = await engine.answer_logprobs([prompt(live)] * many, answers)
+
+    async def chat(number: int) -> int:
+        ask = prompt(live, (Message("user", f"Say {number}."),))
+        async with engine.generate([ask], SamplingSpec(max_tokens=3, ignore_eos=True)) as rollouts:
+            return sum([len(delta.token_ids) async for delta in rollouts])
+
+    scoring = asyncio.create_task(engine.answer_logprobs([prompt(live)] * many, answers))
+    chats = 0
+    while not scoring.done():
+        assert await chat(chats) == 3
+        chats += 1
+    assert chats > 2
+    for before, beside in zip(alone, await scoring, strict=True):
+        assert max(abs(a - b) for a, b in zip(before, beside, strict=True)) < 0.35
 
 
 async def test_next_token_logprobs(live: Live) -> None:

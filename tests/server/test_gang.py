@@ -16,7 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from guiderail.server.engines.mixed import Recipe
-from guiderail.server.engines.vllm_gang import AsyncGroupScheduler, GroupScheduler
+from guiderail.server.engines.vllm_gang import MANY_ROWS, AsyncGroupScheduler, GroupScheduler
 from guiderail.server.engines.vllm_params import ROWS
 
 BLOCK = 32
@@ -213,16 +213,16 @@ def test_a_grammar_that_is_being_compiled_holds_up_its_group_alone(model_path: s
 
 
 class TestPromptsInWholeSteps:
-    """Without chunked prefill: first rows begin at once, a step reads PROMPT_TOKENS of others beside what decodes."""
+    """Without chunked prefill: plain chats begin at once, a step reads PROMPT_TOKENS of others beside what decodes."""
 
     @pytest.fixture(params=[GroupScheduler, AsyncGroupScheduler], ids=["plain", "async"])
     def whole(self, request: pytest.FixtureRequest, model_path: str) -> Played:
-        sizes = {"max_num_seqs": 16, "max_num_batched_tokens": 1024, "enable_chunked_prefill": False}
+        sizes = {"max_num_seqs": 64, "max_num_batched_tokens": 1024, "enable_chunked_prefill": False}
         return Played(model_path, request.param, **sizes)
 
     def wide(self, played: Played, rows: int, prompt: int, priority: int = 0) -> None:
         for row in range(rows):
-            played.add(f"w{row}", prompt, first=50 + row, priority=priority * ROWS + row)
+            played.add(f"w{row}", prompt, first=50 + row, priority=priority * ROWS + 1 + row)
 
     def test_a_wide_request_alone_begins_at_once(self, whole: Played) -> None:
         self.wide(whole, 8, 30)
@@ -232,29 +232,65 @@ class TestPromptsInWholeSteps:
         whole.add("chat", 20)
         whole.step()
         self.wide(whole, 6, 30)
-        assert whole.step() == {"chat": 1, "w0": 30, "w1": 30, "w2": 30}
-        assert whole.step() == {"chat": 1, "w0": 1, "w1": 1, "w2": 1, "w3": 30, "w4": 30}
+        assert whole.step() == {"chat": 1, "w0": 30, "w1": 30}
+        assert whole.step() == {"chat": 1, "w0": 1, "w1": 1, "w2": 30, "w3": 30}
         assert whole.step()["w5"] == 30
 
-    def test_chats_that_come_together_begin_together_and_before_later_rows(self, whole: Played) -> None:
+    def test_chats_that_come_together_begin_together_and_before_wide_requests(self, whole: Played) -> None:
         whole.add("chat", 20)
         whole.step()
         self.wide(whole, 4, 40)
         for i in range(5):
             whole.add(f"c{i}", 100, first=i + 2)
         step = whole.step()
-        assert step.keys() == {"chat", "w0", "w1", *(f"c{i}" for i in range(5))}
-        assert whole.step().keys() - step.keys() == {"w2"}
+        assert step.keys() == {"chat", "w0", *(f"c{i}" for i in range(5))}
+        assert whole.step().keys() - step.keys() == {"w1"}
 
     def test_a_chat_does_not_wait_for_other_rows_in_two_steps_on_end(self, whole: Played) -> None:
         whole.add("chat", 20)
         whole.step()
         self.wide(whole, 6, 30)
-        assert whole.step().keys() == {"chat", "w0", "w1", "w2"}
+        assert whole.step().keys() == {"chat", "w0", "w1"}
         whole.add("c0", 100, first=2)
-        assert whole.step().keys() == {"chat", "w0", "w1", "w2", "c0"}, "the last step read other rows: this one not"
+        assert whole.step().keys() == {"chat", "w0", "w1", "c0"}, "the last step read other rows: this one not"
         whole.add("c1", 100, first=3)
-        assert whole.step().keys() - {"chat", "w0", "w1", "w2", "c0"} == {"c1", "w3", "w4"}, "nor do they starve"
+        assert whole.step().keys() - {"chat", "w0", "w1", "c0"} == {"c1", "w2", "w3"}, "nor do they starve"
+
+    def decoding(self, played: Played, rows: int) -> list[str]:
+        for i in range(rows):
+            played.add(f"d{i}", 4, first=2 + i)
+        played.step()
+        return [f"d{i}" for i in range(rows)]
+
+    def test_many_rows_sit_out_the_step_in_which_chats_begin_but_not_the_next(self, whole: Played) -> None:
+        rows = self.decoding(whole, MANY_ROWS)
+        whole.add("c0", 100, first=90)
+        whole.add("c1", 50, first=91)
+        self.wide(whole, 1, 30)
+        assert whole.step() == {"c0": 100, "c1": 50}
+        whole.add("c2", 100, first=92)
+        assert whole.step() == {**dict.fromkeys([*rows, "c0", "c1"], 1), "c2": 100, "w0": 30}
+        for _ in range(3):
+            whole.step()
+        assert {whole.emitted[row] for row in rows} == {5}, "one for each step but one"
+
+    def test_few_rows_do_not_sit_out_nor_do_any_without_a_place_for_the_chat(self, whole: Played) -> None:
+        self.decoding(whole, MANY_ROWS - 1)
+        whole.add("c0", 100, first=90)
+        assert len(whole.step()) == MANY_ROWS
+        for i in range(64 - MANY_ROWS):
+            whole.add(f"f{i}", 4, first=91)
+        whole.step()
+        whole.step()
+        whole.add("late", 4, first=92)
+        assert len(whole.step()) == 64
+
+    def test_rows_of_a_mixture_do_not_sit_out(self, whole: Played) -> None:
+        whole.group("a", (10, 10))
+        rows = self.decoding(whole, MANY_ROWS)
+        whole.add("c0", 100, first=90)
+        assert whole.step().keys() == {"a0", "a1", "c0", *rows}
+        assert whole.in_step("a", 2)
 
     def test_rows_that_share_a_prompt_count_what_is_not_cached(self, whole: Played) -> None:
         whole.add("chat", 20)
