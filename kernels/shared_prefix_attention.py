@@ -20,8 +20,11 @@ import torch
 
 from guiderail.kernels._dispatch import use_triton
 
-LARGEST_SCORE, SMALLEST_TOTAL = 60.0, 1e-20  # between them exp() and its sums keep bfloat16's precision
-PRODUCT_SIZE = 65_536  # rows times keys from which the plain products win
+SMALLEST_TOTAL, LARGEST_TOTAL = 1e-20, 1e20  # between them exp() of bfloat16 scores and its sums are precise enough
+PRODUCT_SIZE = 65_536  # rows times keys from which the plain products win, on a CPU without matrix tiles
+# torch's fused attention uses matrix tiles (AMX) and then takes half of the plain products' time; without them it
+# takes 2.5 times as long as they.
+PLAIN_PRODUCTS = not torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +174,7 @@ def _segments(
 
 
 def _product_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | None:
-    """As _fused_context by plain bfloat16 products: faster on CPU for many rows, where oneDNN runs them at full speed.
+    """As _fused_context by plain bfloat16 products: see PLAIN_PRODUCTS for where they are faster.
 
     Scores and unnormalised weights are rounded to bfloat16, as in transformers' eager attention. No row maximum is
     subtracted (a third of the time): None is returned where that could overflow or lose a row, for the fused path.
@@ -183,11 +186,9 @@ def _product_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | 
     out = torch.empty((n, heads, dim), dtype=torch.float32)
     lse = torch.empty((heads, n), dtype=torch.float32)
     for head in range(kv_heads):
-        weights = torch.mm(folded[head], k[:, head].t())  # [share * n, C]
-        if float(weights.amax()) > LARGEST_SCORE:
-            return None
-        total = weights.exp_().sum(-1, dtype=torch.float32)
-        if float(total.min()) < SMALLEST_TOTAL:
+        weights = torch.mm(folded[head], k[:, head].t()).exp_()  # [share * n, C]
+        total = weights.sum(-1, dtype=torch.float32)
+        if not _in_range(total):
             return None
         part = torch.mm(weights, v[:, head]) / total[:, None]
         mine = slice(head * share, (head + 1) * share)
@@ -196,26 +197,30 @@ def _product_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | 
     return out, lse.t()
 
 
+def _in_range(total: Any) -> bool:
+    """Whether sums of unnormalised weights are all usable; False if any is NaN."""
+    low, high = torch.aminmax(total)
+    return float(low) >= SMALLEST_TOTAL and float(high) <= LARGEST_TOTAL
+
+
 def _product_segments(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | None:
     """Causal attention within segments [B, L, H, D] by plain bfloat16 products; see _product_context.
 
     Returns out [B * L, Hq, D] float32 and log-sum-exp [B * L, Hq], or None where the fused path must be taken.
     """
     batch, length, heads, dim = q.shape
-    if q.dtype != torch.bfloat16 or batch * length * length < PRODUCT_SIZE:
+    if not PLAIN_PRODUCTS or q.dtype != torch.bfloat16 or batch * length * length < PRODUCT_SIZE:
         return None
     kv_heads = k.shape[2]
     share = heads // kv_heads
     folded = (q * scale).view(batch, length, kv_heads, share, dim).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(batch * kv_heads, share * length, dim)
     keys = k.permute(0, 2, 3, 1).reshape(batch * kv_heads, dim, length)
-    weights = torch.bmm(folded, keys)  # [B * Hkv, share * L, L]
-    if float(weights.amax()) > LARGEST_SCORE:
-        return None
+    weights = torch.bmm(folded, keys).exp_()  # [B * Hkv, share * L, L]
     causal = torch.ones(length, length, dtype=q.dtype).tril_()
-    weights.exp_().view(-1, length, length).mul_(causal)
+    weights.view(-1, length, length).mul_(causal)  # an infinite weight that is masked makes a NaN, which is refused
     total = weights.sum(-1, dtype=torch.float32)
-    if float(total.min()) < SMALLEST_TOTAL:
+    if not _in_range(total):
         return None
     out = torch.bmm(weights, v.transpose(1, 2).reshape(batch * kv_heads, length, dim)) / total[..., None]
     out = out.view(batch, kv_heads, share, length, dim).permute(0, 3, 1, 2, 4).reshape(batch * length, heads, dim)
@@ -224,7 +229,7 @@ def _product_segments(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] |
 
 def _fused_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any]:
     """Unmasked attention of rows [n, Hq, D] to keys [C, Hkv, D]; the query heads of a KV head become rows."""
-    if q.dtype == torch.bfloat16 and q.shape[0] * len(k) >= PRODUCT_SIZE:
+    if PLAIN_PRODUCTS and q.dtype == torch.bfloat16 and q.shape[0] * len(k) >= PRODUCT_SIZE:
         made = _product_context(q, k, v, scale)
         if made is not None:
             return made

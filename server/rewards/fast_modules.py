@@ -1,14 +1,17 @@
 """Faster equivalents of a transformers model's modules for scoring, put in place after loading.
 
 On CPU linear layers in bfloat16 get weights that oneDNN has packed once; gate and up projections become one
-product, and so do those of queries, keys and values; RMSNorm computes its row scale in one read. Everywhere the
-last layer's MLP computes the rows that are scored alone. Results differ from the originals by rounding only.
+product, and so do those of queries, keys and values; RMSNorm and rotary embedding are native operations where vLLM
+has them. Everywhere the last layer's MLP computes the rows that are scored alone. Results differ by rounding only.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
+
+from guiderail.server.engines.vllm_ops import MULTIPLE, native_ops
+from guiderail.server.rewards.fast_rotary import speed_up_rotary
 
 QKV = ("q_proj", "k_proj", "v_proj")
 PACK_ROWS = 1024  # the row count that oneDNN packs weights for; others work, near the same speed
@@ -97,12 +100,19 @@ class OnlyRows(nn.Module):  # type: ignore[misc]
 class FastRMSNorm(nn.Module):  # type: ignore[misc]
     """x / sqrt(mean(x^2) + eps) * weight (or 1 + weight), the mean square in float32."""
 
-    def __init__(self, weight: Any, eps: float) -> None:
+    def __init__(self, weight: Any, eps: float, ops: Any | None) -> None:
+        """ops: see vllm_ops.native_ops; None computes with torch, reading x once for the row scale."""
         super().__init__()
         self.weight = weight
         self.eps = eps
+        self._ops = ops if weight.shape[0] % MULTIPLE == 0 else None
 
     def forward(self, x: Any) -> Any:
+        if self._ops is not None and x.dtype == self.weight.dtype:
+            x = x.contiguous()
+            out = torch.empty_like(x)
+            self._ops.rms_norm(out, x, self.weight, self.eps)
+            return out
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).pow_(2)
         scale = square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
         return torch.mul(x, scale, out=torch.empty_like(x)).mul_(self.weight)
@@ -120,13 +130,16 @@ def norm_parts(module: Any) -> tuple[Any, float, bool] | None:
 
 def speed_up(model: Any) -> None:
     """Replaces what has a faster equivalent, in place. On CPU; float32 models keep their linear layers."""
+    ops = native_ops()
+    if ops is not None:
+        speed_up_rotary(model, ops, MULTIPLE)
     packed = next(model.parameters()).dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             parts = norm_parts(child)
             if parts is not None:
                 weight, eps, minus_one = parts
-                setattr(parent, name, FastRMSNorm((weight + 1 if minus_one else weight).detach(), eps))
+                setattr(parent, name, FastRMSNorm((weight + 1 if minus_one else weight).detach(), eps, ops))
             elif packed and _is_attention(child):
                 fused = FusedQkv(child)
                 for which, name_ in enumerate(QKV):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -152,9 +153,16 @@ def test_triton_path_on_gpu(name: str, dtype: Any, options: dict[str, Any]) -> N
     compare(shapes(dtype, "cuda")[name], **options)
 
 
+@pytest.fixture(params=[True, False], ids=["plain products", "fused"])
+def large_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to compute large bfloat16 blocks, whichever this machine's processor would choose."""
+    monkeypatch.setattr(sys.modules[shared_prefix_attention.__module__], "PLAIN_PRODUCTS", request.param)
+
+
+@pytest.mark.usefixtures("large_blocks")
 @pytest.mark.parametrize("size", [1.0, 12.0, 200.0])
 def test_large_bfloat16_blocks_on_cpu(size: float) -> None:
-    """The plain products (ordinary sizes) and, where scores grow too large for them, the fused fallback."""
+    """Ordinary sizes, and scores that are too large for the plain products, which then leave them to the others."""
     case = Case([128] * 6, [200], [(0, 0, [0])] * 6, (6, 2), 32, torch.bfloat16)
     case.q *= size
     got, wanted = case.run(), case.reference()
@@ -163,8 +171,9 @@ def test_large_bfloat16_blocks_on_cpu(size: float) -> None:
     assert (got.double() - wanted).abs().max() < 0.05 * max(1.0, size**0.5)
 
 
+@pytest.mark.usefixtures("large_blocks")
 def test_large_segments_that_do_not_lie_side_by_side() -> None:
-    """The plain products again, where equal segments have others between them."""
+    """Equal segments that have others between them."""
     case = Case([200, 3, 200], [20], [(0, 0, [0])] * 3, (6, 2), 32, torch.bfloat16)
     compare(case)
 

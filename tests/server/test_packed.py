@@ -18,6 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from guiderail.server.engines.vllm_ops import native_ops
+from guiderail.server.rewards.fast_rotary import speed_up_rotary
 from guiderail.server.rewards.packed import PackedRunner
 
 SMALL: dict[str, Any] = {
@@ -34,13 +36,15 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-def build(name: str, dtype: Any = torch.float32, capacity: int = 2000, heads: int = 2) -> tuple[PackedRunner, Any]:
+def build(
+    name: str, dtype: Any = torch.float32, capacity: int = 2000, heads: int = 2, hidden: int = 48
+) -> tuple[PackedRunner, Any]:
     """A runner and a function that scores one sequence with transformers in float32."""
     torch.manual_seed(0)
     plain = AutoModel.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="eager").eval()
     for parameter in plain.parameters():  # norms too, so that a forgotten one shows
         parameter.data += 0.1 * torch.randn_like(parameter)
-    weight = torch.randn(heads, 48)
+    weight = torch.randn(heads, hidden)
     twin = AutoModel.from_config(copy.deepcopy(CONFIGS[name]), dtype=dtype)
     twin.load_state_dict(plain.state_dict())
     runner = PackedRunner(twin.to(dtype), weight, capacity=capacity)
@@ -75,6 +79,40 @@ def test_packed_scores_equal_one_by_one(name: str) -> None:
     assert runner.stats.tokens_computed - computed == 34  # the new tokens and no more
     rollouts = [a + tokens(4, 90 + i) for a in longer[:3] for i in range(3)]
     assert error(runner, one, rollouts) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_native_operations_are_in_use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and rotary embedding of rows whose width the native operations take, and the same scores without them."""
+    wide = {**SMALL, "hidden_size": 96, "head_dim": 32}
+    monkeypatch.setitem(CONFIGS, name, type(CONFIGS[name])(**wide, sliding_window=16 if name == "gemma3" else None))
+    runner, one = build(name, hidden=96)
+    called = {"rms_norm": 0, "rotary_embedding": 0}
+    ops = native_ops()
+
+    def count(name: str, inner: Any) -> None:
+        def counting(*args: Any) -> Any:
+            called[name] += 1
+            return inner(*args)
+
+        monkeypatch.setattr(ops, name, counting)
+
+    for operation in called:
+        count(operation, getattr(ops, operation))
+    sequences = [tokens(40, 1) + tokens(n, n) for n in (1, 5, 20)]
+    assert error(runner, one, sequences) < 1e-4
+    norms = {"llama": 2, "qwen3": 4, "gemma3": 6}[name]  # of a layer
+    assert called == {"rms_norm": 3 * norms, "rotary_embedding": 3}
+
+
+def test_rotary_embedding_of_another_kind_is_left_alone() -> None:
+    """GLM turns neighbours instead of halves, and a part of each head."""
+    from transformers import GlmConfig
+
+    config = GlmConfig(**{**SMALL, "hidden_size": 96, "head_dim": 32, "pad_token_id": 0})
+    model = AutoModel.from_config(config)
+    speed_up_rotary(model, native_ops(), 32)
+    assert all("forward" not in vars(module) for module in model.modules())
 
 
 def test_the_control_differs() -> None:
