@@ -39,7 +39,9 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     max_tokens_generated: int | None = Field(None, ge=1, description="Tokens over all candidates.")
-    deadline_s: float | None = Field(None, gt=0, description="Seconds from the request's arrival.")
+    deadline_s: float | None = Field(
+        None, gt=0, description="Seconds from arrival to answer; the last 5% (0.3 s at most) are for sending it."
+    )
 
 
 @dataclass(frozen=True, slots=True)

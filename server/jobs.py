@@ -22,6 +22,9 @@ from guiderail.server.errors import ApiError, bad_request
 from guiderail.server.protocol import ChatRequest, CompletionRequest, SamplingFields
 from guiderail.server.state import ServerState
 
+# Of a deadline, what is kept for the end of work and the way of the answer: this share, at most so many seconds.
+REPLY_SHARE, REPLY_S = 0.05, 0.3
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -98,8 +101,8 @@ class Job:
                 yield event
 
 
-def chat_job(state: ServerState, request: ChatRequest) -> Job:
-    """Checks and renders a chat request. Raises ApiError or RequestError."""
+def chat_job(state: ServerState, request: ChatRequest, arrived: float) -> Job:
+    """Checks and renders a chat request that came at `arrived` (time.monotonic()). Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
     alignment = state.resolver.resolve(request.alignment, profile)
     messages = tuple(m.message for m in request.messages)
@@ -110,11 +113,11 @@ def chat_job(state: ServerState, request: ChatRequest) -> Job:
         continue_final_message=request.continue_final_message,
     )
     prompts = [(messages, TokenPrompt(prompt.token_ids, adapter))]
-    return _job(state, request, model, alignment, prompts)
+    return _job(state, request, model, alignment, prompts, arrived)
 
 
-def completion_job(state: ServerState, request: CompletionRequest) -> Job:
-    """Checks and tokenizes a completion request. Raises ApiError or RequestError."""
+def completion_job(state: ServerState, request: CompletionRequest, arrived: float) -> Job:
+    """Checks and tokenizes a completion request; see chat_job. Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
     alignment = state.resolver.resolve(request.alignment, profile)
     if not isinstance(alignment.prompter, Template):
@@ -128,7 +131,7 @@ def completion_job(state: ServerState, request: CompletionRequest) -> Job:
         if not ids:
             raise bad_request("'prompt' is empty", "prompt")
         prompts.append(((Message(PROMPT, text),), TokenPrompt(tuple(ids), adapter)))
-    return _job(state, request, model, alignment, prompts)
+    return _job(state, request, model, alignment, prompts, arrived)
 
 
 def _job(
@@ -137,6 +140,7 @@ def _job(
     model: str,
     alignment: Alignment,
     prompts: list[tuple[tuple[Message, ...], TokenPrompt]],
+    arrived: float,
 ) -> Job:
     limits = state.settings.limits
     if request.n > limits.max_n:
@@ -169,8 +173,9 @@ def _job(
     _in_vocabulary(state, list(request.logit_bias or ()), "logit_bias")
     _in_vocabulary(state, request.stop_token_ids, "stop_token_ids")
 
-    deadline = None if alignment.budget.deadline_s is None else time.monotonic() + alignment.budget.deadline_s
-    spend = Spend(prompt_tokens=sum(len(prompt.token_ids) for _, prompt in prompts))
+    within = alignment.budget.deadline_s
+    deadline = None if within is None else arrived + within - min(REPLY_SHARE * within, REPLY_S)
+    spend = Spend(prompt_tokens=sum(len(prompt.token_ids) for _, prompt in prompts), started=arrived)
     contexts = []
     for messages, prompt in prompts:
         max_tokens = _max_tokens(state, request, len(prompt.token_ids))

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -131,13 +132,14 @@ def build_router(state: ServerState) -> APIRouter:
 async def _complete(
     state: ServerState, request: Request, model: type[ChatRequest] | type[CompletionRequest]
 ) -> Response:
+    arrived = time.monotonic()
     try:
         parsed = parse(model, await read_object(request))
         wire: Wire
         if isinstance(parsed, ChatRequest):
-            wire = ChatWire(chat_job(state, parsed), state.renderer)
+            wire = ChatWire(chat_job(state, parsed, arrived), state.renderer)
         else:
-            wire = TextWire(completion_job(state, parsed), state.renderer)
+            wire = TextWire(completion_job(state, parsed, arrived), state.renderer)
     except (ApiError, GuiderailError) as error:
         state.metrics.rejected()
         return error_response(from_exception(error))

@@ -76,10 +76,10 @@ async def ask(state: ServerState, **body: Any) -> dict[str, Any]:
     """The response to a chat request, or to a text completion if it has a `prompt`, with `wall_s` in it."""
     started = time.perf_counter()
     if "prompt" in body:
-        job = completion_job(state, CompletionRequest.model_validate(body))
+        job = completion_job(state, CompletionRequest.model_validate(body), time.monotonic())
         response = await whole(job, TextWire(job, state.renderer), state.metrics)
     else:
-        job = chat_job(state, ChatRequest.model_validate(body))
+        job = chat_job(state, ChatRequest.model_validate(body), time.monotonic())
         response = await whole(job, ChatWire(job, state.renderer), state.metrics)
     return response | {"wall_s": time.perf_counter() - started}
 

@@ -11,6 +11,8 @@ from serving import serving
 from waiting import until
 
 from guiderail.server import sse
+from guiderail.server.jobs import chat_job
+from guiderail.server.protocol import ChatRequest
 from guiderail.server.settings import OperatorLimits
 
 BODY = {"messages": [{"role": "user", "content": "q"}], "seed": 10, "max_tokens": 400}
@@ -149,6 +151,14 @@ async def test_deadline_and_budget_are_reported() -> None:
             assert answer["choices"][0]["message"]["content"]
         late = await client.post("/v1/chat/completions", json=BODY | {"alignment": {"budget": {"deadline_s": 1e-6}}})
         assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+
+@pytest.mark.parametrize(("within", "kept"), [(100, 0.3), (2, 0.1)])
+def test_a_deadline_counts_from_arrival_and_leaves_time_to_answer(within: float, kept: float) -> None:
+    body = BODY | {"alignment": {"budget": {"deadline_s": within}}}
+    job = chat_job(make_state(ScriptedEngine()), ChatRequest.model_validate(body), 1000.0)
+    assert job.contexts[0].limits.deadline == pytest.approx(1000 + within - kept)
+    assert job.spend.started == 1000
 
 
 async def test_usage_and_spend_add_up() -> None:
