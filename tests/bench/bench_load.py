@@ -138,13 +138,14 @@ def mixed(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
 def overload(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
     """5 times the saturating load: nothing breaks, deadlines hold, the rest is refused quickly."""
     deadline = 10.0
-    flags = ("--max-num-seqs", "64")
+    # Pages of the KV cache are the process's own only once they were written: the first storm must fill all of it.
+    flags = ("--max-num-seqs", "64", "--kv-cache-gb", "1")
     bounded = [{**PLAIN, "alignment": {"budget": {"deadline_s": deadline}}}]
     with guiderail(folder, *flags) as ours:
         full = loadtest(ours, folder, bounded, "--max-concurrency", "64", "--num-prompts", "192")
         saturation = full["request_throughput"]
         calm = ("--request-rate", f"{saturation / 2:.3f}", "--duration", "20")
-        # A first storm fills what is filled once (caches, the allocator's arenas); a leak grows with every one.
+        # A first storm fills what is filled once (KV cache, allocators' arenas); a leak grows with every one.
         loadtest(ours, folder, bounded, "--request-rate", f"{5 * saturation:.3f}", "--duration", f"{seconds / 4:g}")
         before = loadtest(ours, folder, bounded, *calm)
         memory = ours.memory()
