@@ -25,13 +25,13 @@ class Server:
         self.process = process
         self.url = url
 
-    def memory(self) -> int:
-        """Bytes that the server and its processes hold for themselves."""
-        total = 0
+    def memory(self) -> dict[str, int]:
+        """Bytes that the server and its processes hold for themselves, by process name."""
+        held: dict[str, int] = {}
         for each in [self.process, *self.process.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
-                total += each.memory_full_info().uss
-        return total
+                held[each.name()] = held.get(each.name(), 0) + each.memory_full_info().uss
+        return held
 
     def metric(self, name: str) -> float:
         """Sum of a metric over its labels."""
