@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from serving import Live, serving
+from serving import Live, engine_dtype, serving
 
 from guiderail.guides.registry import load_guides, load_rewards
 from guiderail.guides.reward import Reward, Services
@@ -91,12 +91,15 @@ def reward_head(tmp_path_factory: pytest.TempPathFactory) -> str:
 async def live(model_path: str, adapters: dict[str, str], plugin_path: str, reward_head: str) -> AsyncIterator[Live]:
     """The real server over the real engine on a real socket, shared by all tests that need one."""
     settings = Settings(
+        dtype=engine_dtype(),
         lora=adapters,
         profiles={"cheerful": {"guide": {"name": "best_of_n", "n": 4}, "rewards": [{"name": "sentiment"}]}},
         limits=OperatorLimits(max_n=8, max_tokens=512, max_candidates=64, max_deadline_s=120),
     )
     engine = SupervisedEngine(
-        lambda: build(EngineSettings(model=model_path, max_model_len=1024, adapters=tuple(adapters.items())))
+        lambda: build(
+            EngineSettings(model=model_path, dtype=settings.dtype, max_model_len=1024, adapters=tuple(adapters.items()))
+        )
     )
     await engine.start()
     renderer = ChatRenderer(model_path)

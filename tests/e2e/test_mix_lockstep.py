@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from serving import Live
+from serving import Live, engine_dtype
 
 from guiderail.guides.base import Engine
 from guiderail.guides.errors import RequestError
@@ -122,7 +122,9 @@ async def test_preempted_rows_end_with_the_answers_they_have_alone(
     model_path: str, live: Live, attempts: list[tuple[int, int]]
 ) -> None:
     """A KV cache for some 550 tokens, and six rows that would grow to 900."""
-    engine = await build(EngineSettings(model=model_path, max_model_len=256, kv_cache_gb=0.012))
+    dtype = engine_dtype()
+    cache = 0.024 if dtype == "float32" else 0.012
+    engine = await build(EngineSettings(model=model_path, dtype=dtype, max_model_len=256, kv_cache_gb=cache))
     try:
         spec = SamplingSpec(100, 0.8, ignore_eos=True)
         prompt = mixture(live)
