@@ -45,7 +45,8 @@ def test_smooth_divergences_against_a_general_optimiser(name: str, beta: float) 
         ours = f_divergence_weights(scores, name, beta)
         found = minimize(lambda z, s=scores: -value(name, softmax(z), s, beta), np.zeros(7), method="BFGS", tol=1e-10)
         assert value(name, ours, scores, beta) >= -found.fun - 1e-12
-        assert value(name, ours, scores, beta) == pytest.approx(-found.fun, abs=1e-7)
+        # BFGS takes its gradients from finite differences: how near it comes depends on the processor.
+        assert value(name, ours, scores, beta) == pytest.approx(-found.fun, abs=1e-6)
         assert ours == pytest.approx(softmax(found.x), abs=1e-3)
 
 
