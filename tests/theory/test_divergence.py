@@ -43,11 +43,13 @@ def test_smooth_divergences_against_a_general_optimiser(name: str, beta: float) 
     for seed in range(3):
         scores = np.random.default_rng(seed).normal(size=7)
         ours = f_divergence_weights(scores, name, beta)
-        found = minimize(lambda z, s=scores: -value(name, softmax(z), s, beta), np.zeros(7), method="BFGS", tol=1e-10)
-        assert value(name, ours, scores, beta) >= -found.fun - 1e-12
-        # BFGS takes its gradients from finite differences: how near it comes depends on the processor.
-        assert value(name, ours, scores, beta) == pytest.approx(-found.fun, abs=1e-6)
-        assert ours == pytest.approx(softmax(found.x), abs=1e-3)
+        found = np.zeros(7)
+        for _ in range(3):  # finite differences stop a run of BFGS early on some processors; a new one goes on
+            best = minimize(lambda z, s=scores: -value(name, softmax(z), s, beta), found, method="BFGS", tol=1e-10)
+            found = best.x
+        assert value(name, ours, scores, beta) >= -best.fun - 1e-12
+        assert value(name, ours, scores, beta) == pytest.approx(-best.fun, abs=1e-7)
+        assert ours == pytest.approx(softmax(found), abs=1e-3)
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.5, 2.0])
