@@ -173,6 +173,11 @@ def _segments(
         out[own], lse[own] = out_part.to(out.dtype), part_lse
 
 
+def _products_win(q: Any, size: int) -> bool:
+    """Whether plain products are the faster way for a block of `size` rows times keys."""
+    return PLAIN_PRODUCTS and q.dtype == torch.bfloat16 and size >= PRODUCT_SIZE
+
+
 def _product_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | None:
     """As _fused_context by plain bfloat16 products: see PLAIN_PRODUCTS for where they are faster.
 
@@ -209,7 +214,7 @@ def _product_segments(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] |
     Returns out [B * L, Hq, D] float32 and log-sum-exp [B * L, Hq], or None where the fused path must be taken.
     """
     batch, length, heads, dim = q.shape
-    if not PLAIN_PRODUCTS or q.dtype != torch.bfloat16 or batch * length * length < PRODUCT_SIZE:
+    if not _products_win(q, batch * length * length):
         return None
     kv_heads = k.shape[2]
     share = heads // kv_heads
@@ -229,7 +234,7 @@ def _product_segments(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] |
 
 def _fused_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any]:
     """Unmasked attention of rows [n, Hq, D] to keys [C, Hkv, D]; the query heads of a KV head become rows."""
-    if PLAIN_PRODUCTS and q.dtype == torch.bfloat16 and q.shape[0] * len(k) >= PRODUCT_SIZE:
+    if _products_win(q, q.shape[0] * len(k)):
         made = _product_context(q, k, v, scale)
         if made is not None:
             return made

@@ -132,7 +132,7 @@ def speed_up(model: Any) -> None:
     """Replaces what has a faster equivalent, in place. On CPU; float32 models keep their linear layers."""
     ops = native_ops()
     if ops is not None:
-        speed_up_rotary(model, ops, MULTIPLE)
+        speed_up_rotary(model, ops)
     packed = next(model.parameters()).dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

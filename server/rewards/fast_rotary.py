@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
+from guiderail.server.engines.vllm_ops import MULTIPLE
+
 NAME = "apply_rotary_pos_emb"
 
 
 class FastRotary:
     """q, k [1, H, T, D] turned by angles in cos, sin [1, T, D] of two equal halves (Su et al. 2021, eq. 34)."""
 
-    def __init__(self, ops: Any, original: Callable[..., Any], multiple: int) -> None:
+    def __init__(self, ops: Any, original: Callable[..., Any]) -> None:
         """ops: see vllm_ops.native_ops. original: used for shapes that the native operation does not take."""
-        self._ops, self._original, self._multiple = ops, original, multiple
+        self._ops, self._original = ops, original
         self._cos: Any = None
         self._table: Any = None
         self._rows: Any = None
@@ -26,7 +28,7 @@ class FastRotary:
     def __call__(self, q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
         _, _, rows, dim = q.shape
         shape = (1, rows, dim)
-        if cos.shape != shape or len(q) != 1 or dim % self._multiple or unsqueeze_dim != 1 or cos.dtype != q.dtype:
+        if cos.shape != shape or len(q) != 1 or dim % MULTIPLE or unsqueeze_dim != 1 or cos.dtype != q.dtype:
             return self._original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         if cos is not self._cos:  # all layers of a pass get the same tensors
             half = dim // 2
@@ -38,7 +40,7 @@ class FastRotary:
         return turned[0], turned[1]
 
 
-def speed_up_rotary(model: Any, ops: Any, multiple: int) -> None:
+def speed_up_rotary(model: Any, ops: Any) -> None:
     """Gives the model's attention modules the native operation where theirs does the same."""
     made: dict[Any, Any] = {}  # one for all layers, so that they share a pass's table
     for module in model.modules():
@@ -47,7 +49,7 @@ def speed_up_rotary(model: Any, ops: Any, multiple: int) -> None:
             continue
         original = plain.__globals__[NAME]
         if original not in made:
-            fast = FastRotary(ops, original, multiple)
+            fast = FastRotary(ops, original)
             made[original] = fast if _same(fast, original) else None
         if made[original] is not None:
             names = {**plain.__globals__, NAME: made[original]}

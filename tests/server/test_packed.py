@@ -111,7 +111,7 @@ def test_rotary_embedding_of_another_kind_is_left_alone() -> None:
 
     config = GlmConfig(**{**SMALL, "hidden_size": 96, "head_dim": 32, "pad_token_id": 0})
     model = AutoModel.from_config(config)
-    speed_up_rotary(model, native_ops(), 32)
+    speed_up_rotary(model, native_ops())
     assert all("forward" not in vars(module) for module in model.modules())
 
 
