@@ -37,6 +37,7 @@ async def build(settings: EngineSettings) -> "VllmEngine":
         await engine.load_adapters()
         # The first log-probabilities compile a small kernel (about 2 s); no user should wait for that.
         await engine.next_token_logprobs([TokenPrompt((0,))], top_k=1)
+        await llm.collective_rpc("pad_steps")
         await llm.collective_rpc("freeze_heap")
     except BaseException:
         await engine.close()

@@ -38,9 +38,6 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # oneDNN builds kernels (about 1 MB, 3 ms) for each number of rows a step has, and keeps 1,024 of them: memory that
-    # grows for hours. vLLM holds the last 32 numbers itself, so a smaller cache builds hardly more of them.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # no process of ours takes the folder kernels/ for a package
     # Intel's OpenMP, where it is installed, gives 8 to 18% more tokens/s on 2 cores than the default that
     # vLLM would preload. It acts on the processes that vLLM starts.

@@ -1,6 +1,15 @@
 """What Guiderail adds to vLLM's worker processes (`worker_extension_cls`)."""
 
 import gc
+from typing import Any
+
+EXACT_ROWS = 32  # steps up to so many rows are left as they are
+MULTIPLE = 8  # larger ones are padded to multiples of this
+
+
+def padded_rows(rows: int, limit: int) -> int:
+    """How many rows a step of `rows` tokens is computed with; `limit` is the most that the worker has room for."""
+    return rows if rows <= EXACT_ROWS else min(limit, -(-rows // MULTIPLE) * MULTIPLE)
 
 
 class WorkerExtension:
@@ -13,3 +22,22 @@ class WorkerExtension:
         """
         gc.collect()
         gc.freeze()
+
+    def pad_steps(self) -> None:
+        """On CPU, pads large steps to few numbers of rows.
+
+        oneDNN builds kernels for each number of rows that it meets (about 10 ms and 4 MB for a step's products) and
+        keeps them; without padding a first token waits for that whenever its step has a new number, and memory grows
+        for hours. It is the padding that vLLM does for CUDA graphs, so attention and sampling see no padded row.
+        Workers with LoRA adapters are left alone: their products on CPU count on every row having an adapter.
+        """
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        dispatcher = getattr(runner, "cudagraph_dispatcher", None)  # the V1 runner's
+        if runner.device.type != "cpu" or dispatcher is None or runner.lora_config is not None:
+            return
+        dispatch = dispatcher.dispatch
+
+        def padded(num_tokens: int, **options: Any) -> Any:
+            return dispatch(num_tokens=padded_rows(num_tokens, runner.max_num_tokens), **options)
+
+        dispatcher.dispatch = padded

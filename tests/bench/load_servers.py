@@ -76,10 +76,7 @@ def vllm(folder: Path) -> Iterator[Server]:
     from guiderail.server.settings import Settings
 
     settings = Settings()
-    given = set(os.environ)
     prepare_environment()
-    if "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in given:  # its own default, which is not ours
-        os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     command = [
         sys.executable, "-m", VLLM, "--model", models.resolve(models.DEFAULT_MODEL, settings.cache),
         "--host", "127.0.0.1", "--max-model-len", CONTEXT, "--dtype", "bfloat16", "--block-size", "32",
