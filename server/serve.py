@@ -72,6 +72,7 @@ async def _serve(settings: Settings) -> int:
             gc.freeze()  # a full collection walks all that was imported and holds up every stream meanwhile
             say(f"ready after {time.monotonic() - began:.0f} s on http://{settings.host}:{settings.port}")
             await server.run()
+            gc.unfreeze()  # else the interpreter's exit leaves extension modules' objects, and nanobind lists them
     say("stopped")
     return 0
 

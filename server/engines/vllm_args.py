@@ -37,6 +37,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # A worker looks through torch's modules as it starts, and meets a deprecated name.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:vllm.triton_utils.dispatcher")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # no process of ours takes the folder kernels/ for a package
     # Intel's OpenMP, where it is installed, gives 8 to 18% more tokens/s on 2 cores than the default that
