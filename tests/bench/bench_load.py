@@ -254,7 +254,9 @@ def main() -> None:
         if args.only in (None, key):
             with tempfile.TemporaryDirectory() as folder:
                 lines, data = part(Path(folder))
-            command = "make bench-load" if args.scale == 1 else f'make bench-load ARGS="--scale {args.scale:g}"'
+            flags = [f"--scale {args.scale:g}"] * (args.scale != 1)
+            flags += [f"--rounds {args.rounds}"] * (key == "plain" and args.rounds != 3)
+            command = "make bench-load" + f' ARGS="{" ".join(flags)}"' * bool(flags)
             write_section(f"load_{key}", title, command, lines, data)
 
 
