@@ -254,9 +254,12 @@ def main() -> None:
         if args.only in (None, key):
             with tempfile.TemporaryDirectory() as folder:
                 lines, data = part(Path(folder))
-            flags = [f"--scale {args.scale:g}"] * (args.scale != 1)
-            flags += [f"--rounds {args.rounds}"] * (key == "plain" and args.rounds != 3)
-            command = "make bench-load" + f' ARGS="{" ".join(flags)}"' * bool(flags)
+            flags = []
+            if args.scale != 1:
+                flags.append(f"--scale {args.scale:g}")
+            if key == "plain" and args.rounds != 3:
+                flags.append(f"--rounds {args.rounds}")
+            command = f'make bench-load ARGS="{" ".join(flags)}"' if flags else "make bench-load"
             write_section(f"load_{key}", title, command, lines, data)
 
 
