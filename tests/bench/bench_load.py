@@ -1,4 +1,4 @@
-"""Guiderail under load: `make bench-load` (about 50 minutes on 2 cores; ARGS="--only overload" for a part).
+"""Guiderail under load: `make bench-load` (about an hour on 2 cores; ARGS="--only overload" for a part).
 
 plain      Guiderail against `vllm serve` (same version, model and settings), both up, taking turns at three loads
 mixed      plain chats beside best-of-8 and Transfer Q*, at 0.7 of what saturates the mix, against plain chats alone
@@ -23,6 +23,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from load_servers import Server, guiderail, vllm
+from load_turns import Turn, interval, shown, throughput, ttft_at
 from report import write_section
 
 PLAIN = {"name": "plain", "share": 70, "max_tokens": 64}
@@ -39,6 +40,7 @@ SEARCH = {
     "alignment": {"guide": {"name": "transfer_q", "top_k": 5, "lookahead": 8}, "rewards": ["sentiment"]},
 }
 MIX = [PLAIN, BEST, SEARCH]
+ROUNDS = 8
 
 
 def loadtest(server: Server, folder: Path, classes: list[dict[str, Any]], *flags: str) -> dict[str, Any]:
@@ -71,41 +73,36 @@ def verdict(value: float, target: float, *, at_most: bool) -> str:
 
 def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[str, Any]]:
     """Throughput and p99 TTFT of plain chats, Guiderail over `vllm serve`, at three loads."""
+    loads = (0.3, 0.6, 0.9)
     with vllm(folder) as theirs, guiderail(folder) as ours:
         full = loadtest(theirs, folder, [PLAIN], "--max-concurrency", "64", "--num-prompts", "192")
         saturation = full["request_throughput"]
-        rows: dict[float, list[dict[str, float]]] = {}
-        for turn in range(rounds):
-            for share in (0.3, 0.6, 0.9):
-                rate, pair = share * saturation, {}
+        turns: dict[float, dict[str, list[Turn]]] = {load: {"vllm": [], "ours": []} for load in loads}
+        for number in range(rounds):
+            for load in loads:
                 order = [("vllm", theirs), ("ours", ours)]
-                for name, server in order if turn % 2 == 0 else order[::-1]:
+                for name, server in order if number % 2 == 0 else order[::-1]:
                     time.sleep(2)  # the other one's idle processes poll for a second
-                    lasts = seconds * 0.9 / share  # as many requests at each load, for the p99 to mean the same
-                    flags = ("--request-rate", f"{rate:.3f}", "--duration", f"{lasts:.0f}", "--seed", str(turn))
-                    result = loadtest(server, folder, [PLAIN], *flags)
-                    pair[f"{name}_throughput"] = result["output_throughput"]
-                    pair[f"{name}_p99_ttft"] = p99_ttft(result, "plain")
-                    pair[f"{name}_failed"] = float(result["failed"])
-                rows.setdefault(share, []).append(pair)
+                    lasts = seconds * 0.9 / load  # as many requests at each load, for the p99 to mean the same
+                    flags = ("--request-rate", f"{load * saturation:.3f}", "--duration", f"{lasts:.0f}", "--seed", str(number))
+                    turns[load][name].append(Turn.of(loadtest(server, folder, [PLAIN], *flags, "--save-detailed")))
     lines = [
-        f"Plain chats of 64 tokens, Poisson arrivals, {rounds} rounds of about {0.9 * seconds * saturation:.0f} requests a "
-        f"load and server, servers taking turns. Saturation: "
-        f"{saturation:.2f} requests/s, closed loop of 64 users at `vllm serve`. Ratios are medians over rounds (smallest-largest).",
+        f"Plain chats of 64 tokens, Poisson arrivals, servers taking {rounds} turns of about {0.9 * seconds * saturation:.0f} "
+        f"requests at each load. Saturation: {saturation:.2f} requests/s, closed loop of 64 users at `vllm serve`. Ratios are "
+        "over all turns' requests together, with the 95% interval of a bootstrap of pairs of turns.",
         "",
-        "| load | throughput, Guiderail / vllm serve | target | | p99 TTFT, Guiderail / vllm serve | target | |",
-        "|---|---|---|---|---|---|---|",
+        "| load | throughput, Guiderail / vllm serve | target | | p99 TTFT, Guiderail / vllm serve | target | | median TTFT |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for share, pairs in rows.items():
-        through = sorted(p["ours_throughput"] / p["vllm_throughput"] for p in pairs)
-        ttft = sorted(p["ours_p99_ttft"] / p["vllm_p99_ttft"] for p in pairs)
-        t, f = statistics.median(through), statistics.median(ttft)
+    for load, by_server in turns.items():
+        pairs = list(zip(by_server["ours"], by_server["vllm"], strict=True))
+        through, ttft, middle = (interval(pairs, of) for of in (throughput, ttft_at(99), ttft_at(50)))
         lines.append(
-            f"| {share} of saturation | {t:.3f} ({through[0]:.3f}-{through[-1]:.3f}) | >= 0.97 "
-            f"| {verdict(t, 0.97, at_most=False)} | {f:.2f} ({ttft[0]:.2f}-{ttft[-1]:.2f}) | <= 1.05 "
-            f"| {verdict(f, 1.05, at_most=True)} |"
+            f"| {load} of saturation | {shown(through, 3)} | >= 0.97 | {verdict(through[0], 0.97, at_most=False)} "
+            f"| {shown(ttft, 2)} | <= 1.05 | {verdict(ttft[0], 1.05, at_most=True)} | {shown(middle, 2)} |"
         )
-    return lines, {"saturation_rps": saturation, "rounds": {str(k): v for k, v in rows.items()}}
+    kept = {str(load): {name: [t.summary() for t in each] for name, each in by.items()} for load, by in turns.items()}
+    return lines, {"saturation_rps": saturation, "turns": kept}
 
 
 def mixed(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
@@ -242,10 +239,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("plain", "mixed", "overload", "chaos"))
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all durations; below 1 is a rehearsal")
-    parser.add_argument("--rounds", type=int, default=3, help="of the plain comparison (3)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the plain comparison ({ROUNDS})")
     args = parser.parse_args()
     parts: dict[str, tuple[str, Callable[[Path], tuple[list[str], dict[str, Any]]]]] = {
-        "plain": ("Plain load against vllm serve", lambda f: plain(f, 30 * args.scale, args.rounds)),
+        "plain": ("Plain load against vllm serve", lambda f: plain(f, 15 * args.scale, args.rounds)),
         "mixed": ("Mixed load", lambda f: mixed(f, 100 * args.scale)),
         "overload": ("Overload", lambda f: overload(f, 120 * args.scale)),
         "chaos": ("Chaos", lambda f: chaos(f, 600 * args.scale)),
@@ -257,7 +254,7 @@ def main() -> None:
             flags = []
             if args.scale != 1:
                 flags.append(f"--scale {args.scale:g}")
-            if key == "plain" and args.rounds != 3:
+            if key == "plain" and args.rounds != ROUNDS:
                 flags.append(f"--rounds {args.rounds}")
             command = f'make bench-load ARGS="{" ".join(flags)}"' if flags else "make bench-load"
             write_section(f"load_{key}", title, command, lines, data)
