@@ -84,7 +84,8 @@ def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[st
                 for name, server in order if number % 2 == 0 else order[::-1]:
                     time.sleep(2)  # the other one's idle processes poll for a second
                     lasts = seconds * 0.9 / load  # as many requests at each load, for the p99 to mean the same
-                    flags = ("--request-rate", f"{load * saturation:.3f}", "--duration", f"{lasts:.0f}", "--seed", str(number))
+                    rate = f"{load * saturation:.3f}"
+                    flags = ("--request-rate", rate, "--duration", f"{lasts:.0f}", "--seed", str(number))
                     turns[load][name].append(Turn.of(loadtest(server, folder, [PLAIN], *flags, "--save-detailed")))
     lines = [
         f"Plain chats of 64 tokens, Poisson arrivals, servers taking {rounds} turns of about {0.9 * seconds * saturation:.0f} "
