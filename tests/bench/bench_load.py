@@ -40,7 +40,7 @@ SEARCH = {
     "alignment": {"guide": {"name": "transfer_q", "top_k": 5, "lookahead": 8}, "rewards": ["sentiment"]},
 }
 MIX = [PLAIN, BEST, SEARCH]
-ROUNDS = 8
+ROUNDS = 4
 
 
 def loadtest(server: Server, folder: Path, classes: list[dict[str, Any]], *flags: str) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the plain comparison ({ROUNDS})")
     args = parser.parse_args()
     parts: dict[str, tuple[str, Callable[[Path], tuple[list[str], dict[str, Any]]]]] = {
-        "plain": ("Plain load against vllm serve", lambda f: plain(f, 15 * args.scale, args.rounds)),
+        "plain": ("Plain load against vllm serve", lambda f: plain(f, 30 * args.scale, args.rounds)),
         "mixed": ("Mixed load", lambda f: mixed(f, 100 * args.scale)),
         "overload": ("Overload", lambda f: overload(f, 120 * args.scale)),
         "chaos": ("Chaos", lambda f: chaos(f, 600 * args.scale)),
