@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from report import ROOT, write_section
 
 from guiderail.server.evaluation.prompts import read_prompts
@@ -25,7 +24,6 @@ EVERYDAY = ROOT / "deploy" / "prompts" / "everyday.jsonl"
 MORE = ROOT / "deploy" / "prompts" / "more.jsonl"
 # A benchmark's requests wait in its own process; nothing of it is to be refused.
 LIMITS = OperatorLimits(max_candidates=4096, max_queue=10_000, max_queue_tokens=10**9)
-RESAMPLES = 4000
 QUIET_S = 1.2  # vLLM's idle processes poll for a second after their last work
 
 
@@ -111,21 +109,6 @@ def questions(path: Path) -> list[str]:
 def user(text: str) -> list[dict[str, str]]:
     """A conversation of one message."""
     return [{"role": "user", "content": text}]
-
-
-def interval(
-    values: Sequence[float], how: Callable[[np.ndarray], np.ndarray] = lambda rows: rows.mean(axis=-1), seed: int = 0
-) -> tuple[float, float, float]:
-    """A statistic of one value a prompt, with its 95 % bootstrap interval over prompts."""
-    array = np.array(values, float)
-    drawn = how(array[np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))])
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(how(array)), float(low), float(high)
-
-
-def verdict(value: float, target: float, *, at_most: bool) -> str:
-    """Whether a target was met, for the tables."""
-    return "met" if (value <= target if at_most else value >= target) else "**missed**"
 
 
 def publish(rehearse: bool, key: str, title: str, command: str, lines: list[str], data: dict[str, Any]) -> None:

@@ -22,8 +22,9 @@ import httpx
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
+from figures import verdict
 from load_servers import Server, guiderail, vllm
-from load_turns import Turn, interval, shown, throughput, ttft_at
+from load_turns import Turn, compared, shown, throughput, ttft_at
 from report import write_section
 
 PLAIN = {"name": "plain", "share": 70, "max_tokens": 64}
@@ -66,11 +67,6 @@ def p99_ttft(result: dict[str, Any], kind: str) -> float:
     return value
 
 
-def verdict(value: float, target: float, *, at_most: bool) -> str:
-    """Whether a target was met, for the tables."""
-    return "met" if (value <= target if at_most else value >= target) else "**missed**"
-
-
 def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[str, Any]]:
     """Throughput and p99 TTFT of plain chats, Guiderail over `vllm serve`, at three loads."""
     loads = (0.3, 0.6, 0.9)
@@ -97,7 +93,7 @@ def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[st
     ]
     for load, by_server in turns.items():
         pairs = list(zip(by_server["ours"], by_server["vllm"], strict=True))
-        through, ttft, middle = (interval(pairs, of) for of in (throughput, ttft_at(99), ttft_at(50)))
+        through, ttft, middle = (compared(pairs, of) for of in (throughput, ttft_at(99), ttft_at(50)))
         lines.append(
             f"| {load} of saturation | {shown(through, 3)} | >= 0.97 | {verdict(through[0], 0.97, at_most=False)} "
             f"| {shown(ttft, 2)} | <= 1.05 | {verdict(ttft[0], 1.05, at_most=True)} | {shown(middle, 2)} |"

@@ -7,8 +7,9 @@ from itertools import count, product
 from typing import Any
 
 import torch
-from asking import HEAD, QUIET_S, Raw, ask, at_once, seconds, user, verdict
+from asking import HEAD, QUIET_S, Raw, ask, at_once, seconds, user
 from bench_scoring import apart
+from figures import verdict
 from plain_search import PlainSearch
 
 from guiderail.guides.types import Message

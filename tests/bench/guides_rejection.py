@@ -8,7 +8,8 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from asking import EVERYDAY, MORE, Raw, ask, interval, questions, user, verdict
+from asking import EVERYDAY, MORE, Raw, ask, questions, user
+from figures import interval, verdict
 
 from guiderail.guides.types import Message, SamplingSpec
 from guiderail.server.evaluation.draw import draw

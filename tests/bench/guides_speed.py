@@ -4,7 +4,8 @@ import statistics
 from itertools import count
 from typing import Any
 
-from asking import EVERYDAY, Raw, ask, at_once, questions, seconds, user, verdict
+from asking import EVERYDAY, Raw, ask, at_once, questions, seconds, user
+from figures import verdict
 
 from guiderail.server.state import ServerState
 

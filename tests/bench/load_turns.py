@@ -1,19 +1,17 @@
 """Two servers compared by turns under load: ratios over all their requests, and how sure those are.
 
 A p99 of one turn is its slowest request or two, and these machines' speed drifts by half within minutes: so turns are
-short and many, and the requests of all of them make one distribution for each server.
+taken alternately, and the requests of all of them make one distribution for each server.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-RESAMPLES = 1000
+from figures import interval
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Turn:
 
     def summary(self) -> dict[str, float]:
         """What is written down of it."""
-        median, p99 = (round(float(ttft), 1) for ttft in np.percentile(self.ttfts, (50, 99)))
+        median, p99 = (round(ttft_at(percentile)([self]), 1) for percentile in (50, 99))
         counts = {"requests": len(self.ttfts), "failed": self.failed, "tokens": self.tokens, "seconds": self.seconds}
         return {"ttft_median_ms": median, "ttft_p99_ms": p99} | counts
 
@@ -51,15 +49,14 @@ def ttft_at(percentile: float) -> Figure:
     return lambda turns: float(np.percentile([ttft for turn in turns for ttft in turn.ttfts], percentile))
 
 
-def interval(pairs: Sequence[tuple[Turn, Turn]], of: Figure) -> tuple[float, float, float]:
+def compared(pairs: Sequence[tuple[Turn, Turn]], of: Figure) -> tuple[float, float, float]:
     """Ratio of a figure over pairs of turns, first server to second: (value, 2.5%, 97.5%) by a bootstrap of pairs."""
-    draw = random.Random(0)
 
-    def ratio(chosen: Sequence[tuple[Turn, Turn]]) -> float:
-        return of([first for first, _ in chosen]) / of([second for _, second in chosen])
+    def ratio(drawn: np.ndarray) -> float:
+        first, second = zip(*(pairs[int(index)] for index in drawn), strict=True)
+        return of(first) / of(second)
 
-    drawn = [ratio(draw.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES)]
-    return ratio(pairs), float(np.percentile(drawn, 2.5)), float(np.percentile(drawn, 97.5))
+    return interval(range(len(pairs)), lambda rows: np.apply_along_axis(ratio, -1, rows))
 
 
 def shown(figure: tuple[float, float, float], digits: int) -> str:

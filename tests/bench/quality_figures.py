@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from asking import interval
+from figures import interval
 from quality_tasks import Task
 
 

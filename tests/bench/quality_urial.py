@@ -9,7 +9,8 @@ import time
 from typing import Any
 
 import numpy as np
-from asking import HEAD, LIMITS, MORE, Raw, ask, at_once, interval, questions, user
+from asking import HEAD, LIMITS, MORE, Raw, ask, at_once, questions, user
+from figures import interval
 from quality_figures import diversity
 from quality_judges import CLEAR
 
