@@ -1,4 +1,4 @@
-"""Guiderail under load: `make bench-load` (about an hour on 2 cores; ARGS="--only overload" for a part).
+"""Guiderail under load: `make bench-load` (about an hour and a half on 2 cores; ARGS="--only overload" for a part).
 
 plain      Guiderail against `vllm serve` (same version, model and settings), both up, taking turns at three loads
 mixed      plain chats beside best-of-8 and Transfer Q*, at 0.7 of what saturates the mix, against plain chats alone
@@ -24,7 +24,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from figures import verdict
 from load_servers import Server, guiderail, vllm
-from load_turns import Turn, compared, shown, throughput, ttft_at
+from load_turns import Stalls, Turn, compared, shown, throughput, ttft_at
 from report import write_section
 
 PLAIN = {"name": "plain", "share": 70, "max_tokens": 64}
@@ -41,7 +41,8 @@ SEARCH = {
     "alignment": {"guide": {"name": "transfer_q", "top_k": 5, "lookahead": 8}, "rewards": ["sentiment"]},
 }
 MIX = [PLAIN, BEST, SEARCH]
-ROUNDS = 4
+ROUNDS = 8
+LOADS = (0.3, 0.6, 0.9)
 
 
 def loadtest(server: Server, folder: Path, classes: list[dict[str, Any]], *flags: str) -> dict[str, Any]:
@@ -69,24 +70,32 @@ def p99_ttft(result: dict[str, Any], kind: str) -> float:
 
 def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[str, Any]]:
     """Throughput and p99 TTFT of plain chats, Guiderail over `vllm serve`, at three loads."""
-    loads = (0.3, 0.6, 0.9)
+    turns: dict[float, dict[str, list[Turn]]] = {load: {"vllm": [], "ours": []} for load in LOADS}
+    saturations = []
+    closed_loop = ("--max-concurrency", "64", "--num-prompts", "192")
     with vllm(folder) as theirs, guiderail(folder) as ours:
-        full = loadtest(theirs, folder, [PLAIN], "--max-concurrency", "64", "--num-prompts", "192")
-        saturation = full["request_throughput"]
-        turns: dict[float, dict[str, list[Turn]]] = {load: {"vllm": [], "ours": []} for load in loads}
+        for server in (theirs, ours):
+            loadtest(server, folder, [PLAIN], *closed_loop, "--seed", "1000")
         for number in range(rounds):
-            for load in loads:
+            # Measured in every round: the machine's speed drifts, and at 0.9 of what it gave an hour ago it may be full.
+            full = loadtest(theirs, folder, [PLAIN], *closed_loop, "--seed", str(2000 + number))
+            saturations.append(full["request_throughput"])
+            for place, load in enumerate(LOADS):
+                lasts = seconds * 0.9 / load  # as many requests at each load, for the p99 to mean the same
+                flags = ("--request-rate", f"{load * saturations[-1]:.3f}", "--duration", f"{lasts:.0f}")
                 order = [("vllm", theirs), ("ours", ours)]
                 for name, server in order if number % 2 == 0 else order[::-1]:
                     time.sleep(2)  # the other one's idle processes poll for a second
-                    lasts = seconds * 0.9 / load  # as many requests at each load, for the p99 to mean the same
-                    rate = f"{load * saturation:.3f}"
-                    flags = ("--request-rate", rate, "--duration", f"{lasts:.0f}", "--seed", str(number))
-                    turns[load][name].append(Turn.of(loadtest(server, folder, [PLAIN], *flags, "--save-detailed")))
+                    with Stalls() as stalls:
+                        seed = str(number * len(LOADS) + place)
+                        result = loadtest(server, folder, [PLAIN], *flags, "--seed", seed, "--save-detailed")
+                    turns[load][name].append(Turn.of(result, stalls.longest_ms))
+    saturation = statistics.mean(saturations)
     lines = [
         f"Plain chats of 64 tokens, Poisson arrivals, servers taking {rounds} turns of about {0.9 * seconds * saturation:.0f} "
-        f"requests at each load. Saturation: {saturation:.2f} requests/s, closed loop of 64 users at `vllm serve`. Ratios are "
-        "over all turns' requests together, with the 95% interval of a bootstrap of pairs of turns.",
+        f"requests at each load. Saturation, measured in each round by a closed loop of 64 users at `vllm serve`: "
+        f"{min(saturations):.2f} to {max(saturations):.2f} requests/s. Ratios are over all turns' requests together, with the "
+        "95% interval of a bootstrap of pairs of turns.",
         "",
         "| load | throughput, Guiderail / vllm serve | target | | p99 TTFT, Guiderail / vllm serve | target | | median TTFT |",
         "|---|---|---|---|---|---|---|---|",
@@ -99,7 +108,7 @@ def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[st
             f"| {shown(ttft, 2)} | <= 1.05 | {verdict(ttft[0], 1.05, at_most=True)} | {shown(middle, 2)} |"
         )
     kept = {str(load): {name: [t.summary() for t in each] for name, each in by.items()} for load, by in turns.items()}
-    return lines, {"saturation_rps": saturation, "turns": kept}
+    return lines, {"saturations_rps": saturations, "turns": kept}
 
 
 def mixed(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
@@ -236,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("plain", "mixed", "overload", "chaos"))
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all durations; below 1 is a rehearsal")
+    parser.add_argument("--keep", type=Path, help="a folder for what every loadtest found and the servers' logs")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the plain comparison ({ROUNDS})")
     args = parser.parse_args()
     parts: dict[str, tuple[str, Callable[[Path], tuple[list[str], dict[str, Any]]]]] = {
@@ -247,7 +257,9 @@ def main() -> None:
     for key, (title, part) in parts.items():
         if args.only in (None, key):
             with tempfile.TemporaryDirectory() as folder:
-                lines, data = part(Path(folder))
+                kept_in = args.keep / key if args.keep else Path(folder)
+                kept_in.mkdir(parents=True, exist_ok=True)
+                lines, data = part(kept_in.resolve())
             flags = []
             if args.scale != 1:
                 flags.append(f"--scale {args.scale:g}")

@@ -6,6 +6,9 @@ taken alternately, and the requests of all of them make one distribution for eac
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,24 +19,53 @@ from figures import interval
 
 @dataclass(frozen=True)
 class Turn:
-    """One server's turn: times to first token in ms from the scheduled send, answered tokens, seconds, failures."""
+    """One server's turn: times to first token in ms from the scheduled send, answered tokens, seconds, failures, and the
+    longest that the machine kept a waking thread waiting, ms."""
 
     ttfts: list[float]
     tokens: int
     seconds: float
     failed: int
+    stall: float
 
     @classmethod
-    def of(cls, result: dict[str, Any]) -> Turn:
+    def of(cls, result: dict[str, Any], stall: float) -> Turn:
         """From the JSON of `guiderail loadtest --save-detailed`."""
         ttfts = [round(1000 * ttft, 1) for ttft in result["ttfts"] if ttft]  # 0: no text came
-        return cls(ttfts, result["total_output_tokens"], round(result["duration"], 3), result["failed"])
+        return cls(ttfts, result["total_output_tokens"], round(result["duration"], 3), result["failed"], stall)
 
     def summary(self) -> dict[str, float]:
         """What is written down of it."""
         median, p99 = (round(ttft_at(percentile)([self]), 1) for percentile in (50, 99))
         counts = {"requests": len(self.ttfts), "failed": self.failed, "tokens": self.tokens, "seconds": self.seconds}
-        return {"ttft_median_ms": median, "ttft_p99_ms": p99} | counts
+        return {"ttft_median_ms": median, "ttft_p99_ms": p99, "longest_stall_ms": round(self.stall, 1)} | counts
+
+
+class Stalls:
+    """Watches, while entered, how late a sleeping thread of each CPU wakes: a pause of the machine is not a server's wait."""
+
+    def __init__(self) -> None:
+        self.longest_ms = 0.0
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._watch, args=(cpu,)) for cpu in os.sched_getaffinity(0)]
+
+    def __enter__(self) -> Stalls:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _watch(self, cpu: int) -> None:
+        os.sched_setaffinity(0, {cpu})  # of this thread alone
+        before = time.monotonic()
+        while not self._over.wait(0.02):
+            now = time.monotonic()
+            self.longest_ms = max(self.longest_ms, 1000 * (now - before) - 20)
+            before = now
 
 
 Figure = Callable[[Sequence[Turn]], float]
