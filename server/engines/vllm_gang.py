@@ -3,7 +3,8 @@
 Everything else is vLLM's. All that decodes waits for the end of a step, and so does what comes meanwhile. So where
 prompts are not chunked, rows that run alone (plain chats) begin in the next step, all of them; while others decode, a
 step reads about PROMPT_TOKENS of the prompts of wide requests' rows, and none beside a plain chat if the step before
-did. Where many rows decode they sit out the step in which a plain chat begins, though not twice on end.
+did. Where many rows of wide requests decode they sit out the step in which a plain chat begins, though not twice on
+end. Plain chats never do: it would only move time from each one's first token to all the others' next ones.
 
 Before each step the rows of groups that cannot begin whole are taken out of the waiting queue for the time of the
 step: those that have not all come, and those for which the step has not the places, tokens or KV blocks. What waits
@@ -22,7 +23,7 @@ from guiderail.server.engines.mixed import Recipe
 from guiderail.server.engines.vllm_params import ROWS
 
 PROMPT_TOKENS = 64  # on 2 cores a 135M model reads them in about 20 ms, and decodes a step in 15
-MANY_ROWS = 16  # so many rows take as long to decode as the fixed part of a step, the price of one more: about 12 ms
+MANY_ROWS = 16  # so many rows take as long to decode as the fixed part of a step, the price of one more
 WAITS = (RequestStatus.WAITING, RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR)
 
 
@@ -44,9 +45,10 @@ class _Gate(Scheduler):  # type: ignore[misc]
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         held = self._hold() if self._groups else []
         most, running = self.max_num_scheduled_tokens, self.running
-        self.max_num_scheduled_tokens, self._sat_out = self._bound(most)
-        if self._sat_out:
-            self.running = []
+        self.max_num_scheduled_tokens, sit_out = self._bound(most)
+        self._sat_out = bool(sit_out)
+        if sit_out:
+            self.running = list(filter(_is_plain, running))
         try:
             output = super().schedule(throttle_prefills)
             begun = (self.requests[row.req_id] for row in output.scheduled_new_reqs)
@@ -54,30 +56,37 @@ class _Gate(Scheduler):  # type: ignore[misc]
             return output
         finally:
             self.max_num_scheduled_tokens = most
-            if self._sat_out:
-                self.running = running + self.running
+            if sit_out:
+                self.running = sit_out + self.running
             for request in held:
                 self._enqueue_waiting_request(request)
 
-    def _bound(self, most: int) -> tuple[int, bool]:
-        """Tokens of the next step, `most` at most, and whether the rows that decode sit it out."""
+    def _bound(self, most: int) -> tuple[int, list[Request]]:
+        """Tokens of the next step, `most` at most, and the rows that decode but sit it out."""
         if self._groups or not self.running or self.scheduler_config.enable_chunked_prefill:
-            return most, False
+            return most, []
         begins = [row for row in (*self.kv_holding_waiting, *self.waiting) if not _waits_for_grammar(row)]
         if not begins:
-            return most, False
+            return most, []
         chats = [row for row in begins if _is_plain(row)]
         needs = sum(map(self._unread, chats))
-        if chats and not self._sat_out and self._may_sit_out(len(chats)):
-            return min(most, needs), True
+        if chats and not self._sat_out and (sit_out := self._may_sit_out(len(chats))):
+            decoding = sum(_tokens_left(row) for row in self.running if _is_plain(row))
+            return min(most, decoding + needs), sit_out
         others = 0 if chats and self._read_others else PROMPT_TOKENS
-        return min(most, sum(map(_tokens_left, self.running)) + max(needs + others, self._unread(begins[0]))), False
+        return min(most, sum(map(_tokens_left, self.running)) + max(needs + others, self._unread(begins[0]))), []
 
-    def _may_sit_out(self, begins: int) -> bool:
-        """Whether it helps that the rows that decode sit out the step in which so many rows begin."""
-        rows = len(self.running)
-        # Rows of a group stay in lockstep; and vLLM counts the places that are taken by those it sees.
-        return MANY_ROWS <= rows <= self.max_num_active_reqs - begins and not any(map(_recipe, self.running))
+    def _may_sit_out(self, begins: int) -> list[Request]:
+        """The rows that sit out the step in which so many plain chats begin, if that helps."""
+        wide = [row for row in self.running if not _is_plain(row)]
+        chats = len(self.running) - len(wide)
+        helps = (
+            len(wide) >= MANY_ROWS
+            and len(self.running) + begins <= self.max_num_active_reqs  # vLLM counts the places of those it sees,
+            and self.kv_cache_manager.block_pool.get_num_free_blocks() >= chats  # and takes blocks from those alone
+            and not any(map(_recipe, self.running))  # rows of a group stay in lockstep
+        )
+        return wide if helps else []
 
     def _unread(self, row: Request) -> int:
         """Tokens of a row that waits that its first step reads (of a short one: all)."""

@@ -256,9 +256,10 @@ class TestPromptsInWholeSteps:
         whole.add("c1", 100, first=3)
         assert whole.step().keys() - {"chat", "w0", "w1", "c0"} == {"c1", "w2", "w3"}, "nor do they starve"
 
-    def decoding(self, played: Played, rows: int) -> list[str]:
+    def decoding(self, played: Played, rows: int, priority: int = 1) -> list[str]:
+        """Rows that decode: a wide request's, or with priority 0 plain chats."""
         for i in range(rows):
-            played.add(f"d{i}", 4, first=2 + i)
+            played.add(f"d{i}", 4, first=2 + i, priority=priority)
         played.step()
         return [f"d{i}" for i in range(rows)]
 
@@ -270,9 +271,16 @@ class TestPromptsInWholeSteps:
         assert whole.step() == {"c0": 100, "c1": 50}
         whole.add("c2", 100, first=92)
         assert whole.step() == {**dict.fromkeys([*rows, "c0", "c1"], 1), "c2": 100, "w0": 30}
+        whole.add("c3", 100, first=93)
+        assert whole.step() == {"c0": 1, "c1": 1, "c2": 1, "c3": 100}, "chats that decode go on"
         for _ in range(3):
             whole.step()
-        assert {whole.emitted[row] for row in rows} == {5}, "one for each step but one"
+        assert {whole.emitted[row] for row in rows} == {5}, "one for each step but two"
+
+    def test_plain_chats_do_not_sit_out_for_each_other(self, whole: Played) -> None:
+        rows = self.decoding(whole, MANY_ROWS + 4, priority=0)
+        whole.add("c0", 100, first=90)
+        assert whole.step() == {**dict.fromkeys(rows, 1), "c0": 100}
 
     def test_few_rows_do_not_sit_out_nor_do_any_without_a_place_for_the_chat(self, whole: Played) -> None:
         self.decoding(whole, MANY_ROWS - 1)
@@ -284,6 +292,17 @@ class TestPromptsInWholeSteps:
         whole.step()
         whole.add("late", 4, first=92)
         assert len(whole.step()) == 64
+
+    def test_rows_do_not_sit_out_where_chats_that_decode_might_lack_a_block(self, model_path: str) -> None:
+        sizes = {"max_num_seqs": 64, "max_num_batched_tokens": 1024, "enable_chunked_prefill": False}
+        played = Played(model_path, blocks=2 * MANY_ROWS + 3, **sizes)  # one is vLLM's own
+        chats = [f"c{i}" for i in range(MANY_ROWS)]
+        for i, chat in enumerate(chats):
+            played.add(chat, BLOCK - 3, first=60 + i)
+        played.step()
+        rows = self.decoding(played, MANY_ROWS)
+        played.add("late", 20, first=99)
+        assert played.step() == {**dict.fromkeys([*chats, *rows], 1), "late": 20}
 
     def test_rows_of_a_mixture_do_not_sit_out(self, whole: Played) -> None:
         whole.group("a", (10, 10))
