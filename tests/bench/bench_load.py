@@ -24,7 +24,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from figures import verdict
 from load_servers import Server, guiderail, vllm
-from load_turns import Stalls, Turn, compared, shown, throughput, ttft_at
+from load_turns import Stalls, Turn, table
 from report import write_section
 
 PLAIN = {"name": "plain", "share": 70, "max_tokens": 64}
@@ -97,16 +97,8 @@ def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[st
         f"{min(saturations):.2f} to {max(saturations):.2f} requests/s. Ratios are over all turns' requests together, with the "
         "95% interval of a bootstrap of pairs of turns.",
         "",
-        "| load | throughput, Guiderail / vllm serve | target | | p99 TTFT, Guiderail / vllm serve | target | | median TTFT |",
-        "|---|---|---|---|---|---|---|---|",
+        *table(turns),
     ]
-    for load, by_server in turns.items():
-        pairs = list(zip(by_server["ours"], by_server["vllm"], strict=True))
-        through, ttft, middle = (compared(pairs, of) for of in (throughput, ttft_at(99), ttft_at(50)))
-        lines.append(
-            f"| {load} of saturation | {shown(through, 3)} | >= 0.97 | {verdict(through[0], 0.97, at_most=False)} "
-            f"| {shown(ttft, 2)} | <= 1.05 | {verdict(ttft[0], 1.05, at_most=True)} | {shown(middle, 2)} |"
-        )
     kept = {str(load): {name: [t.summary() for t in each] for name, each in by.items()} for load, by in turns.items()}
     return lines, {"saturations_rps": saturations, "turns": kept}
 

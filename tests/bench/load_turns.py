@@ -9,20 +9,21 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from figures import interval
+from figures import interval, verdict
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One server's turn: times to first token in ms from the scheduled send, answered tokens, seconds, failures, and the
-    longest that the machine kept a waking thread waiting, ms."""
+    """One server's turn: times to first token in ms from the scheduled send, mean time per output token in
+    ms, answered tokens, seconds, failures, and the longest that the machine kept a waking thread waiting, ms."""
 
     ttfts: list[float]
+    tpot: float
     tokens: int
     seconds: float
     failed: int
@@ -32,13 +33,25 @@ class Turn:
     def of(cls, result: dict[str, Any], stall: float) -> Turn:
         """From the JSON of `guiderail loadtest --save-detailed`."""
         ttfts = [round(1000 * ttft, 1) for ttft in result["ttfts"] if ttft]  # 0: no text came
-        return cls(ttfts, result["total_output_tokens"], round(result["duration"], 3), result["failed"], stall)
+        return cls(
+            ttfts,
+            result["mean_tpot_ms"],
+            result["total_output_tokens"],
+            round(result["duration"], 3),
+            result["failed"],
+            stall,
+        )
 
     def summary(self) -> dict[str, float]:
         """What is written down of it."""
         median, p99 = (round(ttft_at(percentile)([self]), 1) for percentile in (50, 99))
         counts = {"requests": len(self.ttfts), "failed": self.failed, "tokens": self.tokens, "seconds": self.seconds}
-        return {"ttft_median_ms": median, "ttft_p99_ms": p99, "longest_stall_ms": round(self.stall, 1)} | counts
+        return {
+            "ttft_median_ms": median,
+            "ttft_p99_ms": p99,
+            "tpot_mean_ms": round(self.tpot, 1),
+            "longest_stall_ms": round(self.stall, 1),
+        } | counts
 
 
 class Stalls:
@@ -76,6 +89,11 @@ def throughput(turns: Sequence[Turn]) -> float:
     return sum(turn.tokens for turn in turns) / sum(turn.seconds for turn in turns)
 
 
+def time_per_token(turns: Sequence[Turn]) -> float:
+    """Milliseconds after the first, mean over requests."""
+    return sum(turn.tpot * len(turn.ttfts) for turn in turns) / sum(len(turn.ttfts) for turn in turns)
+
+
 def ttft_at(percentile: float) -> Figure:
     """A percentile of the times to first token, ms."""
     return lambda turns: float(np.percentile([ttft for turn in turns for ttft in turn.ttfts], percentile))
@@ -95,3 +113,21 @@ def shown(figure: tuple[float, float, float], digits: int) -> str:
     """`value (low-high)`."""
     value, low, high = (f"{each:.{digits}f}" for each in figure)
     return f"{value} ({low}-{high})"
+
+
+def table(turns: Mapping[float, Mapping[str, Sequence[Turn]]]) -> list[str]:
+    """Guiderail over `vllm serve` at each load, in Markdown; from the turns of "ours" and "vllm" by load."""
+    lines = [
+        "| load | throughput, Guiderail / vllm serve | target | | p99 TTFT | target | | median TTFT | time per token |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for load, by_server in turns.items():
+        pairs = list(zip(by_server["ours"], by_server["vllm"], strict=True))
+        through, p99, median, each = (
+            compared(pairs, of) for of in (throughput, ttft_at(99), ttft_at(50), time_per_token)
+        )
+        lines.append(
+            f"| {load} of saturation | {shown(through, 3)} | >= 0.97 | {verdict(through[0], 0.97, at_most=False)} "
+            f"| {shown(p99, 2)} | <= 1.05 | {verdict(p99[0], 1.05, at_most=True)} | {shown(median, 2)} | {shown(each, 2)} |"
+        )
+    return lines
