@@ -70,13 +70,13 @@ class _Gate(Scheduler):  # type: ignore[misc]
             return most, []
         chats = [row for row in begins if _is_plain(row)]
         needs = sum(map(self._unread, chats))
-        if chats and not self._sat_out and (sit_out := self._may_sit_out(len(chats))):
-            decoding = sum(_tokens_left(row) for row in self.running if _is_plain(row))
-            return min(most, decoding + needs), sit_out
+        decoding = sum(map(_tokens_left, self.running))
+        if chats and not self._sat_out and (sit_out := self._who_sits_out(len(chats))):
+            return min(most, decoding - sum(map(_tokens_left, sit_out)) + needs), sit_out
         others = 0 if chats and self._read_others else PROMPT_TOKENS
-        return min(most, sum(map(_tokens_left, self.running)) + max(needs + others, self._unread(begins[0]))), []
+        return min(most, decoding + max(needs + others, self._unread(begins[0]))), []
 
-    def _may_sit_out(self, begins: int) -> list[Request]:
+    def _who_sits_out(self, begins: int) -> list[Request]:
         """The rows that sit out the step in which so many plain chats begin, if that helps."""
         wide = [row for row in self.running if not _is_plain(row)]
         chats = len(self.running) - len(wide)

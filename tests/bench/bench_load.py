@@ -249,9 +249,9 @@ def main() -> None:
     for key, (title, part) in parts.items():
         if args.only in (None, key):
             with tempfile.TemporaryDirectory() as folder:
-                kept_in = args.keep / key if args.keep else Path(folder)
-                kept_in.mkdir(parents=True, exist_ok=True)
-                lines, data = part(kept_in.resolve())
+                results = args.keep.resolve() / key if args.keep else Path(folder)
+                results.mkdir(parents=True, exist_ok=True)
+                lines, data = part(results)
             flags = []
             if args.scale != 1:
                 flags.append(f"--scale {args.scale:g}")

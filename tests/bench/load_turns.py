@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from figures import interval, verdict
 
+WATCH_S = 0.02  # between two looks of a thread that watches for pauses of the machine
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -75,9 +77,9 @@ class Stalls:
     def _watch(self, cpu: int) -> None:
         os.sched_setaffinity(0, {cpu})  # of this thread alone
         before = time.monotonic()
-        while not self._over.wait(0.02):
+        while not self._over.wait(WATCH_S):
             now = time.monotonic()
-            self.longest_ms = max(self.longest_ms, 1000 * (now - before) - 20)
+            self.longest_ms = max(self.longest_ms, 1000 * (now - before - WATCH_S))
             before = now
 
 
