@@ -12,14 +12,13 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
-import uvicorn
 
 from guiderail.guides.base import Guide
-from guiderail.guides.errors import GuiderailError, PluginError
+from guiderail.guides.errors import PluginError
 from guiderail.guides.prompters import PROMPTERS, load_style, urial_with
 from guiderail.guides.registry import load_guides, load_rewards
 from guiderail.guides.reward import Reward, Services
@@ -37,6 +36,7 @@ from guiderail.server.engines.vllm import EngineSettings, build
 from guiderail.server.errors import ApiError
 from guiderail.server.fingerprint import fingerprint
 from guiderail.server.helpers import ServerHelpers
+from guiderail.server.listening import Listener
 from guiderail.server.metrics import Metrics
 from guiderail.server.policies.remote import RemotePolicy
 from guiderail.server.renderer import ChatRenderer
@@ -65,13 +65,13 @@ def serve(settings: Settings) -> int:
 async def _serve(settings: Settings) -> int:
     stop = asyncio.Event()
     began = time.monotonic()
-    with signals(stop):
+    with signals(stop), closing(Listener(settings.host, settings.port)) as listener:
         async with running(settings, stop) as state:
-            server = _Server(settings, create_app(state), stop)
+            app = create_app(state)
             gc.collect()
             gc.freeze()  # a full collection walks all that was imported and holds up every stream meanwhile
-            say(f"ready after {time.monotonic() - began:.0f} s on http://{settings.host}:{settings.port}")
-            await server.run()
+            say(f"ready after {time.monotonic() - began:.0f} s on {listener.url}")
+            await listener.run(app, stop, settings.drain_timeout_s, say)
             gc.unfreeze()  # else the interpreter's exit leaves extension modules' objects, and nanobind lists them
     say("stopped")
     return 0
@@ -223,42 +223,6 @@ def assemble(
         settings, engine, renderer, guides, rewards, resolver, BatchingScorer(rewards, metrics), helpers, admission,
         metrics, int(time.time()),
     )  # fmt: skip
-
-
-class _Server:
-    """uvicorn, told to stop by an event instead of by signals of its own."""
-
-    def __init__(self, settings: Settings, app: object, stop: asyncio.Event) -> None:
-        self._stop = stop
-        self._settings = settings
-        self._config = uvicorn.Config(
-            app,  # type: ignore[arg-type]
-            host=settings.host,
-            port=settings.port,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=int(settings.drain_timeout_s),
-            timeout_keep_alive=75,  # longer than clients and proxies keep idle connections, so that they close them
-            lifespan="off",
-        )
-
-    async def run(self) -> None:
-        """Serves until the event is set, then drains. Raises GuiderailError if it cannot listen."""
-        server = uvicorn.Server(self._config)
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-        serving = asyncio.create_task(server._serve())
-        stopping = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if self._stop.is_set():
-            say("finishing requests in flight")
-        server.should_exit = True
-        try:
-            await serving
-        except SystemExit:
-            raise GuiderailError(f"cannot listen on {self._settings.host}:{self._settings.port}") from None
-        if not server.started:
-            raise GuiderailError(f"cannot listen on {self._settings.host}:{self._settings.port}")
 
 
 def _children() -> set[psutil.Process]:

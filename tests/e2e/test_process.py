@@ -1,6 +1,7 @@
 """`guiderail serve` as a process: start, engine loss and return, SIGTERM, Ctrl-C, and nothing left behind."""
 
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def test_a_start_that_cannot_work_says_why_in_one_line(
     last = server.log.read_text().strip().splitlines()[-1]
     assert last.startswith("guiderail: ")
     assert message in last
+
+
+def test_a_port_in_use_is_told_before_the_engine_starts(started: Callable[..., Serve]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        server = started("--port", str(port))
+        assert server.process.wait(60) == 1
+    said = server.log.read_text().strip().splitlines()
+    assert said == [
+        f"guiderail: cannot listen on http://127.0.0.1:{port}: Address already in use; choose with --host and --port"
+    ]
 
 
 def test_a_broken_plugin_stops_the_start(started: Callable[..., Serve], model_path: str, tmp_path: Path) -> None:

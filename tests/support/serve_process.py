@@ -1,11 +1,13 @@
 """`guiderail serve` as a process of its own, with all that descends from it."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -15,10 +17,12 @@ COMMAND = [str(Path(sys.executable).with_name("guiderail")), "serve", "--max-mod
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nothing is given by chance until its server has it: one below those that Linux hands out itself."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Serve:
