@@ -18,10 +18,10 @@ from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.mixed import MixedRow, MixedSampling, Recipe
 from guiderail.server.engines.rollouts import EngineRollouts, new_request_id
 from guiderail.server.engines.stats import EngineStats
-from guiderail.server.engines.vllm_args import EngineSettings, base_args, engine_args, prepare_environment
+from guiderail.server.engines.vllm_args import EngineSettings, engine_args, prepare_environment, start
 from guiderail.server.engines.vllm_params import forced_params, refusal, row_priority, sampling_params, token_logprobs
 
-__all__ = ["EngineSettings", "VllmEngine", "base_args", "build", "end", "prepare_environment"]
+__all__ = ["EngineSettings", "VllmEngine", "build", "end", "prepare_environment"]
 
 
 async def build(settings: EngineSettings) -> "VllmEngine":
@@ -38,6 +38,7 @@ async def build(settings: EngineSettings) -> "VllmEngine":
         # The first log-probabilities compile a small kernel (about 2 s); no user should wait for that.
         await engine.next_token_logprobs([TokenPrompt((0,))], top_k=1)
         await llm.collective_rpc("pad_steps")
+        await llm.collective_rpc("use_huge_pages")
         await llm.collective_rpc("freeze_heap")
     except BaseException:
         await engine.close()
@@ -46,12 +47,10 @@ async def build(settings: EngineSettings) -> "VllmEngine":
 
 
 def _start(settings: EngineSettings, stats: EngineStats) -> Any:
-    from vllm.v1.engine.async_llm import AsyncLLM
-
     from guiderail.server.engines.vllm_stats import Recorder
 
     try:
-        return AsyncLLM.from_engine_args(engine_args(settings), stat_loggers=[partial(Recorder, stats=stats)])
+        return start(engine_args(settings), [partial(Recorder, stats=stats)])
     except Exception as error:
         raise EngineUnavailable(f"vLLM does not start with {settings.model}: {error}") from error
 

@@ -1,12 +1,19 @@
-"""How the vLLM engine is started: settings, environment, engine arguments."""
+"""How a vLLM engine is started: settings, environment, engine arguments, processes.
+
+On CPU the model runs in the process of vLLM's scheduler. vLLM would put it into one of its own there, for OpenMP reads
+its settings when a process starts; `start` gives them to the scheduler's. That saves the memory and the start of one
+process, and the CPU time that a scheduler takes from the model while it polls for the end of each step (6 ms of 140
+in a step of ten rows, on 2 cores).
+"""
 
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
+IN_SCHEDULERS_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # by its short name vLLM takes it for "mp"
 LONGEST_WHOLE_PROMPT = 32768  # tokens; a longer context keeps vLLM's chunked prefill, also on CPU
 
 
@@ -73,6 +80,8 @@ def base_args(settings: EngineSettings) -> dict[str, Any]:
         args["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
         if args["dtype"] == "auto":
             args["dtype"] = "bfloat16"
+        if settings.tensor_parallel_size == 1:
+            args["distributed_executor_backend"] = IN_SCHEDULERS_PROCESS
     else:
         args["enforce_eager"] = bool(settings.enforce_eager)
         args["gpu_memory_utilization"] = settings.gpu_memory_utilization
@@ -106,3 +115,17 @@ def engine_args(settings: EngineSettings) -> Any:
         processors = ["vllm_mix_v1:MixedPolicies", "vllm_processors:ForcedTokens"]
         args["logits_processors"] = [f"{here}.{name}" for name in processors]
     return AsyncEngineArgs(**args)
+
+
+def start(args: Any, stat_loggers: list[Any] | None = None) -> Any:
+    """An AsyncLLM of these AsyncEngineArgs. Blocks for its start; raises whatever vLLM does."""
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    config = args.create_engine_config()
+    with ExitStack() as stack:
+        if args.distributed_executor_backend == IN_SCHEDULERS_PROCESS:
+            stack.enter_context(OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0))
+        return AsyncLLM.from_vllm_config(
+            config, stat_loggers=stat_loggers, disable_log_stats=bool(args.disable_log_stats)
+        )

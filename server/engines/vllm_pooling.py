@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from guiderail.guides.errors import EngineUnavailable
-from guiderail.server.engines.vllm import EngineSettings, base_args, end, prepare_environment
+from guiderail.server.engines.vllm import end
+from guiderail.server.engines.vllm_args import EngineSettings, base_args, prepare_environment, start
 from guiderail.server.rewards.stats import RunnerStats
 
 
@@ -19,6 +20,7 @@ async def build_pooling(settings: EngineSettings) -> "VllmPooler":
     prepare_environment()
     llm = await asyncio.to_thread(_start, settings)
     try:
+        await llm.collective_rpc("use_huge_pages")
         await llm.collective_rpc("freeze_heap")
     except BaseException:
         await end(llm)
@@ -28,12 +30,11 @@ async def build_pooling(settings: EngineSettings) -> "VllmPooler":
 
 def _start(settings: EngineSettings) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     try:
         # A whole group of candidates should fit into one pass, so that its prefix is shared within it.
         args = base_args(settings) | {"runner": "pooling", "max_num_batched_tokens": 8192}
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        return start(AsyncEngineArgs(**args))
     except Exception as error:
         raise EngineUnavailable(f"vLLM does not start with reward model {settings.model}: {error}") from error
 

@@ -1,10 +1,25 @@
 """What Guiderail adds to vLLM's worker processes (`worker_extension_cls`)."""
 
+import ctypes
 import gc
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 EXACT_ROWS = 32  # steps up to so many rows are left as they are
 MULTIPLE = 8  # larger ones are padded to multiples of this
+HUGE_PAGE = 2 * 2**20  # bytes, on x86
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # madvise(2); Python's mmap has it for its own mappings alone
+PRIVATE = re.compile(r"(\w+)-(\w+) rw-p \w+ 00:00 0 *(?:\[heap\])?$", re.M)  # proc_pid_maps(5)
+
+
+def own_memory(maps: str) -> Iterator[tuple[int, int]]:
+    """Address and length of the whole huge pages in each piece of memory in /proc/PID/maps that no file is behind."""
+    for found in PRIVATE.finditer(maps):
+        begin = -(-int(found[1], 16) // HUGE_PAGE) * HUGE_PAGE
+        if (length := int(found[2], 16) // HUGE_PAGE * HUGE_PAGE - begin) > 0:
+            yield begin, length
 
 
 def padded_rows(rows: int, limit: int) -> int:
@@ -22,6 +37,21 @@ class WorkerExtension:
         """
         gc.collect()
         gc.freeze()
+
+    def use_huge_pages(self) -> None:
+        """On CPU, asks Linux to keep weights and KV cache in huge pages.
+
+        A decoding step reads every weight once, and finding its 4 KiB pages takes a tenth of the time. Where Linux has
+        no huge pages to give, or is older than 6.1 and gives them later, it goes on with what there is.
+        """
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        if runner.device.type != "cpu":
+            return
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for begin, length in own_memory(Path("/proc/self/maps").read_text()):
+            madvise(begin, length, MADV_HUGEPAGE)
+            madvise(begin, length, MADV_COLLAPSE)
 
     def pad_steps(self) -> None:
         """On CPU, pads large steps to few numbers of rows.
