@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ SEARCH = {
     "alignment": {"guide": {"name": "transfer_q", "top_k": 5, "lookahead": 8}, "rewards": ["sentiment"]},
 }
 MIX = [PLAIN, BEST, SEARCH]
-ROUNDS = 8
+ROUNDS = 6
 LOADS = (0.3, 0.6, 0.9)
+STARTS = {"vllm": vllm, "ours": guiderail}
 
 
 def loadtest(server: Server, folder: Path, classes: list[dict[str, Any]], *flags: str) -> dict[str, Any]:
@@ -73,26 +75,30 @@ def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[st
     turns: dict[float, dict[str, list[Turn]]] = {load: {"vllm": [], "ours": []} for load in LOADS}
     saturations = []
     closed_loop = ("--max-concurrency", "64", "--num-prompts", "192")
-    with vllm(folder) as theirs, guiderail(folder) as ours:
-        for server in (theirs, ours):
-            loadtest(server, folder, [PLAIN], *closed_loop, "--seed", "1000")
-        for number in range(rounds):
-            # Measured in every round: the machine's speed drifts, and at 0.9 of what it gave an hour ago it may be full.
-            full = loadtest(theirs, folder, [PLAIN], *closed_loop, "--seed", str(2000 + number))
+    for number in range(rounds):
+        (logs := folder / f"round-{number}").mkdir(exist_ok=True)
+        order = ("vllm", "ours") if number % 2 == 0 else ("ours", "vllm")
+        # Two processes of one server differ by up to a tenth for as long as they live, by where their memory came to
+        # lie, so that one pair for all turns would be compared by its luck.
+        with ExitStack() as stack:
+            servers = {name: stack.enter_context(STARTS[name](logs)) for name in order}
+            for server in servers.values():
+                loadtest(server, folder, [PLAIN], *closed_loop, "--seed", "1000")
+            # In every round, as the machine's speed drifts: at 0.9 of what it gave an hour ago it may be full.
+            full = loadtest(servers["vllm"], folder, [PLAIN], *closed_loop, "--seed", str(2000 + number))
             saturations.append(full["request_throughput"])
             for place, load in enumerate(LOADS):
                 lasts = seconds * 0.9 / load  # as many requests at each load, for the p99 to mean the same
                 flags = ("--request-rate", f"{load * saturations[-1]:.3f}", "--duration", f"{lasts:.0f}")
-                order = [("vllm", theirs), ("ours", ours)]
-                for name, server in order if number % 2 == 0 else order[::-1]:
+                seed = str(number * len(LOADS) + place)
+                for name in order:
                     time.sleep(2)  # the other one's idle processes poll for a second
                     with Stalls() as stalls:
-                        seed = str(number * len(LOADS) + place)
-                        result = loadtest(server, folder, [PLAIN], *flags, "--seed", seed, "--save-detailed")
+                        result = loadtest(servers[name], folder, [PLAIN], *flags, "--seed", seed, "--save-detailed")
                     turns[load][name].append(Turn.of(result, stalls.longest_ms))
     saturation = statistics.mean(saturations)
     lines = [
-        f"Plain chats of 64 tokens, Poisson arrivals, servers taking {rounds} turns of about {0.9 * seconds * saturation:.0f} "
+        f"Plain chats of 64 tokens, Poisson arrivals, {rounds} pairs of servers, freshly started and warmed, each taking turns of about {0.9 * seconds * saturation:.0f} "
         f"requests at each load. Saturation, measured in each round by a closed loop of 64 users at `vllm serve`: "
         f"{min(saturations):.2f} to {max(saturations):.2f} requests/s. Ratios are over all turns' requests together, with the "
         "95% interval of a bootstrap of pairs of turns.",
