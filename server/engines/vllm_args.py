@@ -2,8 +2,7 @@
 
 On CPU the model runs in the process of vLLM's scheduler. vLLM would put it into one of its own there, for OpenMP reads
 its settings when a process starts; `start` gives them to the scheduler's. That saves the memory and the start of one
-process, and the CPU time that a scheduler takes from the model while it polls for the end of each step (6 ms of 140
-in a step of ten rows, on 2 cores).
+process, and the CPU time that a scheduler takes from the model while it polls for the end of each step.
 """
 
 import os

@@ -2,8 +2,11 @@
 
 import ctypes
 import gc
+import os
 import re
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +41,24 @@ class WorkerExtension:
         gc.collect()
         gc.freeze()
 
+    def unpin_helpers(self) -> None:
+        """Lets threads that do not compute run on any CPU.
+
+        OpenMP pins the thread that starts a process, which is the first of its own, to one CPU; whatever that starts
+        (the threads that talk to the server) inherits it, and would take its time from the first part of every product.
+        """
+        mine = os.sched_getaffinity(0)
+        everywhere = os.sched_getaffinity(os.getppid())
+        for thread in map(int, os.listdir("/proc/self/task")):
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                if thread != threading.get_native_id() and os.sched_getaffinity(thread) == mine:
+                    os.sched_setaffinity(thread, everywhere)
+
     def use_huge_pages(self) -> None:
         """On CPU, asks Linux to keep weights and KV cache in huge pages.
 
-        A decoding step reads every weight once, and finding its 4 KiB pages takes a tenth of the time. Where Linux has
-        no huge pages to give, or is older than 6.1 and gives them later, it goes on with what there is.
+        A decoding step reads every weight once; where pages have 4 KiB it looks up an address for each of them. Where
+        Linux has no huge pages to give, or is older than 6.1 and gives them later, it goes on with what there is.
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         if runner.device.type != "cpu":
