@@ -1,4 +1,4 @@
-"""Guiderail under load: `make bench-load` (about an hour and a half on 2 cores; ARGS="--only overload" for a part).
+"""Guiderail under load: `make bench-load` (about an hour and a half on 2 cores, an hour of it for `plain`; ARGS="--only overload" for a part).
 
 plain      Guiderail against `vllm serve` (same version, model and settings), both up, taking turns at three loads
 mixed      plain chats beside best-of-8 and Transfer Q*, at 0.7 of what saturates the mix, against plain chats alone
