@@ -38,9 +38,7 @@ async def build(settings: EngineSettings) -> "VllmEngine":
         # The first log-probabilities compile a small kernel (about 2 s); no user should wait for that.
         await engine.next_token_logprobs([TokenPrompt((0,))], top_k=1)
         await llm.collective_rpc("pad_steps")
-        await llm.collective_rpc("unpin_helpers")
-        await llm.collective_rpc("use_huge_pages")
-        await llm.collective_rpc("freeze_heap")
+        await llm.collective_rpc("settle")
     except BaseException:
         await engine.close()
         raise

@@ -20,9 +20,7 @@ async def build_pooling(settings: EngineSettings) -> "VllmPooler":
     prepare_environment()
     llm = await asyncio.to_thread(_start, settings)
     try:
-        await llm.collective_rpc("unpin_helpers")
-        await llm.collective_rpc("use_huge_pages")
-        await llm.collective_rpc("freeze_heap")
+        await llm.collective_rpc("settle")
     except BaseException:
         await end(llm)
         raise

@@ -33,7 +33,13 @@ def padded_rows(rows: int, limit: int) -> int:
 class WorkerExtension:
     """Methods that the engine's client can call in a worker by name (collective_rpc)."""
 
-    def freeze_heap(self) -> None:
+    def settle(self) -> None:
+        """Once everything is loaded: frees the threads that do not compute, asks for huge pages, freezes the heap."""
+        self._unpin_helpers()
+        self._use_huge_pages()
+        self._freeze_heap()
+
+    def _freeze_heap(self) -> None:
         """Takes what is there now out of later garbage collections, which hold up every row that decodes.
 
         vLLM's own processes do so once they have started, except its CPU worker.
@@ -41,7 +47,7 @@ class WorkerExtension:
         gc.collect()
         gc.freeze()
 
-    def unpin_helpers(self) -> None:
+    def _unpin_helpers(self) -> None:
         """Lets threads that do not compute run on any CPU.
 
         OpenMP pins the thread that starts a process, which is the first of its own, to one CPU; whatever that starts
@@ -54,7 +60,7 @@ class WorkerExtension:
                 if thread != threading.get_native_id() and os.sched_getaffinity(thread) == mine:
                     os.sched_setaffinity(thread, everywhere)
 
-    def use_huge_pages(self) -> None:
+    def _use_huge_pages(self) -> None:
         """On CPU, asks Linux to keep weights and KV cache in huge pages.
 
         A decoding step reads every weight once; where pages have 4 KiB it looks up an address for each of them. Where
