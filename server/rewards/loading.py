@@ -106,14 +106,17 @@ def _description(path: str, cache: Path, say: Callable[[str], None]) -> tuple[An
 
 
 def classifier_folder(path: str, cache: Path, say: Callable[[str], None] = lambda text: None) -> str:
-    """A folder or Hub id that vLLM loads as a sequence classifier; a reward head is joined to its base, once."""
+    """A folder or Hub id that vLLM loads as a sequence classifier; a reward head is joined to its base, once.
+
+    Nothing is rounded on the way: the base keeps the dtype that it is stored in, the heads are float32.
+    """
     folder, card = head_folder(path), head_card(path)
     if card is None:
         return models.resolve(path, cache, say)
     digest = models.file_sha256(folder / "head.safetensors")[:12]
-    target = cache / "rewards" / f"{folder.name}-{digest}"
+    target = cache / "rewards" / f"{folder.name}-{digest}-as-stored"
     if not target.exists():
-        model = load_model(path, cache, "bfloat16", say)
+        model = load_model(path, cache, "stored", say)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as name:
             made = Path(name) / "model"
@@ -128,7 +131,7 @@ def write_classifier(model: LoadedModel, base: Path, target: Path) -> None:
 
     target.mkdir()
     weights = {f"model.{key}": value.contiguous().cpu() for key, value in model.decoder.state_dict().items()}
-    weights["score.weight"] = model.heads.to(next(iter(weights.values())).dtype).contiguous()
+    weights["score.weight"] = model.heads.float().contiguous()
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text())
     kind = type(model.decoder).__name__.removesuffix("Model")
@@ -167,12 +170,15 @@ def head_card(path: str) -> dict[str, Any] | None:
 def load_model(
     path: str, cache: Path, dtype: str = "auto", say: Callable[[str], None] = lambda text: None
 ) -> LoadedModel:
-    """Loads a reward model onto the GPU if there is one, else the CPU. Raises GuiderailError."""
+    """Loads a reward model onto the GPU if there is one, else the CPU, in bfloat16 or another dtype of torch.
+
+    A dtype of "stored" leaves the model's weights in what its files hold. Raises GuiderailError.
+    """
     import torch
     from transformers import AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    kind = {"auto": torch.bfloat16, "stored": "auto"}.get(dtype) or getattr(torch, dtype)
     card = head_card(path)
     if card is not None:
         return _load_head(head_folder(path), card, cache, kind, device, say)

@@ -19,7 +19,8 @@ async def test_both_backends_give_the_same_values(model_path: str, reward_head: 
     texts = ["I met Ana.", "No.", "My friend Ana and I walked along the river, and then we had soup."]
     found = {}
     for backend in ("packed", "vllm"):
-        spec = RewardModelSpec(path=reward_head, backend=backend, kv_gb=0.25)
+        # In bfloat16 each backend is off by up to 0.07 here, on each kind of CPU differently.
+        spec = RewardModelSpec(path=reward_head, backend=backend, dtype="float32", kv_gb=0.5)
         reward = neural_reward(spec, tmp_path, print)
         await reward.start(services)
         try:
@@ -29,5 +30,5 @@ async def test_both_backends_give_the_same_values(model_path: str, reward_head: 
         finally:
             await reward.close()
     for head in (1.0, 0.0):
-        assert found["packed", head].values == pytest.approx(found["vllm", head].values, abs=0.08)
+        assert found["packed", head].values == pytest.approx(found["vllm", head].values, abs=1e-4)
         assert found["packed", head].tokens == found["vllm", head].tokens

@@ -31,7 +31,7 @@ def pooling_server(model_path: str, reward_head: str, tmp_path: Path) -> Iterato
 async def test_a_remote_server_gives_the_values_of_the_packed_backend(
     pooling_server: str, reward_head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 1e-2 in float32 (the remote one has the head's weights in bfloat16), where scores differ by 0.3."""
+    """Within 1e-4 in float32, where scores differ by 0.3."""
     monkeypatch.setenv("RM_KEY", "the key")
     ask = (Message("user", "Tell me about your day and a friend."),)
     texts = ["I met Ana.", "No.", "My friend Ana and I walked along the river, and then we had soup."]
@@ -55,6 +55,6 @@ async def test_a_remote_server_gives_the_values_of_the_packed_backend(
             await reward.close()
     for head in (1.0, 0.0):
         values = found["packed", head].values
-        assert found["remote", head].values == pytest.approx(values, abs=1e-2)
+        assert found["remote", head].values == pytest.approx(values, abs=1e-4)
         assert found["remote", head].tokens == found["packed", head].tokens
         assert max(values) - min(values) > 0.3, "they tell the answers apart"
