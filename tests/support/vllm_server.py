@@ -1,9 +1,9 @@
-"""A real vLLM server as a process of its own, ended with all that it starts."""
+"""A real server as a process of its own, ended with all that it starts; vLLM's above all."""
 
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,18 +22,24 @@ FLAGS = "--kv-cache-memory-bytes 268435456 --block-size 32 --enforce-eager --max
 def vllm_server(model: str, *flags: str, log: Path, key: str | None = None) -> Iterator[str]:
     """URL of a server of this model (a folder), which starts in some 25 s."""
     prepare_environment()
+    command = [sys.executable, "-m", SERVE, "--model", model, *FLAGS.split(), *flags]
+    with running(command, log, {"VLLM_API_KEY": key} if key is not None else {}) as (_, url):
+        yield url
+
+
+@contextmanager
+def running(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterator[tuple[psutil.Popen, str]]:
+    """The process of a server that takes `--port` and answers at `/health`, and its URL; ended with the block."""
     url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", SERVE, "--model", model, *FLAGS.split(), *flags, "--port", str(port)]
-    env = {**os.environ, **({"VLLM_API_KEY": key} if key is not None else {})}
     with log.open("w") as file:
-        process = psutil.Popen(command, stdout=file, stderr=file, env=env)
+        process = psutil.Popen([*command, "--port", str(port)], stdout=file, stderr=file, env={**os.environ, **env})
     try:
         limit = time.monotonic() + 180
         while not answers(url):
             assert process.poll() is None, log.read_text()[-5000:]
             assert time.monotonic() < limit, log.read_text()[-5000:]
             time.sleep(0.5)
-        yield url
+        yield process, url
     finally:
         end(process)
 
@@ -44,7 +50,7 @@ def end(process: psutil.Popen) -> None:
         return
     family = [process, *process.children(recursive=True)]
     process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=30)
     for each in alive:
         each.terminate()
     _, alive = psutil.wait_procs(alive, timeout=5)
