@@ -110,7 +110,8 @@ def wilson(credits: Array) -> dict[str, float]:
     share, square = float(credits.mean()), Z95**2
     middle = (share + square / (2 * n)) / (1 + square / n)
     half = Z95 * math.sqrt(share * (1 - share) / n + square / (4 * n * n)) / (1 + square / n)
-    return {"value": share, "low": middle - half, "high": middle + half, "pairs": n}
+    # At shares of 0 and 1 an end is the share itself, but for rounding.
+    return {"value": share, "low": min(share, middle - half), "high": max(share, middle + half), "pairs": n}
 
 
 def temperature(margins: Array) -> float | None:

@@ -83,6 +83,12 @@ class TestFigures:
         assert pair_figures.wilson(np.ones(5))["high"] == pytest.approx(1)
         assert math.isnan(pair_figures.wilson(np.array([]))["value"])
 
+    def test_the_wilson_interval_contains_its_share(self) -> None:
+        """Of one-sided answers too, where rounding would put 0 or 1 outside of it and no picture could be drawn."""
+        for n in range(1, 200):
+            for share in (pair_figures.wilson(np.zeros(n)), pair_figures.wilson(np.ones(n))):
+                assert share["low"] <= share["value"] <= share["high"]
+
     @pytest.mark.parametrize("scale", [1e-6, 1.0, 300.0])
     def test_the_temperature_finds_the_scale_of_the_log_odds(self, scale: float) -> None:
         random = np.random.default_rng(0)
