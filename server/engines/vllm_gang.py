@@ -20,6 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from guiderail.server.engines.mixed import Recipe
+from guiderail.server.engines.parent import end_with_parent
 from guiderail.server.engines.vllm_params import ROWS
 
 PROMPT_TOKENS = 64  # on 2 cores a 135M model reads them in about 20 ms, and decodes a step in 15
@@ -33,6 +34,7 @@ class _Gate(Scheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        end_with_parent()  # of all that is ours, this alone is in vLLM's core process wherever the model is
         self._groups: dict[str, list[Request]] = {}  # rows that wait, of groups none of which has begun
         self._read_others = False  # whether the last step read prompts of other than plain chats
         self._sat_out = False  # whether rows sat out the last step

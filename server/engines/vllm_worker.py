@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from guiderail.server.engines.parent import end_with_parent
+
 EXACT_ROWS = 32  # steps up to so many rows are left as they are
 MULTIPLE = 8  # larger ones are padded to multiples of this
 HUGE_PAGE = 2 * 2**20  # bytes, on x86
@@ -34,7 +36,8 @@ class WorkerExtension:
     """Methods that the engine's client can call in a worker by name (collective_rpc)."""
 
     def settle(self) -> None:
-        """Once everything is loaded: frees the threads that do not compute, asks for huge pages, freezes the heap."""
+        """Once everything is loaded: what vLLM leaves to be done for a process that serves for long."""
+        end_with_parent()
         self._unpin_helpers()
         self._use_huge_pages()
         self._freeze_heap()

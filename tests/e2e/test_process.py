@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from serve_process import Serve
 
@@ -53,6 +54,19 @@ def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
 
     assert server.end(signal.SIGTERM) == 0
     assert "stopped" in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_server_takes_its_engines_with_it(
+    started: Callable[..., Serve], model_path: str, reward_head: str
+) -> None:
+    server = started("--reward", f"head={reward_head},backend=vllm")
+    server.wait(lambda: server.health() == 200, 120)
+    family = server.family()
+    assert sum("EngineCore" in "".join(p.cmdline()) for p in family) == 2
+    server.process.kill()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
 
 
 @pytest.mark.slow
