@@ -104,7 +104,7 @@ class Served:
     async def start(self) -> None:
         self._stack = ExitStack()
         folder = Path(self._stack.enter_context(TemporaryDirectory()))
-        server = self._stack.enter_context(guiderail(folder, "--max-model-len", "2048", *self.flags))
+        server = self._stack.enter_context(guiderail(folder, *self.flags, context="2048"))
         self.http = httpx.AsyncClient(base_url=server.url, timeout=120, limits=httpx.Limits(max_connections=64))
 
     async def _answer(self, i: int, **fields: Any) -> dict[str, Any]:

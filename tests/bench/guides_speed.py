@@ -110,10 +110,11 @@ WIDTH = 8
 
 async def blocks(state: ServerState, raw: Raw, rounds: int) -> tuple[list[str], dict[str, Any]]:
     """Seconds of block-level guides with K = 8, over those of drawing 8 plain answers of the same length."""
-    guides = {
-        f"controlled_decoding/{block}": {"name": "controlled_decoding", "k": WIDTH, "block": block} for block in BLOCKS
-    }
-    guides["transfer_q/16"] = {"name": "transfer_q", "top_k": WIDTH, "block": 16, "lookahead": 16}
+    settings: list[dict[str, Any]] = [
+        *({"name": "controlled_decoding", "k": WIDTH, "block": block} for block in BLOCKS),
+        {"name": "transfer_q", "top_k": WIDTH, "block": 16, "lookahead": 16},
+    ]
+    guides = {f"{guide['name']}/{guide['block']}": guide for guide in settings}
     data: dict[str, list[list[float]]] = {f"{name}/{kind}": [] for name in guides for kind in ("rule", "neural")}
 
     def plain() -> Any:

@@ -1,4 +1,4 @@
-"""The servers that bench_load.py puts under load: `guiderail serve` and `vllm serve`, each in processes of its own."""
+"""The servers that benches put under load: `guiderail serve` and `vllm serve`, each in processes of its own."""
 
 import re
 import sys
@@ -60,9 +60,9 @@ class Server:
 
 
 @contextmanager
-def guiderail(folder: Path, *flags: str) -> Iterator[Server]:
+def guiderail(folder: Path, *flags: str, context: str = CONTEXT) -> Iterator[Server]:
     """`guiderail serve` with the default model."""
-    command = [str(Path(sys.executable).with_name("guiderail")), "serve", "--max-model-len", CONTEXT, *flags]
+    command = [str(Path(sys.executable).with_name("guiderail")), "serve", "--max-model-len", context, *flags]
     with running(command, folder / "guiderail.log", {}) as (process, url):
         yield Server(process, url)
 
