@@ -14,6 +14,8 @@ from guiderail.server.errors import ApiError
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 16 * 2**20
+KEEP_ALIVE_S = 10.0  # proxies cut silent connections, and a guide may search for minutes before it commits to a word
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class ClientGone(Exception):
@@ -70,8 +72,8 @@ def error_response(error: ApiError) -> Response:
 class EventStream(Response):
     """Server-sent events from a generator, which is closed as soon as the client goes away.
 
-    Starlette's StreamingResponse may notice a lost client only when it next sends, which for a guide
-    that is still searching can be long after.
+    While nothing comes a comment line is sent now and then. Starlette's StreamingResponse may notice a lost client
+    only when it next sends, which for a guide that is still searching can be long after.
     """
 
     media_type = "text/event-stream"
@@ -80,6 +82,7 @@ class EventStream(Response):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
+        self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -91,6 +94,23 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for chunk in self._chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        clock = asyncio.get_running_loop().time
+        self._last_sent = clock()
+        # A task of its own, and not a timer around each chunk: that would cost more than the chunk does.
+        keeping_alive = asyncio.create_task(self._keep_alive(send))
+        try:
+            async for chunk in self._chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                self._last_sent = clock()
+        finally:
+            keeping_alive.cancel()
+            await asyncio.gather(keeping_alive, return_exceptions=True)
         await send({"type": "http.response.body", "body": b""})
+
+    async def _keep_alive(self, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(max(0.0, self._last_sent + KEEP_ALIVE_S - clock()))
+            if clock() >= self._last_sent + KEEP_ALIVE_S:
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                self._last_sent = clock()

@@ -20,7 +20,7 @@ from guiderail.server.metrics import Load
 from guiderail.server.protocol import UNSUPPORTED, ChatRequest, CompletionRequest, ScoreRequest
 from guiderail.server.rewards.neural import NeuralReward
 from guiderail.server.scoring import score_request
-from guiderail.server.sse import chunks, whole, with_keep_alive
+from guiderail.server.sse import chunks, resumed, whole
 from guiderail.server.state import ServerState
 from guiderail.server.wire import ChatWire, TextWire, Wire
 
@@ -164,7 +164,7 @@ async def _stream(request: Request, source: AsyncGenerator[bytes, None]) -> Resp
         await asyncio.gather(first, return_exceptions=True)
         await source.aclose()
         raise
-    return EventStream(with_keep_alive(source, first))
+    return EventStream(resumed(first, source))
 
 
 async def _ready(first: "asyncio.Task[bytes]") -> None:

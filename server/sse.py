@@ -14,7 +14,6 @@ from guiderail.server.jobs import Job
 from guiderail.server.metrics import Metrics
 from guiderail.server.wire import Wire, alignment_report, envelope, usage
 
-KEEP_ALIVE_S = 10.0
 DONE = b"data: [DONE]\n\n"
 
 
@@ -111,32 +110,22 @@ async def chunks(job: Job, wire: Wire, metrics: Metrics, *, include_usage: bool)
     yield DONE
 
 
-async def with_keep_alive(
-    source: AsyncGenerator[bytes, None], first: "asyncio.Task[bytes]"
-) -> AsyncGenerator[bytes, None]:
-    """`source` after its pending first item, with comment lines while nothing comes.
+async def resumed(first: "asyncio.Task[bytes]", source: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """Yields a stream's first item, which was asked for already, and the rest of `source`.
 
-    Proxies cut silent connections, and a guide may search for minutes before it commits to a word.
+    An error that comes before the first chunk, but after the headers, is sent as an event.
     """
-    task = first
     try:
-        while True:
-            done, _ = await asyncio.wait({task}, timeout=KEEP_ALIVE_S)
-            if not done:
-                yield b": keep-alive\n\n"
-                continue
-            try:
-                item = task.result()
-            except StopAsyncIteration:
-                return
-            except Exception as error:  # before the first chunk, but after the headers
-                yield b"data: " + to_json(from_exception(error).body) + b"\n\n"
-                yield DONE
-                return
+        try:
+            yield await first
+        except Exception as error:
+            yield b"data: " + to_json(from_exception(error).body) + b"\n\n"
+            yield DONE
+            return
+        async for item in source:
             yield item
-            task = asyncio.ensure_future(anext(source))
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
-            await task
+        first.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await first
         await source.aclose()

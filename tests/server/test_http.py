@@ -10,7 +10,6 @@ from fakes import Faulty, ScriptedEngine, make_state
 from serving import serving
 from waiting import until
 
-from guiderail.server import sse
 from guiderail.server.jobs import chat_job
 from guiderail.server.protocol import ChatRequest
 from guiderail.server.settings import OperatorLimits
@@ -106,7 +105,7 @@ async def test_an_error_before_the_first_event_has_a_status(stream: bool) -> Non
 
 
 async def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr("guiderail.server.http.KEEP_ALIVE_S", 0.05)
     monkeypatch.setattr("guiderail.server.routes.HEADERS_AFTER_S", 0.05)
     engine = ScriptedEngine(step_s=0.1)
     async with serving(make_state(engine)) as url, httpx.AsyncClient(base_url=url) as client:
