@@ -4,7 +4,8 @@ Everything else is vLLM's. All that decodes waits for the end of a step, and so 
 prompts are not chunked, rows that run alone (plain chats) begin in the next step, all of them; while others decode, a
 step reads about PROMPT_TOKENS of the prompts of wide requests' rows, and none beside a plain chat if the step before
 did. Where many rows of wide requests decode they sit out the step in which a plain chat begins, though not twice on
-end. Plain chats never do: it would only move time from each one's first token to all the others' next ones.
+end. Plain chats never do: it would only move time from each one's first token to all the others' next ones. Where
+no plain chat decodes or begins nobody sees a single token, and all that waits begins at once.
 
 Before each step the rows of groups that cannot begin whole are taken out of the waiting queue for the time of the
 step: those that have not all come, and those for which the step has not the places, tokens or KV blocks. What waits
@@ -71,6 +72,8 @@ class _Gate(Scheduler):  # type: ignore[misc]
         if not begins:
             return most, []
         chats = [row for row in begins if _is_plain(row)]
+        if not chats and not any(map(_is_plain, self.running)):
+            return most, []
         needs = sum(map(self._unread, chats))
         decoding = sum(map(_tokens_left, self.running))
         if chats and not self._sat_out and (sit_out := self._who_sits_out(len(chats))):

@@ -23,6 +23,12 @@ def test_a_wide_request_alone_begins_at_once(whole: Played) -> None:
     assert whole.step() == {f"w{row}": 30 for row in range(8)}
 
 
+def test_beside_other_wide_requests_it_begins_at_once(whole: Played) -> None:
+    rows = decoding(whole, 4)
+    wide(whole, 8, 30)
+    assert whole.step() == {**dict.fromkeys(rows, 1), **{f"w{row}": 30 for row in range(8)}}
+
+
 def test_beside_others_it_begins_over_several_steps(whole: Played) -> None:
     whole.add("chat", 20)
     whole.step()
