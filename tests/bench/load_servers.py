@@ -68,7 +68,7 @@ def guiderail(folder: Path, *flags: str, context: str = CONTEXT) -> Iterator[Ser
 
 
 @contextmanager
-def vllm(folder: Path) -> Iterator[Server]:
+def vllm(folder: Path, dtype: str = "bfloat16") -> Iterator[Server]:
     """`vllm serve` with the model, environment and engine settings of `guiderail serve`."""
     from guiderail.server import models
     from guiderail.server.engines.vllm import prepare_environment
@@ -78,7 +78,7 @@ def vllm(folder: Path) -> Iterator[Server]:
     prepare_environment()
     command = [
         sys.executable, "-m", SERVE, "--model", models.resolve(models.DEFAULT_MODEL, settings.cache),
-        "--host", "127.0.0.1", "--max-model-len", CONTEXT, "--dtype", "bfloat16", "--block-size", "32",
+        "--host", "127.0.0.1", "--max-model-len", CONTEXT, "--dtype", dtype, "--block-size", "32",
         "--enforce-eager", "--max-num-seqs", str(settings.max_num_seqs), "--generation-config", "vllm",
         "--kv-cache-memory-bytes", str(int(settings.kv_cache_gb * 2**30)), "--disable-log-stats",
     ]  # fmt: skip

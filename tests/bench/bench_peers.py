@@ -1,0 +1,190 @@
+"""Guiderail against a plain script over `vllm serve`: `make bench-peers`.
+
+The script is what a team would write first: one request with `n` answers over HTTP, the same rule reward on what comes
+back, the best one taken. Both servers run with the same model, dtype, context, KV cache and pages, live at once, and
+take turns (who begins alternates). A ratio is above 1 where Guiderail is faster; it is the median over pairs of turns,
+with a 95 % bootstrap interval over pairs. Writes benchmarks/peers.json and its part of BENCHMARKS.md.
+
+    best of 8    16 prompts, 4 at once, best of 8 x 48 tokens by the rule reward `length`; tokens per second
+    best of n    one such request alone, for several n; 1 / time
+    streamed     16 clients, each with one streamed chat of 48 tokens after another; tokens per second
+"""
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
+from asking import QUIET_S, at_once, user
+from bench_server import CLIENTS, PLACES, QUESTIONS
+from figures import interval
+from load_servers import guiderail, vllm
+from report import write_section
+
+from guiderail.server.rewards.rules import Length
+
+N, TOKENS, PROMPTS, AT_ONCE = 8, 48, 16, 4
+ALONE = (1, 4, 16, 64, 128)
+STREAMS = 3 * CLIENTS
+ASKED = {"max_tokens": TOKENS, "ignore_eos": True, "temperature": 1.0}
+
+
+def question(i: int) -> list[dict[str, str]]:
+    """A conversation that no other turn has had, so that neither server has it in its cache."""
+    return user(f"({i}) " + QUESTIONS[i % len(QUESTIONS)].format(PLACES[i % len(PLACES)]))
+
+
+class Script:
+    """A client of `vllm serve` that draws n answers, scores them here and keeps the best."""
+
+    def __init__(self, url: str) -> None:
+        self._http = httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=64))
+        self._reward, self._params = Length(), Length.Params()
+
+    async def best_of(self, i: int, n: int) -> int:
+        """Answers the i-th question; returns the tokens that were generated for it."""
+        messages = question(i)
+        body = await self._post({"messages": messages, "n": n, **self._fields()})
+        texts = [choice["message"]["content"] for choice in body["choices"]]
+        max(texts, key=lambda text: self._reward.score_text(messages[-1]["content"], text, self._params))
+        return int(body["usage"]["completion_tokens"])
+
+    async def streamed(self, i: int) -> int:
+        """Streams one chat to its end; returns its tokens."""
+        body = {"messages": question(i), "stream": True, "stream_options": {"include_usage": True}, **self._fields()}
+        tail = b""
+        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+            response.raise_for_status()
+            async for part in response.aiter_raw():
+                tail = (tail + part)[-4096:]
+        return TOKENS if b'"usage":{' in tail.replace(b" ", b"") else 0
+
+    def _fields(self) -> dict[str, Any]:
+        return dict(ASKED)
+
+    async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        response = await self._http.post("/v1/chat/completions", json=body)
+        response.raise_for_status()
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+
+class Guided(Script):
+    """A client of `guiderail serve`, which does the same inside."""
+
+    async def best_of(self, i: int, n: int) -> int:
+        alignment = {"guide": {"name": "best_of_n", "n": n}, "rewards": [{"name": "length"}]}
+        body = await self._post({"messages": question(i), "alignment": alignment, **self._fields()})
+        return int(body["alignment"]["spend"]["tokens_generated"])
+
+
+async def rate(work: Awaitable[list[int]], expected: int) -> float:
+    """Tokens per second of some work, from a quiet start; it must make the tokens that were expected."""
+    await asyncio.sleep(QUIET_S)
+    started = time.perf_counter()
+    tokens = sum(await work)
+    seconds = time.perf_counter() - started
+    assert tokens == expected, f"{tokens} tokens instead of {expected}"
+    return tokens / seconds
+
+
+Turn = Callable[[Script, int], Awaitable[float]]
+
+
+def cases(alone: tuple[int, ...]) -> dict[str, Turn]:
+    """A turn of each case: tokens per second of one side, with questions from a number on."""
+
+    def many(side: Script, first: int) -> Awaitable[float]:
+        work = [lambda i=i: side.best_of(first + i, N) for i in range(PROMPTS)]
+        return rate(at_once(work, AT_ONCE), PROMPTS * N * TOKENS)
+
+    def streams(side: Script, first: int) -> Awaitable[float]:
+        work = [lambda i=i: side.streamed(first + i) for i in range(STREAMS)]
+        return rate(at_once(work, CLIENTS), STREAMS * TOKENS)
+
+    def single(n: int) -> Turn:
+        times = 3 if n <= 16 else 1
+
+        async def one(side: Script, first: int) -> list[int]:
+            return [await side.best_of(first + i, n) for i in range(times)]
+
+        return lambda side, first: rate(one(side, first), times * n * TOKENS)
+
+    found: dict[str, Turn] = {f"best of {N}, {PROMPTS} prompts, {AT_ONCE} at once": many}
+    found |= {f"best of {n}, alone": single(n) for n in alone}
+    return found | {f"streamed chats, {CLIENTS} at once": streams}
+
+
+async def compare(script: Script, guided: Script, pairs: int, turns: dict[str, Turn]) -> dict[str, list[list[float]]]:
+    """For each case the pairs (script, Guiderail) of tokens per second; the first round only warms both up."""
+    found: dict[str, list[list[float]]] = {name: [] for name in turns}
+    for number in range(pairs + 1):
+        for k, (name, turn) in enumerate(turns.items()):
+            first = 100_000 * (number + 1) + 1000 * k
+            sides = [(0, script), (1, guided)]
+            rates = [0.0, 0.0]
+            for place, side in sides if number % 2 else reversed(sides):
+                rates[place] = await turn(side, first + 500 * place)
+            print(f"{number}/{pairs} {name}: {rates[0]:.1f} {rates[1]:.1f} {rates[1] / rates[0]:.3f}", file=sys.stderr)
+            if number:
+                found[name].append(rates)
+    return found
+
+
+def report(found: dict[str, list[list[float]]], pairs: int) -> None:
+    """Writes the section."""
+    lines = [
+        f"Tokens per second of Guiderail and of a script over `vllm serve` ({TOKENS} tokens an answer, rule reward "
+        f"`length`), {pairs} interleaved pairs of turns. Ratio: median over pairs with its 95 % interval; target: 1.0 "
+        "within the interval or below it.",
+        "",
+        "| case | vllm serve + script | Guiderail | ratio | 95 % interval | |",
+        "|---|---|---|---|---|---|",
+    ]
+    data: dict[str, Any] = {}
+    for name, rates in found.items():
+        theirs, ours = np.median(np.array(rates), axis=0)
+        ratio, low, high = interval([b / a for a, b in rates], lambda rows: np.median(rows, axis=-1))
+        verdict = "met" if high >= 1 else "**missed**"
+        lines.append(f"| {name} | {theirs:.1f} | {ours:.1f} | {ratio:.3f} | {low:.3f}-{high:.3f} | {verdict} |")
+        data[name] = {"pairs": rates, "ratio": ratio, "interval": [low, high], "met": high >= 1}
+    write_section("peers", "Against a script over vllm serve", "make bench-peers", lines, data)
+
+
+async def main(pairs: int, only: str, alone: tuple[int, ...], dtype: str, write: bool) -> None:
+    turns = {name: turn for name, turn in cases(alone).items() if only in name}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        print("starting vllm serve and guiderail serve", file=sys.stderr)
+        script, guided = (
+            Script(stack.enter_context(vllm(folder, dtype)).url),
+            Guided(stack.enter_context(guiderail(folder, "--dtype", dtype)).url),
+        )
+        try:
+            found = await compare(script, guided, pairs, turns)
+        finally:
+            await script.close()
+            await guided.close()
+    if write:
+        report(found, pairs)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--only", default="", help="cases with this in their name; nothing is written then")
+    parser.add_argument("--dtype", default="float32")
+    given = parser.parse_args()
+    asyncio.run(main(given.pairs, given.only, ALONE, given.dtype, not given.only))
