@@ -14,7 +14,7 @@ SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("port", {"type": int, "help": "port to listen on (8000)"}),
     ("api-key", {"action": "append", "help": "require this bearer key; may be repeated"}),
     ("chat-template", {"help": "Jinja chat template, or the path of one"}),
-    ("dtype", {"help": "auto (bfloat16 on CPU), float32, float16 or bfloat16"}),
+    ("dtype", {"help": "auto (on CPU what its instruction set is fast in), float32, float16 or bfloat16"}),
     ("max-model-len", {"type": int, "help": "context length in tokens"}),
     ("kv-cache-gb", {"type": float, "help": "memory for KV pages on CPU, GiB (2)"}),
     ("gpu-memory-utilization", {"type": float, "help": "share of GPU memory for the engine (0.9)"}),

@@ -17,6 +17,7 @@ from guiderail.server.errors import ApiError, bad_request, from_exception, from_
 from guiderail.server.http import ClientGone, EventStream, error_response, json_response, read_object, until_disconnect
 from guiderail.server.jobs import chat_job, completion_job
 from guiderail.server.metrics import Load
+from guiderail.server.processor import description
 from guiderail.server.protocol import UNSUPPORTED, ChatRequest, CompletionRequest, ScoreRequest
 from guiderail.server.rewards.neural import NeuralReward
 from guiderail.server.scoring import score_request
@@ -103,8 +104,9 @@ def build_router(state: ServerState) -> APIRouter:
 
     @router.get("/version")
     async def server_version() -> Response:
-        """The server's version."""
-        return json_response({"version": version("guiderail")})
+        """The server's version, the processor with its instruction set, and the dtype that the engine computes in."""
+        about = {"version": version("guiderail"), "processor": description(), "dtype": state.engine.dtype or None}
+        return json_response(about)
 
     @router.get("/metrics")
     async def metrics() -> Response:

@@ -22,7 +22,7 @@ from guiderail.guides.errors import PluginError
 from guiderail.guides.prompters import PROMPTERS, load_style, urial_with
 from guiderail.guides.registry import load_guides, load_rewards
 from guiderail.guides.reward import Reward, Services
-from guiderail.server import calibration_store, models
+from guiderail.server import calibration_store, models, processor
 from guiderail.server.admission import Admission
 from guiderail.server.alignment import Resolver
 from guiderail.server.app import create_app
@@ -102,6 +102,7 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
     metrics = Metrics(settings.model_name)
     say(f"preparing {settings.model}")
     path = await asyncio.to_thread(models.resolve, settings.model, settings.cache, say)
+    say(await asyncio.to_thread(processor.report))
     remote = {name: RemotePolicy(name, spec) for name, spec in settings.policy.items()} if engine else {}
     served = (
         SupervisedEngine(lambda: _build(settings, path), on_restart=metrics.restarted, remote=remote)
@@ -176,6 +177,8 @@ async def _prepare(
     for policy in remote.values():
         await policy.start(renderer)
     await engine.start()
+    if engine.dtype:
+        say(f"the engine computes in {engine.dtype}")
     await start_rewards(rewards, services)
     if stored:
         revision = await asyncio.to_thread(fingerprint, path)

@@ -20,6 +20,7 @@ class ServedEngine(Engine, Protocol):
     max_model_len: int
     vocab_size: int
     max_logprobs: int
+    dtype: str
 
     @property
     def up(self) -> bool: ...

@@ -16,6 +16,7 @@ class NoEngine:
     """guiderail.guides.Engine in name alone: every use raises EngineNeeded."""
 
     max_model_len = vocab_size = max_logprobs = 0
+    dtype = ""
     up = False
     stats = EngineStats()
 

@@ -24,6 +24,7 @@ class LocalEngine(Engine, Protocol):
     max_model_len: int
     vocab_size: int
     max_logprobs: int
+    dtype: str
     stats: EngineStats
 
     @property
@@ -58,6 +59,7 @@ class SupervisedEngine:
         self._inner: LocalEngine | None = None
         self._watch: asyncio.Task[None] | None = None
         self.max_model_len = self.vocab_size = self.max_logprobs = 0
+        self.dtype = ""
 
     async def start(self) -> None:
         """Builds the engine for the first time. Raises what `build` raises."""
@@ -127,6 +129,7 @@ class SupervisedEngine:
             inner.vocab_size,
             inner.max_logprobs,
         )
+        self.dtype = inner.dtype
         self._inner = inner
 
     async def _watch_over(self) -> None:

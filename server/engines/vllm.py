@@ -75,6 +75,7 @@ class VllmEngine:
         self.max_model_len: int = llm.model_config.max_model_len
         self.vocab_size: int = llm.model_config.get_vocab_size()
         self.max_logprobs = settings.max_logprobs
+        self.dtype = str(llm.model_config.dtype).removeprefix("torch.")
 
     @property
     def dead(self) -> bool:

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
+from guiderail.server.processor import auto_dtype
+
 IN_SCHEDULERS_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # by its short name vLLM takes it for "mp"
 LONGEST_WHOLE_PROMPT = 32768  # tokens; a longer context keeps vLLM's chunked prefill, also on CPU
 
@@ -78,7 +80,7 @@ def base_args(settings: EngineSettings) -> dict[str, Any]:
         args["enforce_eager"] = settings.enforce_eager is not False  # compiling takes most of a minute
         args["kv_cache_memory_bytes"] = int(settings.kv_cache_gb * 2**30)
         if args["dtype"] == "auto":
-            args["dtype"] = "bfloat16"
+            args["dtype"] = auto_dtype()
         if settings.tensor_parallel_size == 1:
             args["distributed_executor_backend"] = IN_SCHEDULERS_PROCESS
     else:

@@ -44,6 +44,7 @@ class VllmPooler:
     def __init__(self, llm: Any) -> None:
         self._llm = llm
         self.heads = int(llm.model_config.hf_config.num_labels)
+        self.dtype: Any = llm.model_config.dtype
         self.longest: int = llm.model_config.max_model_len
         self.stats = RunnerStats()
 

@@ -1,8 +1,9 @@
 """Faster equivalents of a transformers model's modules for scoring, put in place after loading.
 
-On CPU linear layers in bfloat16 get weights that oneDNN has packed once; gate and up projections become one
-product, and so do those of queries, keys and values; RMSNorm and rotary embedding are native operations where vLLM
-has them. Everywhere the last layer's MLP computes the rows that are scored alone. Results differ by rounding only.
+On CPU linear layers in bfloat16 get weights that oneDNN has packed once, where it can; gate and up projections then
+become one product, and so do those of queries, keys and values; RMSNorm and rotary embedding are native operations
+where vLLM has them. Everywhere the last layer's MLP computes the rows that are scored alone. Results differ by
+rounding only.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from guiderail.server.engines.vllm_ops import MULTIPLE, native_ops
+from guiderail.server.processor import packs_bfloat16
 from guiderail.server.rewards.fast_rotary import speed_up_rotary
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -18,7 +20,7 @@ PACK_ROWS = 1024  # the row count that oneDNN packs weights for; others work, ne
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
-    """nn.Linear over weights packed by oneDNN. bfloat16 on CPU only."""
+    """nn.Linear over weights packed by oneDNN. bfloat16 only, on CPUs where processor.packs_bfloat16()."""
 
     def __init__(self, weight: Any, bias: Any) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ def speed_up(model: Any) -> None:
     ops = native_ops()
     if ops is not None:
         speed_up_rotary(model, ops)
-    packed = next(model.parameters()).dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    packed = next(model.parameters()).dtype == torch.bfloat16 and packs_bfloat16()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             parts = norm_parts(child)

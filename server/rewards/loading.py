@@ -18,6 +18,7 @@ from guiderail.guides.errors import GuiderailError
 from guiderail.server import models
 from guiderail.server.elsewhere import api_key
 from guiderail.server.fingerprint import fingerprint
+from guiderail.server.processor import auto_dtype
 from guiderail.server.rewards.neural import Backend, NeuralReward, PackedBackend, scoring_thread
 from guiderail.server.rewards.remote import RemoteReward, connect
 from guiderail.server.rewards.spec import RewardModelSpec
@@ -42,6 +43,7 @@ def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]
         model = load_model(spec.path, cache, spec.dtype, say)
         from guiderail.server.rewards.packed import PackedRunner, capacity
 
+        say(_computes_in(spec, model.decoder.dtype))
         runner = PackedRunner(model.decoder, model.heads, capacity=capacity(model.decoder, spec.kv_gb))
         return PackedBackend(runner, len(model.heads)), model.tokenizer, model.longest
 
@@ -58,6 +60,7 @@ def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]
         loop = asyncio.get_running_loop()
         folder = await loop.run_in_executor(scoring_thread(), classifier_folder, spec.path, cache, say)
         pooler = await build_pooling(EngineSettings(model=folder, dtype=spec.dtype, kv_cache_gb=spec.kv_gb))
+        say(_computes_in(spec, pooler.dtype))
         return pooler, AutoTokenizer.from_pretrained(folder), pooler.longest
 
     card = head_card(spec.path)
@@ -66,6 +69,10 @@ def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]
         load, spec.head, at_end_of_turn=card is not None, last_tokens=(card or {}).get("max_tokens"),
         identity=lambda: _identity(spec, cache),
     )  # fmt: skip
+
+
+def _computes_in(spec: RewardModelSpec, dtype: Any) -> str:
+    return f"reward model {spec.path} computes in {str(dtype).removeprefix('torch.')}"
 
 
 def _identity(spec: RewardModelSpec, cache: Path) -> str:
@@ -170,15 +177,18 @@ def head_card(path: str) -> dict[str, Any] | None:
 def load_model(
     path: str, cache: Path, dtype: str = "auto", say: Callable[[str], None] = lambda text: None
 ) -> LoadedModel:
-    """Loads a reward model onto the GPU if there is one, else the CPU, in bfloat16 or another dtype of torch.
+    """Loads a reward model onto the GPU if there is one, else the CPU, in a dtype of torch.
 
-    A dtype of "stored" leaves the model's weights in what its files hold. Raises GuiderailError.
+    "auto" is bfloat16 on a GPU, on a CPU what server/processor.py chooses; "stored" leaves the model's weights in what
+    its files hold. Raises GuiderailError.
     """
     import torch
     from transformers import AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = {"auto": torch.bfloat16, "stored": "auto"}.get(dtype) or getattr(torch, dtype)
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else auto_dtype()
+    kind = "auto" if dtype == "stored" else getattr(torch, dtype)
     card = head_card(path)
     if card is not None:
         return _load_head(head_folder(path), card, cache, kind, device, say)

@@ -25,6 +25,7 @@ class ScriptedEngine:
     max_model_len: int = 512
     vocab_size: int = 1000
     max_logprobs: int = 5
+    dtype: str = "float32"
     up: bool = True
     stats: EngineStats = field(default_factory=EngineStats)
     running: set[str] = field(default_factory=set)

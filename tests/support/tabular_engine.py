@@ -107,6 +107,7 @@ class TabularEngine:
     max_model_len: int = 512
     vocab_size: int = 8
     max_logprobs: int = 50
+    dtype: str = "float32"
     rows: int = 0
     peak: int = 0
     tokens: int = 0
