@@ -7,7 +7,7 @@ from guiderail.guides.base import Engine, Guide, Helpers, Params, Rollouts, Scor
 from guiderail.guides.best_of_n import draw_scored
 from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed, GuiderailError, RewardFailed
-from guiderail.guides.reward import Reward, Services, TextReward
+from guiderail.guides.reward import Reward, Services, TextReward, answer_texts
 from guiderail.guides.types import Answer, Candidate, Delta, Event, Final, Message, Scored, ScoreGroup, Token
 
 __all__ = [
@@ -35,5 +35,6 @@ __all__ = [
     "TextReward",
     "Token",
     "answer_events",
+    "answer_texts",
     "draw_scored",
 ]

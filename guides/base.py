@@ -78,10 +78,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """Raw values of one score call, one per answer, and the reward-model tokens it cost."""
+    """Raw values of one score call, one per answer, and the reward-model tokens it cost.
+
+    warnings: what the client should know of how the values came about; they stand in the response.
+    """
 
     values: tuple[float, ...]
     tokens: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 class Scorer(Protocol):
@@ -100,8 +104,11 @@ class Helpers(Protocol):
         """Engine, renderer and the names of the served policies."""
         ...
 
-    async def sample(self, ctx: "Context", term: RewardTerm) -> CalibrationSample:
-        """Values of the reward under the base policy for the Context's prompt. Raises RewardFailed, DeadlinePassed."""
+    async def sample(self, ctx: "Context", term: RewardTerm, length: int | None = None) -> CalibrationSample:
+        """Values of the reward under the base policy for the Context's prompt. Raises RewardFailed, DeadlinePassed.
+
+        length: of the policy's answers cut after so many tokens, which partial answers of that length compare with.
+        """
         ...
 
     async def embed(self, texts: Sequence[str]) -> "np.ndarray":

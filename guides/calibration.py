@@ -15,8 +15,10 @@ class CalibrationSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Literal["auto", "drawn", "stored"] = Field(
-        "auto", description="drawn: on the fly; stored: the operator's; auto: stored where there is one, else drawn."
+    source: Literal["auto", "drawn", "stored", "pooled"] = Field(
+        "auto",
+        description="drawn: on the fly; stored: the operator's for this prompt; auto: stored where there are such, "
+        "else drawn; pooled: stored, or for a prompt that is not among the stored ones those of all of them together.",
     )
     n: int = Field(32, ge=2, le=1024, description="Answers drawn for a prompt that has no pool yet.")
 

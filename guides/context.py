@@ -7,8 +7,7 @@ bounded alike; and it holds the pipeline raw rewards -> transform -> combine -> 
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -17,13 +16,16 @@ import numpy as np
 
 from guiderail.guides.base import Engine, Helpers, Limits, Rollouts, Scorer
 from guiderail.guides.calibration import CalibrationSpec
+from guiderail.guides.counted import Counted
+from guiderail.guides.decoding import Decoder
 from guiderail.guides.errors import RequestError, RewardFailed
 from guiderail.guides.pipeline import Combine, Pool, RewardTerm, Selection
-from guiderail.guides.prompters.base import Cleaner
+from guiderail.guides.prompters import Cleaner, Prompter, Template, with_system
 from guiderail.guides.report import SelectionReport
+from guiderail.guides.reward import begun
 from guiderail.guides.spend import Spend
 from guiderail.guides.tasks import together
-from guiderail.guides.types import Answer, Candidate, Delta, Message, SamplingSpec, ScoreGroup, TokenPrompt
+from guiderail.guides.types import Answer, Candidate, Message, SamplingSpec, ScoreGroup, TokenPrompt
 
 Transforms = dict[str, Callable[[Any], Any]]
 DRAWS_APART = 1_000_003  # seeds of a guide's successive draws are this far apart, more than any draw has rows
@@ -31,7 +33,11 @@ DRAWS_APART = 1_000_003  # seeds of a guide's successive draws are this far apar
 
 @dataclass(slots=True)
 class Context:
-    """Everything a guide may use for one answer. `choice` numbers the answers of one request (its `n`)."""
+    """Everything a guide may use for one answer. `choice` numbers the answers of one request (its `n`).
+
+    messages: the conversation as the request has it. prompter: what made `prompt` of it. told: what policies of this
+    answer are told besides, in the order of telling. continues: whether the answer goes on with the last message.
+    """
 
     engine: Engine
     scorer: Scorer
@@ -47,13 +53,53 @@ class Context:
     spend: Spend
     choice: int = 0
     cleaner: Callable[[], Cleaner] = Cleaner
+    prompter: Prompter = field(default_factory=Template)
+    continues: bool | None = None
+    told: list[str] = field(default_factory=list)
     report: SelectionReport = field(default_factory=SelectionReport)
-    _fitting: "asyncio.Task[Transforms] | None" = None
+    _fits: "dict[int | None, asyncio.Task[Transforms]]" = field(default_factory=dict)  # copies of a Context share them
     _picks: int = 0
 
     def clean(self, text: str) -> str:
         """The answer in a text that the policy wrote, without what belongs to its prompt's layout."""
         return self.cleaner().clean(text)
+
+    @property
+    def begun(self) -> str:
+        """The beginning of the answer that the conversation ends with, or ""."""
+        return begun(self.messages)
+
+    @property
+    def view(self) -> tuple[Message, ...]:
+        """The conversation as rewards read it: with all that the policies which write this answer were told.
+
+        One view holds for everything that is scored, rollouts of a baseline and calibration answers too: a reward's
+        values can only be compared where they are of the same conversation.
+        """
+        return with_system(self.messages, *self.told, self.prompter.says)
+
+    def tell(self, *texts: str) -> None:
+        """Notes what a policy of this answer is told besides the conversation. Do it before anything is scored."""
+        self.told += [text for text in dict.fromkeys(texts) if text and text not in self.told]
+
+    def render(self, prompter: Prompter, messages: Sequence[Message]) -> TokenPrompt:
+        """A conversation that ends as the request's does, as a prompter's prompt. Raises RequestError."""
+        goes_on = bool(self.messages) and self.messages[-1].role == "assistant"
+        goes_on = goes_on if self.continues is None else self.continues
+        renderer = self.helpers.services.renderer
+        return prompter.render(messages, renderer, add_generation_prompt=not goes_on, continue_final_message=goes_on)
+
+    def decoder(self) -> Decoder:
+        """What gives the text of an answer's tokens."""
+        skip = self.sampling.skip_special_tokens
+        return Decoder(self.helpers.services.renderer, self.prompt, skip_special_tokens=skip)
+
+    def answer(self, text: str, token_ids: tuple[int, ...], *, partial: bool = False) -> Answer:
+        """What rewards read of what the policy wrote: the text without its layout, and the tokens that are left."""
+        clean = self.clean(text)
+        if clean != text:
+            token_ids = token_ids[: self.decoder().kept(token_ids, text.find(clean) + len(clean))]
+        return Answer(clean, token_ids, partial)
 
     def seeds(self, n: int, apart: int = 0) -> list[int | None]:
         """Seeds of this choice's n rollouts: the request's seed, counted on through all its choices.
@@ -76,6 +122,7 @@ class Context:
 
         Costs one generated token for each prompt.
         """
+        self._begin()
         self.spend.tokens_generated += len(prompts)
         self.spend.rollouts += len(prompts)
         with self.spend.generation.span(), self.spend.working.span():
@@ -84,42 +131,47 @@ class Context:
 
     def generate(self, prompts: Sequence[TokenPrompt], sampling: SamplingSpec, seeds: Sequence[int | None]) -> Rollouts:
         """Engine.generate, counted in `spend` and cut off at the request's limits."""
+        self._begin()
         if self.limits.max_tokens_generated is not None:  # shared with what else the request has in the engine
             sampling = replace(sampling, stream=True)  # tokens have to be seen to be counted in time
         if self.selection.needs_logprobs and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)
         rollouts = self.engine.generate(prompts, sampling, seeds=seeds, deadline=self.limits.deadline)
-        return _Counted(rollouts, [len(prompt.mix) for prompt in prompts], self)
+        return Counted(rollouts, [len(prompt.mix) for prompt in prompts], self)
 
     async def __aenter__(self) -> Self:
-        """Begins to draw what the transforms are fitted on, beside the guide's own work."""
-        if any(term.chain.needs_sample or term.chain.reference_answers for term in self.rewards):
-            self._fitting = asyncio.create_task(self._fit())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._fitting is not None:
-            self._fitting.cancel()
-            await asyncio.gather(self._fitting, return_exceptions=True)
+        for task in self._fits.values():
+            task.cancel()
+        await asyncio.gather(*self._fits.values(), return_exceptions=True)
 
     async def score(self, candidates: Sequence[Candidate]) -> None:
         """Fills `rewards` (raw) and `transformed` of the candidates, for all rewards of the request.
+
+        Whole answers are calibrated on whole ones, a partial answer on the policy's answers cut at its own length:
+        among whole answers each beginning would be the shortest, and a reward that grows with length lowest of all.
 
         Raises RewardFailed if a reward fails or returns a value that is not finite.
         """
         if not candidates or not self.rewards:
             return
-        answers = tuple(Answer(self.clean(c.text), c.token_ids, partial=not c.finished) for c in candidates)
+        answers = tuple(self.answer(c.text, c.token_ids, partial=not c.finished) for c in candidates)
         with self.spend.scoring.span(), self.spend.working.span():
             results = await together(self._raw(term, answers) for term in self.rewards)
-            transforms = await self._transforms()
+            lengths = [self._calibrated_at(candidate) for candidate in candidates]
+            distinct = list(dict.fromkeys(lengths))
+            fits = dict(zip(distinct, await together(map(self._transforms, distinct)), strict=True))
         for term, values in zip(self.rewards, results, strict=True):
-            changed = transforms[term.label](np.asarray(values, dtype=np.float64))
-            for candidate, raw, value in zip(candidates, values, changed, strict=True):
-                candidate.rewards[term.label] = raw
-                candidate.transformed[term.label] = float(value)
+            for length, fitted in fits.items():
+                group = [i for i, each in enumerate(lengths) if each == length]
+                changed = fitted[term.label](np.array([values[i] for i in group], dtype=np.float64))
+                for i, value in zip(group, changed, strict=True):
+                    candidates[i].rewards[term.label] = values[i]
+                    candidates[i].transformed[term.label] = float(value)
 
     def rate(self, candidates: Sequence[Candidate]) -> list[float]:
         """Combines the transformed rewards of a group of scored candidates; fills their `combined`."""
@@ -153,7 +205,7 @@ class Context:
             scores.append(candidate.combined)
         seed = self.seeds(1, self._picks)[0]
         self._picks += 1
-        texts = [self.clean(candidate.text) for candidate in candidates]
+        texts = [self.begun + self.clean(candidate.text) for candidate in candidates]
         pool = Pool(
             scores=np.array(scores),
             texts=texts,
@@ -161,7 +213,7 @@ class Context:
             lengths=[len(candidate.token_ids) for candidate in candidates],
             seed=seed,
             embed=self.helpers.embed,
-            prefer=lambda criterion, pairs: self.helpers.prefer(self.messages, criterion, texts, pairs),
+            prefer=lambda criterion, pairs: self.helpers.prefer(self.view, criterion, texts, pairs),
         )
         try:
             choice = await self.selection.pick(pool)
@@ -179,33 +231,51 @@ class Context:
         return candidates[choice.index]
 
     async def _raw(self, term: RewardTerm, answers: tuple[Answer, ...]) -> tuple[float, ...]:
-        group = ScoreGroup(self.messages, self.prompt, answers, term.params)
+        group = ScoreGroup(self.view, self.prompt, answers, term.params)
         result = await self.scorer.score(term.name, group, id(self.spend))
+        for warning in result.warnings:
+            self.report.warn(f"reward '{term.label}': {warning}")
         self.spend.reward_calls += 1
         self.spend.reward_tokens += result.tokens
         return result.values
 
-    async def _transforms(self) -> Transforms:
+    def _calibrated_at(self, candidate: Candidate) -> int | None:
+        """The length of the answers on which a candidate's transforms are fitted, in tokens; None for whole ones."""
+        whole = candidate.finished or not any(term.chain.needs_sample for term in self.rewards)
+        return None if whole else len(candidate.token_ids)
+
+    def _begin(self) -> None:
+        """Starts to draw what the transforms are fitted on, beside the guide's own work, at its first call."""
+        if any(term.chain.needs_sample or term.chain.reference_answers for term in self.rewards):
+            self._fit_task(None)
+
+    def _fit_task(self, length: int | None) -> "asyncio.Task[Transforms]":
+        if length not in self._fits:
+            self._fits[length] = asyncio.create_task(self._fit(length))
+        return self._fits[length]
+
+    async def _transforms(self, length: int | None) -> Transforms:
         """The fitted transforms by label. Concurrent callers share one fit, which none of them can cancel."""
-        if self._fitting is None:
-            self._fitting = asyncio.create_task(self._fit())
-        return await asyncio.shield(self._fitting)
+        return await asyncio.shield(self._fit_task(length))
 
-    async def _fit(self) -> Transforms:
-        return dict(
-            zip((t.label for t in self.rewards), await together(map(self._fit_term, self.rewards)), strict=True)
-        )
+    async def _fit(self, length: int | None) -> Transforms:
+        whole = {} if length is None else await self._transforms(None)
+        terms = [term for term in self.rewards if length is None or term.chain.needs_sample]
+        fitted = await together(self._fit_term(term, length) for term in terms)
+        return {**whole, **dict(zip((term.label for term in terms), fitted, strict=True))}
 
-    async def _fit_term(self, term: RewardTerm) -> Callable[[Any], Any]:
+    async def _fit_term(self, term: RewardTerm, length: int | None) -> Callable[[Any], Any]:
         chain, sample = term.chain, None
         if chain.needs_sample:
-            drawn = await self.helpers.sample(self, term)
+            drawn = await self.helpers.sample(self, term, length)
             sample = np.array(drawn.values)
-            self.report.calibrated(term.label, drawn)
+            if length is None:
+                self.report.calibrated(term.label, drawn)
         references: dict[str, float] = {}
         if chain.reference_answers:
             answers = tuple(
-                Answer(text, tuple(self.helpers.services.renderer.encode(text))) for text in chain.reference_answers
+                Answer(text, tuple(self.helpers.services.renderer.encode(text, plain=True)))
+                for text in chain.reference_answers
             )
             references = dict(zip(chain.reference_answers, await self._raw(term, answers), strict=True))
         return chain.fit(sample, references)
@@ -213,43 +283,3 @@ class Context:
 
 def _int64(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
-
-
-class _Counted:
-    """Rollouts that add to their Context's spend and stop at its token budget."""
-
-    def __init__(self, rollouts: Rollouts, mixed: Sequence[int], ctx: Context) -> None:
-        """mixed: for each row how many policies are mixed into it."""
-        self._rollouts = rollouts
-        self._rows = len(mixed)
-        self._mixed = mixed
-        self._ctx = ctx
-        self._clock = ExitStack()
-
-    async def __aenter__(self) -> Self:
-        self._ctx.spend.rollouts += self._rows
-        await self._rollouts.__aenter__()
-        self._clock.enter_context(self._ctx.spend.generation.span())
-        self._clock.enter_context(self._ctx.spend.working.span())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._clock.close()
-        await self._rollouts.__aexit__(kind, error, trace)
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        spend, budget = self._ctx.spend, self._ctx.limits.max_tokens_generated
-        stopped = False
-        async for delta in self._rollouts:
-            spend.tokens_generated += len(delta.token_ids)
-            spend.mixed_tokens += len(delta.token_ids) * self._mixed[delta.row]
-            if budget is not None and not stopped and spend.tokens_generated >= budget:
-                stopped = True
-                for row in range(self._rows):
-                    await self._rollouts.drop(row, "budget")
-            yield delta
-
-    async def drop(self, row: int, reason: str = "dropped") -> None:
-        await self._rollouts.drop(row, reason)

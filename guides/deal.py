@@ -15,7 +15,7 @@ Costs B (1 + k l) tokens and B k scores a token. Text is committed once all beam
 """
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from pydantic import Field
@@ -29,7 +29,7 @@ from guiderail.guides.rollout import Piece
 from guiderail.guides.steps import MAX_TOP_K, Steps, top_tokens
 from guiderail.guides.tasks import together
 from guiderail.guides.transcript import Transcript
-from guiderail.guides.types import Candidate, Event, TokenPrompt
+from guiderail.guides.types import Candidate, Event
 
 
 @dataclass(slots=True)
@@ -70,7 +70,9 @@ class Deal(Guide):
         )
         length_penalty: float = Field(default=0.0, ge=0, le=2, description="log P is divided by tokens ** this.")
         instruction: str | None = Field(
-            default=None, min_length=1, description="Alignment instruction (system message)."
+            default=None,
+            min_length=1,
+            description="Alignment instruction, told behind the conversation's own system message.",
         )
 
     streams: ClassVar[bool] = True
@@ -87,13 +89,14 @@ class Deal(Guide):
         return ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
-        start = PolicySpec(system=self.params.instruction).prompt(ctx.messages, ctx.prompt, ctx.helpers.services)
+        start = PolicySpec(system=self.params.instruction).policy(ctx, "alignment.guide.instruction").prompt
+        ctx = replace(ctx, prompt=start)  # the policy of all candidates, and of the answers that calibrate
         steps = Steps(ctx)
         beams = [Beam(steps.transcript.fork())]
         chosen: Candidate | None = None
         while steps.go_on(len(beams)):
             open_ = [beam for beam in beams if not beam.finished]
-            found = await together(self._expand(ctx, beam, start, steps.count, i) for i, beam in enumerate(open_))
+            found = await together(self._expand(ctx, beam, steps.count, i) for i, beam in enumerate(open_))
             likeliest = [] if steps.count else [found[0][0].piece]
             if steps.cut_short([tail for new in found for beam in new for tail in beam.tails], likeliest):
                 break
@@ -114,11 +117,11 @@ class Deal(Guide):
         async for event in steps.end():
             yield event
 
-    async def _expand(self, ctx: Context, beam: Beam, start: TokenPrompt, step: int, row: int) -> list[Beam]:
+    async def _expand(self, ctx: Context, beam: Beam, step: int, row: int) -> list[Beam]:
         """The beam's successors, scored: its top-k tokens, each with a lookahead."""
         p, transcript = self.params, beam.transcript
-        ahead = Lookahead(start, 0 if p.lookahead == 0 else 1, p.lookahead or None, None if p.sampled else 0.0)
-        pieces = await top_tokens(ctx, transcript, p.top_k, start)
+        ahead = Lookahead(ctx.prompt, 0 if p.lookahead == 0 else 1, p.lookahead or None, None if p.sampled else 0.0)
+        pieces = await top_tokens(ctx, transcript, p.top_k)
         known = successors(beam.tails)
         reused = [known.get(tuple(piece.token_ids), []) for piece in pieces]
         tails = await roll_forward(ctx, transcript, pieces, ahead, step * p.beams + row, reused)

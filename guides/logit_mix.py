@@ -66,7 +66,7 @@ class LogitMix(Sampling):
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         services = ctx.helpers.services
-        mix = tuple(self._mixed(policy, ctx) for policy in self.params.policies)
+        mix = tuple(self._mixed(i, policy, ctx) for i, policy in enumerate(self.params.policies))
         bias = dict(ctx.sampling.logit_bias)
         for token, value in self._tilts(services).items():
             bias[token] = max(-LARGEST_TILT, min(LARGEST_TILT, bias.get(token, 0.0) + value))
@@ -76,8 +76,8 @@ class LogitMix(Sampling):
                 yield event
 
     @staticmethod
-    def _mixed(policy: WeightedPolicy, ctx: Context) -> Mixed:
-        prompt = policy.prompt(ctx.messages, ctx.prompt, ctx.helpers.services)
+    def _mixed(i: int, policy: WeightedPolicy, ctx: Context) -> Mixed:
+        prompt = policy.policy(ctx, f"alignment.guide.policies[{i}]", away=policy.weight < 0).prompt
         return Mixed(prompt.token_ids, prompt.adapter, policy.weight)
 
     def _tilts(self, services: Services) -> dict[int, float]:

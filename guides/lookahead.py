@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from guiderail.guides.context import Context
+from guiderail.guides.prompters.base import Cleaner
 from guiderail.guides.rollout import Piece, roll_out
 from guiderail.guides.tasks import together
 from guiderail.guides.transcript import Transcript
@@ -21,18 +22,28 @@ Weigh = Callable[[Sequence[Candidate]], Sequence[float]]
 class Lookahead:
     """How values are found: the policy that is rolled out, `rollouts` a candidate, each of `horizon` tokens at most.
 
-    horizon None: to the end of the answer. temperature None: the request's.
+    horizon None: to the end of the answer. temperature None: the request's. stops, cleaner: of the policy's own
+    prompter, as in Policy; they apply to what it writes.
     """
 
     policy: TokenPrompt
     rollouts: int = 1
     horizon: int | None = None
     temperature: float | None = None
+    stops: tuple[str, ...] = ()
+    cleaner: Callable[[str], Cleaner] | None = None
 
     def tokens(self, transcript: Transcript, piece: Piece) -> int:
         """Of a rollout that begins behind `piece`."""
         room = transcript.room - len(piece.token_ids)
         return room if self.horizon is None else min(self.horizon, room)
+
+    def read(self, before: str, text: str) -> str:
+        """The part of the policy's `text` behind `before` that belongs to the answer."""
+        whole = before + text
+        found = (whole.find(stop, max(0, len(before) - len(stop) + 1)) for stop in self.stops)
+        text = text[: min((max(0, at - len(before)) for at in found if at >= 0), default=None)]
+        return text if self.cleaner is None else self.cleaner(before).clean(text)
 
 
 async def roll_forward(
@@ -66,8 +77,9 @@ async def roll_forward(
         prompts = [transcript.prompt(ahead.policy, (*pieces[i].token_ids, *row.token_ids)) for i, row in rows]
         temperature = ctx.sampling.temperature if ahead.temperature is None else ahead.temperature
         sampling = replace(
-            ctx.sampling, max_tokens=want, min_tokens=due, temperature=temperature, logprobs=None, stream=False
-        )
+            ctx.sampling, max_tokens=want, min_tokens=due, temperature=temperature, logprobs=None, stream=False,
+            stop=tuple(dict.fromkeys((*ctx.sampling.stop, *ahead.stops))),
+        )  # fmt: skip
         for (_, row), more in zip(rows, await roll_out(ctx, prompts, sampling, seeds), strict=True):
             row.token_ids.extend(more.token_ids)
             row.finish_reason, row.stop_reason = more.finish_reason, more.stop_reason
@@ -83,15 +95,17 @@ async def value(
     pieces: Sequence[Piece],
     tails: Sequence[Sequence[Piece]],
     weigh: Weigh | None = None,
+    ahead: Lookahead | None = None,
 ) -> list[Candidate]:
     """Each piece as a candidate whose rewards and transformed rewards are the means over its rollouts.
 
+    ahead: what the rollouts are from; needed where their policy has a prompter of its own.
     weigh: gives the rollouts of one candidate (scored and rated) their weights in the means; default: equal.
     A piece without rollouts is scored as it stands. `combined` is filled: with the mean of the rollouts' combined
     rewards, or, where a combination compares candidates, by combining the means over the pieces as a group.
     """
     candidates = [transcript.candidate(i, piece) for i, piece in enumerate(pieces)]
-    groups = [[transcript.candidate(i, pieces[i], tail) for tail in tails[i]] for i in range(len(pieces))]
+    groups = [[_rolled(ctx, transcript, i, pieces[i], tail, ahead) for tail in tails[i]] for i in range(len(pieces))]
     alone = [c for c, group in zip(candidates, groups, strict=True) if not group]
     await ctx.score([*alone, *(rollout for group in groups for rollout in group)])
     q: dict[int, float] = {}
@@ -109,6 +123,20 @@ async def value(
     for index, mean in q.items():
         candidates[index].combined = mean
     return candidates
+
+
+def _rolled(
+    ctx: Context, transcript: Transcript, index: int, piece: Piece, tail: Piece, ahead: Lookahead | None
+) -> Candidate:
+    """The answer that a rollout makes of a piece, without what its policy's own layout put behind it."""
+    whole = transcript.candidate(index, piece, tail)
+    if ahead is None or ahead.cleaner is None:
+        return whole
+    before = transcript.candidate(index, piece).text
+    text = before + ahead.read(ctx.begun + before, whole.text[len(before) :])
+    if text == whole.text:
+        return whole
+    return replace(whole, text=text, token_ids=whole.token_ids[: ctx.decoder().kept(whole.token_ids, len(text))])
 
 
 def _mean(values: Sequence[float], weights: Sequence[float]) -> float:

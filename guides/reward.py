@@ -84,7 +84,10 @@ class Reward(ABC):
 
 
 class TextReward(Reward):
-    """A reward of the answer's text alone, computed off the event loop."""
+    """A reward of the answer's text alone, computed off the event loop.
+
+    The text is the whole answer: what a last message of the assistant began, and the model's continuation of it.
+    """
 
     @abstractmethod
     def score_text(self, prompt: str, answer: str, params: Any) -> float:
@@ -97,10 +100,21 @@ class TextReward(Reward):
     def _score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
         return [
             ScoreResult(
-                tuple(self.score_text(prompt_text(group.messages), a.text, group.params) for a in group.answers)
+                tuple(self.score_text(prompt_text(group.messages), text, group.params) for text in answer_texts(group))
             )
             for group in groups
         ]
+
+
+def begun(messages: Sequence[Message]) -> str:
+    """The beginning of the answer that the conversation ends with: a last message of the assistant, else ""."""
+    return messages[-1].content if messages and messages[-1].role == "assistant" else ""
+
+
+def answer_texts(group: ScoreGroup) -> list[str]:
+    """The answers as their reader has them: with their beginning, where the conversation ends with it."""
+    start = begun(group.messages)
+    return [start + answer.text for answer in group.answers]
 
 
 def prompt_text(messages: Sequence[Message]) -> str:

@@ -7,7 +7,7 @@ from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed
 from guiderail.guides.rollout import Piece, roll_out
 from guiderail.guides.transcript import Transcript
-from guiderail.guides.types import Candidate, Event, Scored, TokenLogprob, TokenPrompt
+from guiderail.guides.types import Candidate, Event, Scored, TokenLogprob
 
 SERVED = 50  # log-probabilities that the engine serves
 MAX_TOP_K = SERVED - 2  # end-of-sequence may have to be left out
@@ -108,8 +108,8 @@ async def draw_blocks(ctx: Context, transcript: Transcript, k: int, block: int, 
     return await roll_out(ctx, [transcript.prompt()] * k, sampling, ctx.seeds(k, apart))
 
 
-async def top_tokens(ctx: Context, transcript: Transcript, k: int, policy: TokenPrompt | None = None) -> list[Piece]:
-    """A policy's k likeliest next tokens as pieces of one token, their log-probabilities (temperature 1) with them.
+async def top_tokens(ctx: Context, transcript: Transcript, k: int) -> list[Piece]:
+    """The policy's k likeliest next tokens as pieces of one token, their log-probabilities (temperature 1) with them.
 
     An end-of-sequence token is a piece that ends the answer; it is left out before min_tokens and under ignore_eos.
     """
@@ -117,7 +117,7 @@ async def top_tokens(ctx: Context, transcript: Transcript, k: int, policy: Token
     ends = {*ctx.sampling.stop_token_ids, *(() if ctx.sampling.ignore_eos else eos)}
     barred = {*eos, *ends} if transcript.due else eos if ctx.sampling.ignore_eos else set()
     count = ctx.sampling.logprobs or 0
-    (found,) = await ctx.next_tokens([transcript.prompt(policy)], min(SERVED, max(k + len(barred), count)))
+    (found,) = await ctx.next_tokens([transcript.prompt()], min(SERVED, max(k + len(barred), count)))
     pieces = []
     for token, logprob in [each for each in found if each[0] not in barred][:k]:
         piece = Piece("", [token], [TokenLogprob(token, logprob, tuple(found[:count]))], "length")

@@ -13,27 +13,16 @@ from guiderail.guides.context import Context
 from guiderail.guides.rollout import Piece
 from guiderail.guides.types import Candidate, Final, Token, TokenPrompt
 
-CONTEXT = 8  # prompt tokens decoded before the answer: some tokenizers drop a space that begins a text
-UNFINISHED = "\ufffd"  # what a decoder shows for half a character
-
 
 class Transcript:
     """What is committed of one answer, and what its continuations would be."""
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._tail = ctx.prompt.token_ids[-CONTEXT:]
-        self._before = self._decode(self._tail)
+        self._decoder = ctx.decoder()
         self._sent = 0  # characters that were streamed
         self._sent_tokens = 0
         self._committed = Candidate(0, "", (), "partial")
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        """Text of tokens, without those at the end that are not whole characters yet."""
-        decode = self._ctx.helpers.services.renderer.decode
-        while (text := decode(ids, skip_special_tokens=self._ctx.sampling.skip_special_tokens)).endswith(UNFINISHED):
-            ids = ids[:-1]
-        return text
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -115,8 +104,7 @@ class Transcript:
         """Of the answer's tokens. A token that ended the answer shows only if stops are to be included."""
         if ended_by_token and not self._ctx.sampling.include_stop_str_in_output:
             ids = ids[:-1]
-        text = self._decode((*self._tail, *ids))
-        return text[len(self._before) :] if text.startswith(self._before) else self._decode(ids)
+        return self._decoder.text(ids)
 
     def _stop(self, ids: Sequence[int], text: str | None = None) -> tuple[str, int] | None:
         """The stop string in the answer's text and where it ends, or None. It must end behind the first min_tokens."""

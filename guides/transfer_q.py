@@ -79,9 +79,8 @@ class TransferQ(Guide):
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         p = self.params
-        rho = Lookahead(
-            p.baseline.prompt(ctx.messages, ctx.prompt, ctx.helpers.services), p.rollouts, p.lookahead, p.temperature
-        )
+        baseline = p.baseline.policy(ctx, "alignment.guide.baseline")
+        rho = Lookahead(baseline.prompt, p.rollouts, p.lookahead, p.temperature, baseline.stops, baseline.cleaner)
         weigh = self._indirect(ctx) if p.baseline_reward is not None else None
         steps = Steps(ctx)
         known: dict[tuple[int, ...], list[Piece]] = {}
@@ -96,7 +95,7 @@ class TransferQ(Guide):
             tails = await roll_forward(ctx, steps.transcript, pieces, rho, apart=2 * steps.count + 1, known=reused)
             if steps.cut_short([tail for rows in tails for tail in rows], pieces[:1] if p.block == 1 else pieces):
                 break
-            candidates = await value(ctx, steps.transcript, pieces, tails, weigh)
+            candidates = await value(ctx, steps.transcript, pieces, tails, weigh, rho)
             log_prior = [piece.logprobs[0].logprob for piece in pieces] if p.block == 1 else None
             for candidate in candidates:
                 assert candidate.combined is not None

@@ -1,7 +1,9 @@
 """Calibration samples: a reward's raw values under the base policy, stored by the operator or drawn on the fly.
 
-A pool of drawn answers belongs to a prompt and its sampling parameters. Equal requests share it, also while it
-is being drawn; it goes on as long as one of them waits. A request whose deadline comes first takes what there is.
+A pool of drawn answers belongs to all that its values depend on: the prompt, the conversation as rewards read it, the
+prompter, whose cleaner the answers go through as candidates do, and the sampling parameters, the seed among them. So
+with a seed it is the same whatever other requests came before. Equal requests share it, also while it is being drawn;
+it goes on as long as one of them waits. A request whose deadline comes first takes what there is.
 """
 
 import asyncio
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from guiderail.guides.base import ScoreResult
 from guiderail.guides.calibration import CalibrationSample
 from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed, RequestError
@@ -25,10 +28,10 @@ FEWEST = 2  # answers without which nothing can be calibrated
 
 @dataclass(slots=True)
 class _Pool:
-    answers: list[Answer] = field(default_factory=list)
+    drawn: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # text and tokens, as they came
     task: "asyncio.Task[None] | None" = None
     waiting: int = 0
-    values: dict[Any, "asyncio.Task[tuple[float, ...]]"] = field(default_factory=dict)
+    values: dict[Any, "asyncio.Task[ScoreResult]"] = field(default_factory=dict)
 
 
 class Calibrator:
@@ -36,41 +39,59 @@ class Calibrator:
 
     def __init__(self, stored: Sequence[StoredCalibration], metrics: Metrics, max_pools: int = 256) -> None:
         """Keeps at most `max_pools` drawn pools, dropping the least recently used."""
-        self._stored = {(each.reward, each.params): each for each in stored}
+        self._stored: dict[tuple[str, str], list[StoredCalibration]] = {}
+        for each in stored:
+            self._stored.setdefault((each.reward, each.params), []).append(each)
         self._metrics = metrics
         self._max_pools = max_pools
         self._pools: OrderedDict[Any, _Pool] = OrderedDict()
 
-    async def sample(self, ctx: Context, term: RewardTerm) -> CalibrationSample:
-        """The sample, and where it is from. Raises RequestError, RewardFailed, DeadlinePassed, EngineUnavailable."""
+    async def sample(self, ctx: Context, term: RewardTerm, length: int | None = None) -> CalibrationSample:
+        """The sample, and where it is from. Raises RequestError, RewardFailed, DeadlinePassed, EngineUnavailable.
+
+        length: the answers are cut after so many tokens. Stored values are of whole answers only; where they have to
+        do for partial ones, a warning says so.
+        """
         sample = self._from_store(ctx, term)
         if sample is None:
-            sample = await self._drawn(ctx, term)
-        self._metrics.calibrated(sample.source)
+            sample = await self._drawn(ctx, term, length)
+        elif length is not None:
+            ctx.report.warn(
+                f"reward '{term.label}': partial answers are calibrated on stored values of whole ones; "
+                "with calibration.source 'drawn' they are on answers cut at their own length"
+            )
+        if length is None:
+            self._metrics.calibrated(sample.source)
         return sample
 
     def _from_store(self, ctx: Context, term: RewardTerm) -> CalibrationSample | None:
-        if ctx.calibration.source == "drawn":
+        source = ctx.calibration.source
+        if source == "drawn":
             return None
-        stored = self._stored.get((term.name, params_key(term.params)))
-        if stored is not None:
+        why = "there is none of this reward with these parameters; stored: " + (
+            ", ".join(sorted({name for name, _ in self._stored})) or "none"
+        )
+        for stored in self._stored.get((term.name, params_key(term.params)), ()):
+            if unlike := stored.unlike(ctx):
+                why = "its answers were sampled otherwise: " + ", ".join(unlike)
+                continue
             own = stored.values.get(prompt_key(ctx.prompt))
             if own is not None:
                 return CalibrationSample(own, "stored")
-            return CalibrationSample(stored.pooled, "stored_pooled")
-        if ctx.calibration.source == "stored":
-            known = ", ".join(sorted(name for name, _ in self._stored)) or "none"
-            where = "alignment.calibration.source"
-            raise RequestError(
-                f"'{where}': no stored calibration of reward '{term.name}' with these parameters; stored: {known}",
-                where,
-            )
-        return None
+            if source == "pooled":
+                return CalibrationSample(stored.pooled, "stored_pooled")
+            why = "it does not have this prompt ('pooled' takes all its prompts together)"
+        if source == "auto":
+            return None
+        where = "alignment.calibration.source"
+        raise RequestError(
+            f"'{where}' is '{source}', but the stored calibration of '{term.name}' cannot serve: {why}", where
+        )
 
-    async def _drawn(self, ctx: Context, term: RewardTerm) -> CalibrationSample:
+    async def _drawn(self, ctx: Context, term: RewardTerm, length: int | None) -> CalibrationSample:
         sampling = replace(ctx.sampling, stream=False, logprobs=None, priority=0)
         n = ctx.calibration.n
-        key = (ctx.prompt, _frozen(sampling), n)
+        key = (ctx.prompt, ctx.view, repr(ctx.prompter.dump()), _frozen(sampling), n)
         pool = self._pools.get(key)
         mine = pool is None
         if pool is None:
@@ -91,10 +112,12 @@ class Calibrator:
             if self._pools.get(key) is pool:
                 del self._pools[key]
             raise error
-        if len(pool.answers) < FEWEST:
+        if len(pool.drawn) < FEWEST:
             raise DeadlinePassed(f"the deadline passed before {FEWEST} of {n} calibration answers were drawn")
-        values = await self._values(pool, ctx, term)
-        return CalibrationSample(values, "drawn" if mine else "shared")
+        result = await self._values(pool, ctx, term, length)
+        for warning in result.warnings:
+            ctx.report.warn(f"reward '{term.label}': {warning}")
+        return CalibrationSample(result.values, "drawn" if mine else "shared")
 
     async def _draw(self, pool: _Pool, ctx: Context, sampling: SamplingSpec, n: int) -> None:
         seed = sampling.seed
@@ -108,28 +131,36 @@ class Calibrator:
                 parts[delta.row] = text, ids = text + delta.text, (*ids, *delta.token_ids)
                 spend.calibration_tokens += len(delta.token_ids)
                 if delta.finish_reason is not None:
-                    pool.answers.append(Answer(text, ids))
+                    pool.drawn.append(parts[delta.row])
 
-    async def _values(self, pool: _Pool, ctx: Context, term: RewardTerm) -> tuple[float, ...]:
-        answers = tuple(pool.answers)
-        key = (term.name, params_key(term.params), len(answers))
+    async def _values(self, pool: _Pool, ctx: Context, term: RewardTerm, length: int | None) -> ScoreResult:
+        key = (term.name, params_key(term.params), len(pool.drawn), length)
         task = pool.values.get(key)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            group = ScoreGroup(ctx.messages, ctx.prompt, answers, term.params)
+            answers = tuple(_read(ctx, text, ids, length) for text, ids in pool.drawn)
+            group = ScoreGroup(ctx.view, ctx.prompt, answers, term.params)
             task = pool.values[key] = asyncio.create_task(self._score(ctx, term.name, group, id(pool)))
         return await asyncio.shield(task)
 
     @staticmethod
-    async def _score(ctx: Context, reward: str, group: ScoreGroup, owner: int) -> tuple[float, ...]:
+    async def _score(ctx: Context, reward: str, group: ScoreGroup, owner: int) -> ScoreResult:
         result = await ctx.scorer.score(reward, group, owner)
         ctx.spend.reward_calls += 1
         ctx.spend.reward_tokens += result.tokens
-        return result.values
+        return result
 
     def _trim(self) -> None:
         idle = [key for key, pool in self._pools.items() if not pool.waiting and pool.task and pool.task.done()]
         for key in idle[: max(0, len(self._pools) - self._max_pools)]:
             del self._pools[key]
+
+
+def _read(ctx: Context, text: str, ids: tuple[int, ...], length: int | None) -> Answer:
+    """A drawn answer as rewards read candidates: cleaned, and cut after `length` tokens if it goes on there."""
+    if length is None or len(ids) <= length:
+        return ctx.answer(text, ids)
+    ids = ids[:length]
+    return ctx.answer(ctx.decoder().text(ids), ids, partial=True)
 
 
 def _left(ctx: Context) -> float | None:

@@ -1,14 +1,15 @@
 """Stored calibration: raw values of one reward under one model, by prompt, in a safetensors file.
 
 Tensors: keys uint8 [P, 32], the SHA-256 of each prompt; values float32 [P, n]. The metadata names model, reward,
-their revisions, the reward's parameters, how the answers were sampled, and the date. A file that does not fit
-the served model or reward is refused: quantiles of another policy would be wrong without looking wrong.
+their revisions, the reward's parameters, how the answers were sampled (`conditions`), and the date. A file that does
+not fit the served model or reward is refused, and not used for a request that samples otherwise: quantiles of another
+policy would be wrong without looking wrong.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from guiderail.guides.context import Context
 from guiderail.guides.errors import GuiderailError
-from guiderail.guides.types import TokenPrompt
+from guiderail.guides.prompters import Template
+from guiderail.guides.types import SamplingSpec, TokenPrompt
 
 FORMAT, VERSION = "guiderail-calibration", "1"
+FREE = ("seed", "stream", "logprobs", "priority")  # fields of a SamplingSpec that change no answer's law
 POOLED = 4096  # values kept of the pool over all prompts: quantiles to better than 0.1 %
 
 
@@ -38,6 +42,26 @@ class StoredCalibration:
     metadata: Mapping[str, str]
     values: Mapping[str, tuple[float, ...]]
     pooled: tuple[float, ...]
+
+    def unlike(self, ctx: Context) -> list[str]:
+        """How the answers of this file differ from those that calibrate a Context's rewards; none if they do not."""
+        theirs = {**conditions(SamplingSpec(0), Template().dump()), **json.loads(self.metadata["sampling"])}
+        ours = conditions(ctx.sampling, ctx.prompter.dump())
+        found = [
+            f"{name} is {ours[name]!r} here and {theirs[name]!r} there" for name in ours if ours[name] != theirs[name]
+        ]
+        if ctx.told:
+            found.append("its policies are told more here")
+        if ctx.prompt.adapter is not None or ctx.prompt.mix:
+            found.append("it is of the served model alone")
+        return found
+
+
+def conditions(sampling: SamplingSpec, prompter: Mapping[str, Any]) -> dict[str, Any]:
+    """What the values of an answer depend on beside model and prompt, as JSON values."""
+    fields = {name: value for name, value in asdict(sampling).items() if name not in FREE}
+    loaded: dict[str, Any] = json.loads(json.dumps({**fields, "prompter": dict(prompter)}))
+    return loaded
 
 
 def prompt_key(prompt: TokenPrompt) -> str:

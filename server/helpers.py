@@ -25,8 +25,8 @@ class ServerHelpers:
         self._encoder = encoder
         self._judge: PairwiseJudge | None = None
 
-    async def sample(self, ctx: Context, term: RewardTerm) -> CalibrationSample:
-        return await self._calibrator.sample(ctx, term)
+    async def sample(self, ctx: Context, term: RewardTerm, length: int | None = None) -> CalibrationSample:
+        return await self._calibrator.sample(ctx, term, length)
 
     async def embed(self, texts: Sequence[str]) -> np.ndarray:
         return await self._encoder.embed(texts)

@@ -198,12 +198,14 @@ def _job(
                 spend=spend,
                 choice=choice,
                 cleaner=partial(alignment.prompter.cleaner, messages[-1].content if _goes_on(request) else ""),
+                prompter=alignment.prompter,
+                continues=_goes_on(request),
             )
             for choice in range(request.n)
         ]
     rows = len(contexts) * alignment.guide.rows()
     tokens = sum(alignment.guide.cost(ctx.sampling.max_tokens) for ctx in contexts)
-    if alignment.calibration.source != "stored" and any(term.chain.needs_sample for term in alignment.rewards):
+    if alignment.calibration.source in ("auto", "drawn") and any(term.chain.needs_sample for term in alignment.rewards):
         tokens += len(prompts) * alignment.calibration.n * max(ctx.sampling.max_tokens for ctx in contexts)
     return Job(model, alignment, tuple(contexts), spend, state.admission, request.priority, rows, tokens)
 

@@ -1,6 +1,6 @@
 """Prompters: how a conversation becomes the prompt of the served model, and what of its output is the answer."""
 
-from guiderail.guides.prompters.base import Cleaner, Prompter
+from guiderail.guides.prompters.base import Cleaner, Prompter, with_system
 from guiderail.guides.prompters.styles import Style, load_style
 from guiderail.guides.prompters.system_message import SystemMessage
 from guiderail.guides.prompters.template import Template
@@ -18,4 +18,5 @@ __all__ = [
     "Urial",
     "load_style",
     "urial_with",
+    "with_system",
 ]

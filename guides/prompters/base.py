@@ -10,6 +10,19 @@ from guiderail.guides.reward import Renderer, Services
 from guiderail.guides.types import Message, TokenPrompt
 
 
+def with_system(messages: Sequence[Message], *texts: str) -> tuple[Message, ...]:
+    """The conversation with these texts, in their order, behind what its first system message says.
+
+    All of it becomes one system message, the parts with an empty line between; a conversation that does not begin
+    with one gets it. Empty texts are left out.
+    """
+    own = messages[0].content if messages and messages[0].role == "system" else None
+    parts = [*([] if own is None else [own]), *(text for text in texts if text)]
+    if len(parts) == (own is not None):
+        return tuple(messages)
+    return (Message("system", "\n\n".join(parts)), *messages[own is not None :])
+
+
 class Cleaner:
     """Separates an answer from what the model writes around it, while it is being written. This one keeps all.
 
@@ -40,6 +53,11 @@ class Prompter(BaseModel, ABC):
 
     name: ClassVar[str]
     stops: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def says(self) -> str:
+        """What the request has it tell the model besides the conversation, as text: rewards read it too."""
+        return ""
 
     @abstractmethod
     def render(

@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
-from guiderail.guides.prompters.base import Prompter
+from guiderail.guides.prompters.base import Prompter, with_system
 from guiderail.guides.reward import Renderer, Services
 from guiderail.guides.types import Message, TokenPrompt
 
@@ -58,11 +58,9 @@ class SystemMessage(Prompter):
         role = "" if self.role is None else f"# Role\n{self.role}\n\n"
         return f"{role}# Preferences\n{RULE}\n{items}"
 
-    def messages(self, given: Sequence[Message]) -> list[Message]:
-        """The conversation with the preferences in its system message."""
-        if given and given[0].role == "system":
-            return [Message("system", f"{given[0].content}\n\n{self.text}"), *given[1:]]
-        return [Message("system", self.text), *given]
+    @property
+    def says(self) -> str:
+        return self.text
 
     def render(
         self,
@@ -73,7 +71,7 @@ class SystemMessage(Prompter):
         continue_final_message: bool = False,
     ) -> TokenPrompt:
         return renderer.render(
-            self.messages(messages),
+            with_system(messages, self.text),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )

@@ -46,6 +46,13 @@ class Urial(Prompter):
         style = self.files[self.style] if self.style in self.files else built_in(self.style)
         return Style(instruction=self.instruction or style.instruction, examples=self.examples or style.examples).text
 
+    @property
+    def says(self) -> str:
+        """The request's own instruction and examples; the style's are the operator's."""
+        own = [] if self.instruction is None else [self.instruction]
+        turns = ("".join((layout.query_block(e.query), layout.answer_block(e.answer))) for e in self.examples or ())
+        return "\n\n".join([*own, *(turn.strip() for turn in turns)])
+
     def text(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> str:
         """The prompt as text. Raises RequestError for a conversation with no answer to write."""
         for place, message in enumerate(messages):

@@ -1,7 +1,8 @@
 """`guiderail rewards calibrate`: stores a reward's values under the served model, prompt by prompt, in one file.
 
-`guiderail serve --calibration FILE` takes quantiles from it: for a prompt of the file from that prompt's own values,
-for any other from all of them together (the response says which). See calibration_store.py for the format.
+`guiderail serve --calibration FILE` takes quantiles from it, for requests that sample as it did: for a prompt of the
+file from that prompt's own values, for any other only where `calibration.source` is "pooled", from all of them
+together (the response says which). See calibration_store.py for the format.
 """
 
 import argparse
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-n", "--samples", type=int, default=100, metavar="N", help="answers drawn for each prompt (100)")
     add("--max-tokens", type=int, default=256, help="tokens of an answer at most (256)")
     add("--temperature", type=float, default=1.0, help="sampling temperature (1)")
+    add("--top-p", type=float, default=1.0, help="nucleus of the sampling (1)")
     add("--seed", type=int, default=0, help="seed of the answers (0)")
     add("--out", required=True, metavar="FILE.safetensors", help="the file to write; it must not exist")
     add_engine_arguments(parser)
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit status. Raises GuiderailError."""
+    from guiderail.guides.prompters import Template
     from guiderail.guides.types import SamplingSpec
     from guiderail.server import calibration_store, models
     from guiderail.server.evaluation.draw import draw, score
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     reward = parse_reward(args.reward)
     settings = settings_for(args, [reward])
     file = read_prompts(Path(args.prompts))
-    sampling = SamplingSpec(args.max_tokens, args.temperature, seed=args.seed)
+    sampling = SamplingSpec(args.max_tokens, args.temperature, args.top_p, seed=args.seed)
 
     async def main(state: "ServerState") -> int:
         (term,) = terms_of(state, [reward])
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             reward=term.name,
             reward_revision=state.rewards[term.name].revision(),
             params=calibration_store.params_key(term.params),
-            sampling={"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed},
+            sampling={**calibration_store.conditions(sampling, Template().dump()), "seed": args.seed},
         )
         print(f"{len(by_prompt)} prompts x {args.samples} values of '{term.name}' in {out}")
         return 0

@@ -154,17 +154,13 @@ async def score_beginnings(
 
 def beginning(state: "ServerState", pool: "AnswerPool", answer: "Answer", tokens: int) -> "Answer":
     """What an answer was after so many tokens; one that had ended by then is itself."""
-    from guiderail.guides.transcript import CONTEXT, UNFINISHED
+    from guiderail.guides.decoding import Decoder
     from guiderail.guides.types import Answer
 
     if len(answer.token_ids) <= tokens:
         return answer
-    ids, tail = answer.token_ids[:tokens], pool.prompt.token_ids[-CONTEXT:]
-    decode = state.renderer.decode
-    before, text = decode(tail).rstrip(UNFINISHED), decode((*tail, *ids)).rstrip(UNFINISHED)
-    if not text.startswith(before):
-        before, text = "", decode(ids).rstrip(UNFINISHED)
-    return Answer(text[len(before) :], ids, partial=True)
+    ids = answer.token_ids[:tokens]
+    return Answer(Decoder(state.renderer, pool.prompt).text(ids), ids, partial=True)
 
 
 def table(report: dict[str, Any]) -> str:

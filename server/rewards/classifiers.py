@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from guiderail.guides.base import ScoreResult
-from guiderail.guides.reward import Services, TextReward
+from guiderail.guides.reward import Services, TextReward, answer_texts
 from guiderail.guides.types import ScoreGroup
 
 PROFANITY_VERSION = "1.9.1"
@@ -33,7 +33,7 @@ class Offensive(TextReward):
         return f"alt-profanity-check {PROFANITY_VERSION}"
 
     def _score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
-        values = [-float(p) for p in self._predict([a.text for group in groups for a in group.answers])]
+        values = [-float(p) for p in self._predict([text for group in groups for text in answer_texts(group)])]
         results, start = [], 0
         for group in groups:
             results.append(ScoreResult(tuple(values[start : start + len(group.answers)])))

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from guiderail.guides import base
 from guiderail.guides.base import ScoreResult
-from guiderail.guides.reward import Reward, Services, prompt_text
+from guiderail.guides.reward import Reward, Services, answer_texts, prompt_text
 from guiderail.guides.types import Message, ScoreGroup, TokenPrompt
 from guiderail.server.rewards.quoting import quoted
 
@@ -57,7 +57,7 @@ class Judge(Reward):
         assert services is not None
         results = []
         for group in groups:
-            prompts = [self._prompt(services, group, answer.text) for answer in group.answers]
+            prompts = [self._prompt(services, group, text) for text in answer_texts(group)]
             verdicts = [(token,) for token in self._verdicts] * len(prompts)
             rows = await services.engine.answer_logprobs([p for p in prompts for _ in self._verdicts], verdicts)
             values = tuple(yes_probability(yes[0], no[0]) for yes, no in zip(rows[::2], rows[1::2], strict=True))

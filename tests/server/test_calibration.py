@@ -1,40 +1,27 @@
 """Calibration: stored files and their refusal, pools drawn on the fly, shared, cut by deadlines, cancelled."""
 
 import asyncio
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from calibrations import PROMPT, calibrator, write
 from contexts import DIGIT, context
 from fakes import Faulty, ScriptedEngine
 
 from guiderail.guides.base import Limits
 from guiderail.guides.calibration import CalibrationSpec
 from guiderail.guides.errors import DeadlinePassed, EngineUnavailable, RequestError, RewardFailed
+from guiderail.guides.prompters import Template, Urial
 from guiderail.guides.types import SamplingSpec, TokenPrompt
 from guiderail.server import calibration_store
 from guiderail.server.calibration import SEEDS_APART, Calibrator
-from guiderail.server.calibration_store import CalibrationError, StoredCalibration, params_key, prompt_key
+from guiderail.server.calibration_store import CalibrationError, params_key, prompt_key
 from guiderail.server.fingerprint import fingerprint
 from guiderail.server.metrics import Metrics
-
-PROMPT = TokenPrompt((1, 2))
-
-
-def write(path: Path, **more: Any) -> Path:
-    values = {prompt_key(PROMPT): [1.0, 2.0, 3.0], prompt_key(TokenPrompt((9,))): [10.0, 20.0, 30.0]}
-    fields: dict[str, Any] = {
-        "model": "m", "model_revision": "rev", "reward": "last_digit", "reward_revision": "1", "params": "{}",
-        "sampling": {"max_tokens": 8},
-    }  # fmt: skip
-    calibration_store.save(path, values, **(fields | more))
-    return path
-
-
-def calibrator(*stored: StoredCalibration) -> Calibrator:
-    return Calibrator(stored, Metrics("fake"))
 
 
 def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -67,15 +54,56 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path) -> None:
             calibration_store.load(tmp_path / name)
 
 
-async def test_stored_values_of_the_prompt_come_first_then_the_pooled_ones(tmp_path: Path) -> None:
+async def test_stored_values_of_the_prompt_come_first_and_pooled_ones_where_they_are_asked_for(tmp_path: Path) -> None:
     found = calibrator(calibration_store.load(write(tmp_path / "c.safetensors")))
     engine = ScriptedEngine()
     own = await found.sample(context(engine), DIGIT)
-    pooled = await found.sample(context(engine, prompt=TokenPrompt((5, 5))), DIGIT)
+    unknown = {"prompt": TokenPrompt((5, 5))}
+    auto = await found.sample(context(engine, calibration=CalibrationSpec(n=4), **unknown), DIGIT)
+    asked = CalibrationSpec(source="pooled")
+    pooled = await found.sample(context(engine, calibration=asked, **unknown), DIGIT)
+    known = await found.sample(context(engine, calibration=asked), DIGIT)
     drawn = await found.sample(context(engine, calibration=CalibrationSpec(source="drawn", n=4)), DIGIT)
-    assert (own.source, own.values) == ("stored", (1.0, 2.0, 3.0))
+    assert (own.source, own.values) == (known.source, known.values) == ("stored", (1.0, 2.0, 3.0))
+    assert (auto.source, len(auto.values)) == ("drawn", 4)
     assert (pooled.source, len(pooled.values)) == ("stored_pooled", 6)
     assert (drawn.source, len(drawn.values)) == ("drawn", 4)
+    with pytest.raises(RequestError, match="does not have this prompt"):
+        await found.sample(context(engine, calibration=CalibrationSpec(source="stored"), **unknown), DIGIT)
+
+
+OTHERWISE: list[tuple[dict[str, Any], str]] = [
+    ({"sampling": SamplingSpec(60, seed=10)}, "max_tokens is 60 here and 50 there"),
+    ({"sampling": SamplingSpec(50, 0.3)}, "temperature is 0.3 here and 1.0 there"),
+    ({"sampling": SamplingSpec(50, top_p=0.9)}, "top_p is 0.9 here"),
+    ({"sampling": SamplingSpec(50, stop=("x",))}, "stop is"),
+    ({"sampling": SamplingSpec(50, logit_bias={3: 1.0})}, "logit_bias is"),
+    ({"prompter": Urial(style="brief")}, "prompter is"),
+    ({"told": ["Be kind."]}, "told more"),
+    ({"prompt": TokenPrompt((1, 2), "adapter")}, "served model alone"),
+]
+
+
+@pytest.mark.parametrize(("more", "what"), OTHERWISE)
+async def test_answers_sampled_otherwise_are_not_served(more: dict[str, Any], what: str, tmp_path: Path) -> None:
+    found = calibrator(calibration_store.load(write(tmp_path / "c.safetensors")))
+    drawn = await found.sample(context(ScriptedEngine(), calibration=CalibrationSpec(n=4), **more), DIGIT)
+    assert (drawn.source, len(drawn.values)) == ("drawn", 4)
+    for source in ("stored", "pooled"):
+        with pytest.raises(RequestError, match=re.escape(what)) as failure:
+            await found.sample(context(ScriptedEngine(), calibration=CalibrationSpec(source=source), **more), DIGIT)
+        assert failure.value.param == "alignment.calibration.source"
+
+
+async def test_of_several_files_the_one_that_was_sampled_alike_serves(tmp_path: Path) -> None:
+    cold = {**calibration_store.conditions(SamplingSpec(50, 0.5), Template().dump()), "seed": 3}
+    files = [write(tmp_path / "a.safetensors"), write(tmp_path / "b.safetensors", sampling=cold)]
+    found = calibrator(*map(calibration_store.load, files))
+    for temperature in (0.5, 1.0):
+        sample = await found.sample(context(ScriptedEngine(), sampling=SamplingSpec(50, temperature, seed=1)), DIGIT)
+        assert sample.source == "stored"
+    sample = await found.sample(context(ScriptedEngine(), sampling=SamplingSpec(50, 0.7, seed=1)), DIGIT)
+    assert sample.source == "drawn"
 
 
 async def test_asking_for_a_store_that_is_not_there_names_the_field() -> None:

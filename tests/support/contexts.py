@@ -28,7 +28,7 @@ class FakeHelpers:
         self.services = Services(engine, renderer or LetterRenderer(), frozenset({"adapter"}), "fake")
         self._samples = samples
 
-    async def sample(self, ctx: Context, term: RewardTerm) -> CalibrationSample:
+    async def sample(self, ctx: Context, term: RewardTerm, length: int | None = None) -> CalibrationSample:
         return CalibrationSample(tuple(self._samples[term.label]), "drawn")
 
     async def embed(self, texts: Sequence[str]) -> np.ndarray:

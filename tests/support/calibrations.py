@@ -1,0 +1,26 @@
+"""A stored calibration of the reward LastDigit, and a Calibrator over such."""
+
+from pathlib import Path
+from typing import Any
+
+from guiderail.guides.types import TokenPrompt
+from guiderail.server import calibration_store
+from guiderail.server.calibration import Calibrator
+from guiderail.server.calibration_store import StoredCalibration, prompt_key
+from guiderail.server.metrics import Metrics
+
+PROMPT = TokenPrompt((1, 2))
+
+
+def write(path: Path, **more: Any) -> Path:
+    values = {prompt_key(PROMPT): [1.0, 2.0, 3.0], prompt_key(TokenPrompt((9,))): [10.0, 20.0, 30.0]}
+    fields: dict[str, Any] = {
+        "model": "m", "model_revision": "rev", "reward": "last_digit", "reward_revision": "1", "params": "{}",
+        "sampling": {"max_tokens": 50},
+    }  # fmt: skip
+    calibration_store.save(path, values, **(fields | more))
+    return path
+
+
+def calibrator(*stored: StoredCalibration) -> Calibrator:
+    return Calibrator(stored, Metrics("fake"))
