@@ -92,7 +92,7 @@ class Scorer(Protocol):
     """Scores groups of answers with rewards by name; batches across the requests in flight."""
 
     async def score(self, reward: str, group: ScoreGroup, owner: int = 0) -> ScoreResult:
-        """`owner` tells requests apart, for fairness. Raises RewardFailed when the reward fails."""
+        """`owner` tells requests apart, for fairness. Raises RewardFailed; RequestError for what a reward refuses."""
         ...
 
 

@@ -3,7 +3,7 @@
 Calls collect for a few milliseconds, and then for as long as the batch before them is scored; a batch is
 filled under a token budget, one group of each request in turn, so that a request with many candidates does
 not keep others waiting. A group whose caller was cancelled is dropped before it is scored. A failing group
-fails its own request, by the reward's name, and no other.
+fails its own request, by the reward's name, and no other; what a reward refuses (RequestError) is the client's fault.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from guiderail.guides.base import ScoreResult
-from guiderail.guides.errors import EngineUnavailable, RewardFailed
+from guiderail.guides.errors import EngineUnavailable, RequestError, RewardFailed
 from guiderail.guides.reward import Reward
 from guiderail.guides.types import ScoreGroup
 from guiderail.server.metrics import Metrics
@@ -58,7 +58,10 @@ class BatchingScorer:
         self._drains: dict[str, asyncio.Task[None]] = {}
 
     async def score(self, reward: str, group: ScoreGroup, owner: int = 0) -> ScoreResult:
-        """Scores one group, together with whatever else waits for the same reward. Raises RewardFailed."""
+        """Scores one group, together with whatever else waits for the same reward.
+
+        Raises RewardFailed, or RequestError for a conversation that the reward refuses.
+        """
         if not self._rewards[reward].batched:
             try:
                 return (await self._score(reward, [group]))[0]
@@ -106,9 +109,10 @@ class BatchingScorer:
     async def _run(self, name: str, batch: Sequence[_Call]) -> None:
         try:
             results = await self._score(name, [call.group for call in batch])
-        except (RewardFailed, EngineUnavailable) as failure:
+        except (RewardFailed, RequestError, EngineUnavailable) as failure:
             if len(batch) == 1:
-                self._metrics.score_failed(name)
+                if not isinstance(failure, RequestError):
+                    self._metrics.score_failed(name)
                 if not batch[0].future.done():
                     batch[0].future.set_exception(failure)
                 return
@@ -127,6 +131,8 @@ class BatchingScorer:
             raise RewardFailed(name, f"no scores within {self._timeout_s:g} s") from None
         except EngineUnavailable:
             raise
+        except RequestError as error:
+            raise RequestError(f"reward '{name}': {error}", error.param) from error
         except Exception as error:
             raise RewardFailed(name, f"{type(error).__name__}: {error}") from error
         if [len(result.values) for result in results] != [len(group.answers) for group in groups]:

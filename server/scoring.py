@@ -22,8 +22,9 @@ async def score_request(state: ServerState, request: ScoreRequest) -> dict[str, 
     jobs = [_context(state, request, item, spec, spend) for item in request.inputs]
     inputs = await together(_score(ctx, candidates) for ctx, candidates in jobs)
     data = [{"index": index, **scored} for index, scored in enumerate(inputs)]
+    warnings = list(dict.fromkeys(warning for ctx, _ in jobs for warning in ctx.report.warnings))
     usage = {"reward_tokens": spend.reward_tokens, "calibration_tokens": spend.calibration_tokens}
-    return {"object": "list", "data": data, "usage": usage}
+    return {"object": "list", "data": data, "usage": usage, "warnings": warnings}
 
 
 async def _score(ctx: Context, candidates: list[Candidate]) -> dict[str, Any]:
@@ -33,7 +34,7 @@ async def _score(ctx: Context, candidates: list[Candidate]) -> dict[str, Any]:
     answers = [
         {"index": c.index, "rewards": c.rewards, "transformed": c.transformed, "score": c.combined} for c in candidates
     ]
-    return {"answers": answers, "calibration": ctx.report.calibration}
+    return {"answers": answers, "calibration": ctx.report.calibration, "warnings": ctx.report.warnings}
 
 
 def _context(
@@ -50,7 +51,7 @@ def _context(
     for index, answer in enumerate(item.answers):
         text, partial = (answer, False) if isinstance(answer, str) else (answer.text, answer.partial)
         reason = "partial" if partial else "stop"
-        candidates.append(Candidate(index, text, tuple(state.renderer.encode(text)), reason))
+        candidates.append(Candidate(index, text, tuple(state.renderer.encode(text, plain=True)), reason))
     ctx = Context(
         engine=state.engine,
         scorer=state.scorer,

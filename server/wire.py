@@ -153,6 +153,7 @@ def alignment_report(job: Job, finals: Sequence[Final]) -> dict[str, Any]:
     return {
         "config": job.alignment.echo(),
         "choices": [_choice_report(i, final, job) for i, final in enumerate(finals)],
+        "warnings": list(dict.fromkeys(warning for ctx in job.contexts for warning in ctx.report.warnings)),
         "spend": job.spend.report(),
     }
 

@@ -45,7 +45,8 @@ def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]
 
         say(_computes_in(spec, model.decoder.dtype))
         runner = PackedRunner(model.decoder, model.heads, capacity=capacity(model.decoder, spec.kv_gb))
-        return PackedBackend(runner, len(model.heads)), model.tokenizer, model.longest
+        longest = min(model.longest or runner.longest, runner.longest)
+        return PackedBackend(runner, len(model.heads)), model.tokenizer, longest
 
     async def load() -> tuple[Backend, Any, int | None]:
         if spec.backend == "packed":

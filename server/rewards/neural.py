@@ -15,8 +15,9 @@ from pydantic import Field
 
 from guiderail.guides import base
 from guiderail.guides.base import ScoreResult
-from guiderail.guides.reward import Reward, Services
-from guiderail.guides.types import PROMPT, Answer, Message, ScoreGroup
+from guiderail.guides.reward import Reward, Services, begun
+from guiderail.guides.types import Answer, ScoreGroup
+from guiderail.server.rewards.conversation import Conversations, Rendered, TooLong, windows
 from guiderail.server.rewards.stats import RunnerStats
 
 
@@ -46,6 +47,11 @@ class NeuralReward(Reward):
         aggregate: Literal["min", "mean", "last", "sum"] = Field(
             default="min", description="How the values at `steps` become one."
         )
+        long: Literal["last", "worst", "refuse"] | None = Field(
+            default=None,
+            description="A conversation longer than the model reads: score its last tokens, or the worst of all its "
+            "windows, or refuse it; default: last for a head that was trained on cut ones, else refuse.",
+        )
 
     batched: ClassVar[bool] = True
 
@@ -62,8 +68,8 @@ class NeuralReward(Reward):
 
         at_end_of_turn: score at the token that ends the answer's turn, where reward heads are trained, and
         not after what a template puts behind it (ChatML: a line break), where sequence classifiers are.
-        last_tokens: score only so many tokens at the end of a conversation, as the model was trained to; without
-        it a conversation longer than the model reads is an error.
+        last_tokens: the model was trained on so many tokens at the end of a conversation; longer ones are cut to them
+        unless the request says otherwise (`long`), and without it refused where they are longer than the model reads.
         identity: tells the weights apart from others, once they are loaded.
         """
         self._identity = identity
@@ -72,11 +78,12 @@ class NeuralReward(Reward):
         self._last_tokens = last_tokens
         self._head = head
         self._backend: Backend | None = None
-        self._tokenizer: Any = None
+        self._conversations: Conversations | None = None
         self._longest: int | None = None
 
     async def start(self, services: Services) -> None:
-        backend, self._tokenizer, self._longest = await self._load()
+        backend, tokenizer, self._longest = await self._load()
+        self._conversations = Conversations(tokenizer, at_end_of_turn=self._at_end_of_turn)
         self._backend = backend
         if not 0 <= self._head < backend.heads:
             raise ValueError(f"head={self._head}, but the model has heads 0 to {backend.heads - 1}")
@@ -100,21 +107,26 @@ class NeuralReward(Reward):
             await self._backend.close()
 
     async def score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+        """Raises RequestError for a conversation that the model's template refuses or that is longer than it reads."""
         assert self._backend is not None
-        texts = [self._texts(group, answer) for group in groups for answer in group.answers]
-        ids = await asyncio.to_thread(self._encode, [text for part in texts for text in part])
-        values = iter(await self._backend.score(ids))
-        lengths = iter(len(each) for each in ids)
-        results, parts = [], iter(texts)
-        for group in groups:
-            scored, tokens = [], 0
-            for _ in group.answers:
-                steps = []
-                for _ in next(parts):
-                    steps.append(self._mix(next(values), group.params))
-                    tokens += next(lengths)
-                scored.append(_aggregate(steps, group.params.aggregate) if group.params.steps else steps[-1])
-            results.append(ScoreResult(tuple(scored), tokens))
+        texts = [[self._texts(group, answer) for answer in group.answers] for group in groups]
+        flat = [
+            (text, group.params.long) for group, part in zip(groups, texts, strict=True) for s in part for text in s
+        ]
+        found = await asyncio.to_thread(self._encode, flat)
+        values = iter(await self._backend.score([window for each, _ in found for window in each]))
+        encoded, results = iter(found), []
+        for group, part in zip(groups, texts, strict=True):
+            scored, tokens, warnings = [], 0, set()
+            for steps in part:
+                read = []
+                for _ in steps:
+                    parts, warning = next(encoded)
+                    read.append(min(self._mix(next(values), group.params) for _ in parts))
+                    tokens += sum(map(len, parts))
+                    warnings.add(warning)
+                scored.append(_aggregate(read, group.params.aggregate) if group.params.steps else read[-1])
+            results.append(ScoreResult(tuple(scored), tokens, tuple(sorted(warnings - {""}))))
         return results
 
     def _mix(self, heads: Sequence[float], params: Any) -> float:
@@ -122,38 +134,42 @@ class NeuralReward(Reward):
             return heads[self._head]
         return math.fsum(weight * value for weight, value in zip(params.heads, heads, strict=True))
 
-    def _texts(self, group: ScoreGroup, answer: Answer) -> list[str]:
+    def _texts(self, group: ScoreGroup, answer: Answer) -> list[Rendered]:
         """What to score for one answer: with steps every marked part of it, and last the whole answer."""
-        whole = self._render(group.messages, answer.text, partial=answer.partial)
-        if group.params.steps is None:
+        assert self._conversations is not None
+        render, mark = self._conversations.render, group.params.steps
+        whole = render(group.messages, answer.text, partial=answer.partial)
+        if mark is None:
             return [whole]
-        pieces = answer.text.split(group.params.steps)
-        ends = [group.params.steps.join(pieces[: i + 1]) + group.params.steps for i in range(len(pieces) - 1)]
-        return [*(self._render(group.messages, text, partial=True) for text in ends), whole]
+        start = begun(group.messages)
+        before = group.messages[:-1] if start else group.messages
+        pieces = (start + answer.text).split(mark)
+        ends = [mark.join(pieces[: i + 1]) + mark for i in range(len(pieces) - 1)]
+        return [*(render(before, text, partial=True) for text in ends), whole]
 
-    def _render(self, messages: Sequence[Message], answer: str, *, partial: bool) -> str:
-        if messages and messages[0].role == PROMPT:
-            return messages[0].content + answer
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        if turns and turns[-1]["role"] == "assistant":  # the answer continues this turn
-            turns[-1] = {"role": "assistant", "content": turns[-1]["content"] + answer}
-        else:
-            turns.append({"role": "assistant", "content": answer})
-        if not self._tokenizer.chat_template:
-            return "\n\n".join(turn["content"] for turn in turns)
-        # An empty last turn cannot be continued in a template; it ends there as it would if it were whole.
-        goes_on = partial and bool(turns[-1]["content"].strip())
-        text: str = self._tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=goes_on)
-        return text.rstrip() if self._at_end_of_turn and not goes_on else text
+    def _encode(self, texts: Sequence[tuple[Rendered, str | None]]) -> list[tuple[list[list[int]], str]]:
+        """The windows to score of each text, whose `long` stands beside it, and a warning or ""."""
+        assert self._conversations is not None
+        encoded = self._conversations.encode([text for text, _ in texts])
+        return [self._windows(ids, text.ended, long) for ids, (text, long) in zip(encoded, texts, strict=True)]
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=not self._tokenizer.chat_template)["input_ids"]
-        if self._last_tokens is not None:
-            ids = [each[-self._last_tokens :] for each in ids]
-        for each in ids:
-            if self._longest is not None and len(each) > self._longest:
-                raise ValueError(f"conversation and answer have {len(each)} tokens; the model reads {self._longest}")
-        return ids
+    def _windows(self, ids: list[int], ended: bool, long: str | None) -> tuple[list[list[int]], str]:
+        limit = min((each for each in (self._last_tokens, self._longest) if each is not None), default=len(ids))
+        if len(ids) <= limit:
+            return [ids], ""
+        match long or ("refuse" if self._last_tokens is None else "last"):
+            case "worst":
+                return windows(ids, limit, end=ended), ""
+            case "last":
+                return [ids[-limit:]], (
+                    f"a conversation with its answer is longer than the {limit} tokens that the model reads, so only "
+                    "its last ones were scored; 'long' of the reward may be 'worst' (all windows) or 'refuse'"
+                )
+        raise TooLong(
+            f"conversation and answer have {len(ids)} tokens; the model reads {limit}; 'long' of the reward may be "
+            "'last' (its last tokens) or 'worst' (all windows)",
+            "messages",
+        )
 
 
 def _aggregate(values: Sequence[float], how: str) -> float:

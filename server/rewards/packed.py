@@ -60,6 +60,11 @@ class PackedRunner:
         self.stats = RunnerStats()
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that it scores."""
+        return self._max_pass_tokens
+
+    @property
     def cached_tokens(self) -> int:
         """Tokens whose keys and values are held now."""
         return self._tree.used_slots
