@@ -18,6 +18,7 @@ from guiderail.guides.spend import Spend
 from guiderail.guides.types import PROMPT, Event, Final, Message, SamplingSpec, Token, TokenPrompt
 from guiderail.server.admission import Admission
 from guiderail.server.alignment import Alignment
+from guiderail.server.delivered import Delivered
 from guiderail.server.errors import ApiError, bad_request
 from guiderail.server.protocol import ChatRequest, CompletionRequest, SamplingFields
 from guiderail.server.state import ServerState
@@ -87,16 +88,18 @@ class Job:
     async def _run(self, index: int) -> AsyncGenerator[Event, None]:
         accepted, ctx = 0, self.contexts[index]
         cleaner = ctx.cleaner()
+        delivered = None if ctx.sampling.logprobs is None else Delivered(ctx.decoder())
         async with ctx, aclosing(self.alignment.guide.run(ctx)) as events:
             async for event in events:
                 if isinstance(event, Token):
                     accepted += len(event.token_ids)
-                    if ctx.sampling.logprobs is None and event.logprobs is not None:  # drawn for selection alone
-                        event = replace(event, logprobs=None)
-                    event = replace(event, text=cleaner.push(event.text))
+                    text, logprobs = cleaner.push(event.text), None  # log-probabilities may be for selection alone
+                    if delivered is not None:
+                        logprobs = delivered.take(event.logprobs or (), event.text, text) or None
+                    event = replace(event, text=text, logprobs=logprobs)
                 elif isinstance(event, Final):
                     if rest := cleaner.finish():
-                        yield Token(rest, ())
+                        yield Token(rest, (), None if delivered is None else delivered.take((), "", rest) or None)
                     self.spend.tokens_accepted += accepted
                 yield event
 
