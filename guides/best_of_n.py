@@ -19,6 +19,7 @@ from guiderail.guides.base import Guide, answer_events
 from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed
 from guiderail.guides.rollout import Piece, roll_out
+from guiderail.guides.seeds import POOL_SIZE
 from guiderail.guides.tasks import task_group
 from guiderail.guides.types import Candidate, Event, Scored
 
@@ -36,7 +37,7 @@ class BestOfN(Guide):
         return n
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
-        candidates = await draw_scored(ctx, ctx.selection.draws(self.params.n, ctx.seeds(1)[0]))
+        candidates = await draw_scored(ctx, ctx.selection.draws(self.params.n, ctx.seeds(1, stream=POOL_SIZE)[0]))
         stopped_by = next((c.finish_reason for c in candidates if not c.finished), None)
         pool = [c for c in candidates if c.transformed]
         if not pool:  # nothing was finished and scored in time: what there is has to do

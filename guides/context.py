@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from guiderail.guides import seeds
 from guiderail.guides.base import Engine, Helpers, Limits, Rollouts, Scorer
 from guiderail.guides.calibration import CalibrationSpec
 from guiderail.guides.counted import Counted
@@ -28,12 +29,11 @@ from guiderail.guides.tasks import together
 from guiderail.guides.types import Answer, Candidate, Message, SamplingSpec, ScoreGroup, TokenPrompt
 
 Transforms = dict[str, Callable[[Any], Any]]
-DRAWS_APART = 1_000_003  # seeds of a guide's successive draws are this far apart, more than any draw has rows
 
 
 @dataclass(slots=True)
 class Context:
-    """Everything a guide may use for one answer. `choice` numbers the answers of one request (its `n`).
+    """Everything a guide may use for one answer. `choice` numbers the answers of one request.
 
     messages: the conversation as the request has it. prompter: what made `prompt` of it. told: what policies of this
     answer are told besides, in the order of telling. continues: whether the answer goes on with the last message.
@@ -101,14 +101,12 @@ class Context:
             token_ids = token_ids[: self.decoder().kept(token_ids, text.find(clean) + len(clean))]
         return Answer(clean, token_ids, partial)
 
-    def seeds(self, n: int, apart: int = 0) -> list[int | None]:
-        """Seeds of this choice's n rollouts: the request's seed, counted on through all its choices.
+    def seeds(self, n: int, step: int = 0, stream: str = seeds.DRAW) -> Sequence[int | None]:
+        """Seeds of n sequences of this answer (seeds.py). No two steps and no two streams have one in common.
 
-        `apart` numbers the draws of a guide that draws more than once; equal numbers give equal seeds.
+        A guide that draws more than once numbers its draws by `step`; equal numbers give equal seeds.
         """
-        seed = self.sampling.seed
-        first = None if seed is None else seed + self.choice * n + apart * DRAWS_APART
-        return [None if first is None else _int64(first + i) for i in range(n)]
+        return seeds.Seeds(self.sampling.seed, self.choice).stream(n, stream, step)
 
     def over(self, tokens: int = 0) -> str | None:
         """The limit that leaves no room for `tokens` more: "deadline", "budget" or None."""
@@ -203,7 +201,7 @@ class Context:
             if candidate.combined is None:
                 raise RewardFailed("(selection)", f"candidate {candidate.index} was never rated")
             scores.append(candidate.combined)
-        seed = self.seeds(1, self._picks)[0]
+        (seed,) = self.seeds(1, self._picks, seeds.PICK)
         self._picks += 1
         texts = [self.begun + self.clean(candidate.text) for candidate in candidates]
         pool = Pool(
@@ -279,7 +277,3 @@ class Context:
             )
             references = dict(zip(chain.reference_answers, await self._raw(term, answers), strict=True))
         return chain.fit(sample, references)
-
-
-def _int64(seed: int) -> int:
-    return (seed + 2**63) % 2**64 - 2**63

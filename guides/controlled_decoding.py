@@ -54,10 +54,10 @@ class ControlledDecoding(Guide):
         ahead = Lookahead(ctx.prompt, self.params.rollouts, self.params.horizon)
         steps = Steps(ctx)
         while steps.go_on(k):
-            pieces = await draw_blocks(ctx, steps.transcript, k, block, apart=2 * steps.count)
+            pieces = await draw_blocks(ctx, steps.transcript, k, block, steps.count)
             if steps.cut_short(pieces):
                 break
-            tails = await roll_forward(ctx, steps.transcript, pieces, ahead, apart=2 * steps.count + 1)
+            tails = await roll_forward(ctx, steps.transcript, pieces, ahead, steps.count)
             if steps.cut_short([tail for rows in tails for tail in rows], pieces):
                 break
             candidates = await value(ctx, steps.transcript, pieces, tails)  # V of each block

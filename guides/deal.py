@@ -124,7 +124,7 @@ class Deal(Guide):
         pieces = await top_tokens(ctx, transcript, p.top_k)
         known = successors(beam.tails)
         reused = [known.get(tuple(piece.token_ids), []) for piece in pieces]
-        tails = await roll_forward(ctx, transcript, pieces, ahead, step * p.beams + row, reused)
+        tails = await roll_forward(ctx, transcript, pieces, ahead, step, reused, f"beam {row}")
         candidates = await value(ctx, transcript, pieces, tails)
         return [
             Beam(transcript, beam.log_p + piece.logprobs[0].logprob, piece, candidate, tail)

@@ -11,6 +11,7 @@ from itertools import islice
 from guiderail.guides.context import Context
 from guiderail.guides.prompters.base import Cleaner
 from guiderail.guides.rollout import Piece, roll_out
+from guiderail.guides.seeds import ROLLOUT
 from guiderail.guides.tasks import together
 from guiderail.guides.transcript import Transcript
 from guiderail.guides.types import Candidate, TokenPrompt
@@ -51,12 +52,14 @@ async def roll_forward(
     transcript: Transcript,
     pieces: Sequence[Piece],
     ahead: Lookahead,
-    apart: int,
+    step: int,
     known: Sequence[Sequence[Piece]] | None = None,
+    stream: str = ROLLOUT,
 ) -> list[list[Piece]]:
     """Rollouts of each piece: none for one that ends the answer, else `ahead.rollouts`.
 
     known: for each piece rollouts that are there already, at most as many; they are extended to the horizon.
+    step, stream: number the rollouts' seeds among all of the answer.
     """
     jobs: dict[tuple[int, int], list[tuple[int, Piece]]] = {}  # rows by the tokens that they still want, and must have
     tails: list[list[Piece]] = []
@@ -71,9 +74,9 @@ async def roll_forward(
                 due = max(0, transcript.due - len(piece.token_ids) - len(row.token_ids))
                 jobs.setdefault((want, min(want, due)), []).append((index, row))
         tails.append(rows)
-    seeds = iter(ctx.seeds(len(pieces) * ahead.rollouts, apart))
+    seeds = iter(ctx.seeds(len(pieces) * ahead.rollouts, step, stream))
 
-    async def extend(want: int, due: int, rows: list[tuple[int, Piece]], seeds: list[int | None]) -> None:
+    async def extend(want: int, due: int, rows: list[tuple[int, Piece]], seeds: Sequence[int | None]) -> None:
         prompts = [transcript.prompt(ahead.policy, (*pieces[i].token_ids, *row.token_ids)) for i, row in rows]
         temperature = ctx.sampling.temperature if ahead.temperature is None else ahead.temperature
         sampling = replace(

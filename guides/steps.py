@@ -97,7 +97,7 @@ class Steps:
             self.transcript.commit(longest)
 
 
-async def draw_blocks(ctx: Context, transcript: Transcript, k: int, block: int, apart: int) -> list[Piece]:
+async def draw_blocks(ctx: Context, transcript: Transcript, k: int, block: int, step: int) -> list[Piece]:
     """k continuations of what is committed, of at most `block` tokens each, drawn from the policy."""
     sampling = replace(
         ctx.sampling,
@@ -105,7 +105,7 @@ async def draw_blocks(ctx: Context, transcript: Transcript, k: int, block: int, 
         max_tokens=min(block, transcript.room),
         min_tokens=min(block, transcript.due),
     )
-    return await roll_out(ctx, [transcript.prompt()] * k, sampling, ctx.seeds(k, apart))
+    return await roll_out(ctx, [transcript.prompt()] * k, sampling, ctx.seeds(k, step))
 
 
 async def top_tokens(ctx: Context, transcript: Transcript, k: int) -> list[Piece]:

@@ -88,11 +88,11 @@ class TransferQ(Guide):
             if p.block == 1:
                 pieces = await top_tokens(ctx, steps.transcript, p.top_k)
             else:
-                pieces = await draw_blocks(ctx, steps.transcript, p.top_k, p.block, apart=2 * steps.count)
+                pieces = await draw_blocks(ctx, steps.transcript, p.top_k, p.block, steps.count)
             if steps.cut_short(pieces):
                 break
             reused = [known.get(tuple(piece.token_ids), []) for piece in pieces] if p.block == 1 else None
-            tails = await roll_forward(ctx, steps.transcript, pieces, rho, apart=2 * steps.count + 1, known=reused)
+            tails = await roll_forward(ctx, steps.transcript, pieces, rho, steps.count, known=reused)
             if steps.cut_short([tail for rows in tails for tail in rows], pieces[:1] if p.block == 1 else pieces):
                 break
             candidates = await value(ctx, steps.transcript, pieces, tails, weigh, rho)

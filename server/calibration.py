@@ -18,11 +18,11 @@ from guiderail.guides.calibration import CalibrationSample
 from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed, RequestError
 from guiderail.guides.pipeline import RewardTerm
+from guiderail.guides.seeds import CALIBRATION, Seeds
 from guiderail.guides.types import Answer, SamplingSpec, ScoreGroup, TokenPrompt
 from guiderail.server.calibration_store import StoredCalibration, params_key, prompt_key
 from guiderail.server.metrics import Metrics
 
-SEEDS_APART = 2**40  # from the seeds of candidates: a pool must not be made of the candidates themselves
 FEWEST = 2  # answers without which nothing can be calibrated
 
 
@@ -120,8 +120,7 @@ class Calibrator:
         return CalibrationSample(result.values, "drawn" if mine else "shared")
 
     async def _draw(self, pool: _Pool, ctx: Context, sampling: SamplingSpec, n: int) -> None:
-        seed = sampling.seed
-        seeds = [None if seed is None else (seed + SEEDS_APART + i) % 2**63 for i in range(n)]
+        seeds = Seeds(sampling.seed).stream(n, CALIBRATION)  # a pool must not be made of the candidates themselves
         spend = ctx.spend
         parts: list[tuple[str, tuple[int, ...]]] = [("", ())] * n
         prompts: list[TokenPrompt] = [ctx.prompt] * n

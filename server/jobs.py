@@ -199,7 +199,7 @@ def _job(
                 calibration=alignment.calibration,
                 limits=Limits(deadline, alignment.budget.max_tokens_generated),
                 spend=spend,
-                choice=choice,
+                choice=len(contexts) + choice,
                 cleaner=partial(alignment.prompter.cleaner, messages[-1].content if _goes_on(request) else ""),
                 prompter=alignment.prompter,
                 continues=_goes_on(request),

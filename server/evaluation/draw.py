@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from guiderail.guides.errors import RequestError
 from guiderail.guides.pipeline import RewardTerm
+from guiderail.guides.seeds import Seeds
 from guiderail.guides.tasks import together
 from guiderail.guides.types import PROMPT, Answer, Message, SamplingSpec, ScoreGroup, TokenPrompt
 from guiderail.server.state import ServerState
@@ -40,9 +41,9 @@ async def draw(
 ) -> list[AnswerPool]:
     """n answers to each prompt from the served model, in the order of the prompts, with a progress bar.
 
-    With a seed, answer j to prompt i has the seed sampling.seed + i * n + j. As many prompts are in the engine
-    at once as fill it twice. Raises RequestError for a prompt that the context has no room for, before
-    anything is drawn, and EngineUnavailable if the engine is lost.
+    With a seed, each prompt's answers are seeded as the answers of one request are (guides/seeds.py). As many
+    prompts are in the engine at once as fill it twice. Raises RequestError for a prompt that the context has no
+    room for, before anything is drawn, and EngineUnavailable if the engine is lost.
     """
     rendered = [tokens_of(state, messages) for messages in prompts]
     for index, prompt in enumerate(rendered, 1):
@@ -56,8 +57,7 @@ async def draw(
     with tqdm(total=n * len(prompts), unit="answer", desc="drawing", disable=None) as bar:
 
         async def one(index: int) -> AnswerPool:
-            seed, spec = sampling.seed, replace(sampling, stream=False)
-            seeds = None if seed is None else [seed + index * n + row for row in range(n)]
+            seeds, spec = Seeds(sampling.seed, index).stream(n), replace(sampling, stream=False)
             texts: list[str] = [""] * n
             ids: list[tuple[int, ...]] = [()] * n
             async with at_once, state.engine.generate([rendered[index]] * n, spec, seeds=seeds) as rollouts:

@@ -91,14 +91,18 @@ async def test_best_of_16_with_two_rewards_is_the_argmax(client: openai.AsyncOpe
     assert answer.usage.completion_tokens == best["tokens"] == spend["tokens_accepted"]
 
 
-async def test_best_of_n_draws_what_plain_sampling_with_n_draws(client: openai.AsyncOpenAI) -> None:
+async def test_the_first_candidate_of_best_of_n_is_the_plain_answer_and_others_share_no_seed(
+    client: openai.AsyncOpenAI,
+) -> None:
     alignment = {"guide": {"name": "best_of_n", "n": 4}, "rewards": ["sentiment"], "return_candidates": True}
     guided = await client.chat.completions.create(
         model=MODEL, messages=POEM, max_tokens=12, seed=5, extra_body={"alignment": alignment}
     )
     plain = await client.chat.completions.create(model=MODEL, messages=POEM, max_tokens=12, seed=5, n=4)
     drawn = [c["text"] for c in guided.model_dump()["alignment"]["choices"][0]["candidates"]]
-    assert drawn == [choice.message.content for choice in plain.choices]
+    answers = [choice.message.content for choice in plain.choices]
+    assert drawn[0] == answers[0]
+    assert len({*drawn, *answers}) == 7
 
 
 async def test_seeds_reproduce_and_differ(client: openai.AsyncOpenAI) -> None:

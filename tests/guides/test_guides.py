@@ -13,6 +13,7 @@ from guiderail.guides.base import Guide, Limits
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.errors import DeadlinePassed, EngineUnavailable, RewardFailed
 from guiderail.guides.sampling import Sampling
+from guiderail.guides.seeds import Seeds
 from guiderail.guides.types import SamplingSpec, Token, TokenPrompt
 
 
@@ -20,7 +21,7 @@ async def test_best_of_n_returns_the_argmax_and_counts_everything() -> None:
     ctx = context(ScriptedEngine())
     events = await run(BestOfN(BestOfN.Params(n=8)), ctx)
     end = final(events)
-    assert [c.rewards["last_digit"] for c in end.candidates] == [0, 1, 2, 3, 4, 5, 6, 7]  # seeds 10..17
+    assert [c.rewards["last_digit"] for c in end.candidates] == [0, 1, 2, 3, 4, 5, 6, 7]  # rows 10..17
     assert end.chosen == 7
     assert "".join(e.text for e in events if isinstance(e, Token)) == "w17 one two three"
     assert ctx.spend.tokens_generated == 8 * 4
@@ -30,9 +31,13 @@ async def test_best_of_n_returns_the_argmax_and_counts_everything() -> None:
 
 
 async def test_choices_use_disjoint_seeds() -> None:
-    ctx = context(ScriptedEngine(), choice=2)
-    end = final(await run(BestOfN(BestOfN.Params(n=4)), ctx))
-    assert [c.text.split()[0] for c in end.candidates] == ["w18", "w19", "w20", "w21"]
+    drawn: list[str] = []
+    for choice in range(3):
+        end = final(await run(BestOfN(BestOfN.Params(n=4)), context(ScriptedEngine(), choice=choice)))
+        drawn += [c.text.split()[0] for c in end.candidates]
+    assert drawn[:4] == ["w10", "w11", "w12", "w13"]
+    assert drawn[4:] == [f"w{seed}" for choice in (1, 2) for seed in Seeds(10, choice).stream(4)]
+    assert len(set(drawn)) == 12
 
 
 async def test_candidates_are_scored_as_they_finish() -> None:

@@ -16,9 +16,10 @@ from guiderail.guides.base import Limits
 from guiderail.guides.calibration import CalibrationSpec
 from guiderail.guides.errors import DeadlinePassed, EngineUnavailable, RequestError, RewardFailed
 from guiderail.guides.prompters import Template, Urial
+from guiderail.guides.seeds import CALIBRATION, DRAW, PICK, Seeds
 from guiderail.guides.types import SamplingSpec, TokenPrompt
 from guiderail.server import calibration_store
-from guiderail.server.calibration import SEEDS_APART, Calibrator
+from guiderail.server.calibration import Calibrator
 from guiderail.server.calibration_store import CalibrationError, params_key, prompt_key
 from guiderail.server.fingerprint import fingerprint
 from guiderail.server.metrics import Metrics
@@ -129,11 +130,13 @@ async def test_the_pool_is_apart_from_the_candidates() -> None:
     seen: list[int] = []
     engine = ScriptedEngine(lambda seed: seen.append(seed) or [f"w{seed}"])  # type: ignore[func-returns-value]
     await calibrator().sample(context(engine, calibration=CalibrationSpec(n=3)), DIGIT)
-    assert sorted(seen) == [10 + SEEDS_APART + i for i in range(3)]
+    assert seen == Seeds(10).stream(3, CALIBRATION)
+    assert not {*seen} & {*range(10, 14), *(seed for name in (DRAW, PICK) for seed in Seeds(10).stream(64, name))}
 
 
 async def test_a_deadline_takes_what_there_is() -> None:
-    engine = ScriptedEngine(lambda seed: ["w1"] * (1 if seed % 2 else 1000), step_s=0.01)
+    short = Seeds(10).stream(8, CALIBRATION)[::2]
+    engine = ScriptedEngine(lambda seed: ["w1"] * (1 if seed in short else 1000), step_s=0.01)
     ctx = context(engine, calibration=CalibrationSpec(n=8), limits=Limits(deadline=time.monotonic() + 0.2))
     sample = await calibrator().sample(ctx, DIGIT)
     assert len(sample.values) == 4

@@ -12,6 +12,7 @@ from fakes import ScriptedEngine, make_state
 
 from guiderail.guides import Params, TextReward
 from guiderail.guides.errors import GuiderailError, RequestError
+from guiderail.guides.seeds import Seeds
 from guiderail.guides.types import PROMPT, Answer, Message, SamplingSpec
 from guiderail.server.evaluation import draw, options, pair_figures, reward_report, rewards
 from guiderail.server.evaluation.lines import DataError
@@ -180,8 +181,9 @@ class TestDraw:
         state = make_state(engine)
         pools = await draw.draw(state, [ASK, (Message(PROMPT, "raw"),)], 3, SamplingSpec(8, seed=10))
         assert [[a.text for a in p.answers] for p in pools] == [
-            ["w10 end", "w11 end", "w12 end"], ["w13 end", "w14 end", "w15 end"],
-        ]  # fmt: skip
+            ["w10 end", "w11 end", "w12 end"],
+            [f"w{seed} end" for seed in Seeds(10, answer=1).stream(3)],
+        ]
         assert pools[1].prompt.token_ids == tuple(map(ord, "raw"))
         assert pools[0].answers[0].token_ids == (0, 1)
         assert engine.running == set()

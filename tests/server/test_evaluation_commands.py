@@ -16,6 +16,7 @@ from serving import Live
 from guiderail.guides import Params, TextReward
 from guiderail.guides.errors import GuiderailError, PluginError
 from guiderail.guides.reward import Services
+from guiderail.guides.seeds import Seeds
 from guiderail.guides.types import Message, SamplingSpec
 from guiderail.server import offline
 from guiderail.server.engines.absent import EngineNeeded, NoEngine
@@ -123,7 +124,7 @@ class TestCurveCommand:
         state = make_state(engine, {"hump": Hump()})
         named = [options.parse_reward("last_digit", "proxy"), options.parse_reward("hump", "gold")]
         figures = await curve.evaluate_curve(state, [ASK] * 3, named, m, ns, SamplingSpec(4, seed=1))
-        pools = [[(1 + p * m + row) * 7 % 10 for row in range(m)] for p in range(3)]
+        pools = [[seed * 7 % 10 for seed in Seeds(1, p).stream(m) if seed is not None] for p in range(3)]
         for i, n in enumerate(ns):
             best = [max(some) for pool in pools for some in combinations(pool, n)]
             assert figures["proxy"]["value"][i] == pytest.approx(np.mean(best))

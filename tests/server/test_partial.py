@@ -23,6 +23,7 @@ from tabular_engine import TabularEngine
 from guiderail.guides import TextReward
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.errors import GuiderailError
+from guiderail.guides.seeds import Seeds
 from guiderail.guides.speculative_rejection import SpeculativeRejection
 from guiderail.guides.types import Delta, Message, SamplingSpec
 from guiderail.server import offline
@@ -142,7 +143,7 @@ class TestCommand:
         figures = await partial.evaluate_partial(
             state, [ASK] * 2, options.parse_reward("weight"), 3, [1, 3], 0.5, SamplingSpec(8, seed=5)
         )
-        texts = ["".join(spell(seed)) for seed in range(5, 11)]
+        texts = ["".join(spell(seed)) for prompt in (0, 1) for seed in Seeds(5, prompt).stream(3) if seed is not None]
         assert sorted(reward.asked) == sorted(part for text in texts for part in (text[:1], text[:3], text))
         values = np.array([[reward.score_text("", t, None) for t in texts[i : i + 3]] for i in (0, 3)])
         for row in figures["checkpoints"]:

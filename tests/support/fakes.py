@@ -7,14 +7,19 @@ from typing import Any
 
 from guiderail.guides import Message, Reward, ScoreResult, TextReward
 from guiderail.guides.errors import EngineUnavailable
+from guiderail.guides.seeds import Seeds
 from guiderail.guides.types import Delta, SamplingSpec, ScoreGroup, TokenLogprob, TokenPrompt
 from guiderail.server.engines.rollouts import EngineRollouts
 from guiderail.server.engines.stats import EngineStats
 
+ROWS_OF_10 = {seed: 10 + row for row, seed in enumerate(Seeds(10).stream(128))}
+
 
 @dataclass
 class ScriptedEngine:
-    """Answers every row with the words of `script(row seed)`, one token a word, `step_s` apart.
+    """Answers every row with the words of `script(row's number)`, one token a word, `step_s` apart.
+
+    The number of a row is its seed; rows 0, 1, ... of the first answer to a request with seed 10 are 10, 11, ...
 
     Rows count as running until they end or are aborted, so tests can see what was freed.
     """
@@ -51,7 +56,7 @@ class ScriptedEngine:
 
     async def deltas(self, row: int, prompt: TokenPrompt, params: Any, request_id: str) -> AsyncGenerator[Delta, None]:
         sampling, seed = params
-        words = list(self.script(seed or 0))
+        words = list(self.script(ROWS_OF_10.get(seed, seed or 0)))
         stop = self._stops[request_id] = asyncio.Event()
         self.running.add(request_id)
         self.peak = max(self.peak, len(self.running))

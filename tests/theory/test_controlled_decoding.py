@@ -71,7 +71,7 @@ async def test_many_draws_of_one_token_tend_to_the_law_of_transfer_q() -> None:
     engine, scores = TabularEngine.of(pi0), Scores({"r": reward})
     laws = []
     for seed in range(25):
-        ctx = tabular_context(engine, scores, selection=Softmax(beta=0.2), sampling=SamplingSpec(4, seed=seed * 10_000))
+        ctx = tabular_context(engine, scores, selection=Softmax(beta=0.2), sampling=SamplingSpec(4, seed=seed))
         events = await run(decoding(k=200, block=1, rollouts=1), ctx)
         first = considered(events)[0]
         laws.append([sum(c.weight or 0.0 for c in first if c.token_ids == (z,)) for z in range(4)])
