@@ -25,6 +25,14 @@ class RewardFailed(GuiderailError):
         self.reward = reward
 
 
+class GuideFailed(GuiderailError):
+    """A guide broke: it raised what is no error of ours, or did not keep to its contract. Carries its name."""
+
+    def __init__(self, guide: str, reason: str) -> None:
+        super().__init__(f"guide '{guide}' failed: {reason}")
+        self.guide = guide
+
+
 class DeadlinePassed(GuiderailError):
     """The deadline passed before there was anything to return."""
 

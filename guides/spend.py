@@ -58,6 +58,11 @@ class Spend:
     scoring: Stopwatch = field(default_factory=Stopwatch)
     working: Stopwatch = field(default_factory=Stopwatch)
 
+    @property
+    def tokens_discarded(self) -> int:
+        """Generated and not in an answer. A guide may answer with tokens that it did not generate: none then."""
+        return max(0, self.tokens_generated - self.tokens_accepted)
+
     def report(self) -> dict[str, float]:
         """The figures of the response. Generation and scoring may overlap; waiting is the rest of the total."""
         total = time.monotonic() - self.started
@@ -65,7 +70,7 @@ class Spend:
             "prompt_tokens": self.prompt_tokens,
             "tokens_generated": self.tokens_generated,
             "tokens_accepted": self.tokens_accepted,
-            "tokens_discarded": self.tokens_generated - self.tokens_accepted,
+            "tokens_discarded": self.tokens_discarded,
             "calibration_tokens": self.calibration_tokens,
             "mixed_tokens": self.mixed_tokens,
             "rollouts": self.rollouts,

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from guiderail.guides.errors import DeadlinePassed, EngineUnavailable, RequestError, RewardFailed
+from guiderail.guides.errors import DeadlinePassed, EngineUnavailable, GuideFailed, RequestError, RewardFailed
 
 
 class ApiError(Exception):
@@ -47,6 +47,8 @@ def from_exception(error: Exception) -> ApiError:
             )  # fmt: skip
         case RewardFailed():
             return ApiError(500, str(error), type="server_error", code="reward_failed", param=error.reward)
+        case GuideFailed():
+            return ApiError(500, str(error), type="server_error", code="guide_failed", param="alignment.guide")
         case DeadlinePassed():
             return ApiError(504, str(error), type="server_error", code="deadline_exceeded", param="alignment.budget")
         case _:

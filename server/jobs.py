@@ -20,6 +20,7 @@ from guiderail.server.admission import Admission
 from guiderail.server.alignment import Alignment
 from guiderail.server.delivered import Delivered
 from guiderail.server.errors import ApiError, bad_request
+from guiderail.server.guided import guided
 from guiderail.server.protocol import ChatRequest, CompletionRequest, SamplingFields
 from guiderail.server.state import ServerState
 
@@ -89,7 +90,7 @@ class Job:
         accepted, ctx = 0, self.contexts[index]
         cleaner = ctx.cleaner()
         delivered = None if ctx.sampling.logprobs is None else Delivered(ctx.decoder())
-        async with ctx, aclosing(self.alignment.guide.run(ctx)) as events:
+        async with ctx, aclosing(guided(self.alignment.guide_name, self.alignment.guide, ctx)) as events:
             async for event in events:
                 if isinstance(event, Token):
                     accepted += len(event.token_ids)

@@ -94,7 +94,7 @@ class Metrics:
         self._tokens.labels(self._model, guide, "prompt").inc(spend.prompt_tokens)
         self._tokens.labels(self._model, guide, "accepted").inc(spend.tokens_accepted)
         self._tokens.labels(self._model, guide, "calibration").inc(spend.calibration_tokens)
-        self._tokens.labels(self._model, guide, "discarded").inc(spend.tokens_generated - spend.tokens_accepted)
+        self._tokens.labels(self._model, guide, "discarded").inc(spend.tokens_discarded)
 
     def rejected(self) -> None:
         """A request was refused before a guide ran: outcome "rejected"."""

@@ -177,7 +177,7 @@ async def _ready(first: "asyncio.Task[bytes]") -> None:
 
 def _failure(what: str, error: Exception) -> Response:
     api_error = from_exception(error)
-    if api_error.body["error"]["code"] == "internal_error":
+    if api_error.body["error"]["code"] in ("internal_error", "guide_failed"):
         log.error("request failed (%s)", what, exc_info=error)
     return error_response(api_error)
 

@@ -7,7 +7,7 @@ fails its own request, by the reward's name, and no other; what a reward refuses
 """
 
 import asyncio
-import math
+import textwrap
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from guiderail.guides.base import ScoreResult
 from guiderail.guides.errors import EngineUnavailable, RequestError, RewardFailed
+from guiderail.guides.pipeline.steps import LIMIT
 from guiderail.guides.reward import Reward
 from guiderail.guides.types import ScoreGroup
 from guiderail.server.metrics import Metrics
@@ -75,6 +76,7 @@ class BatchingScorer:
         return await call.future
 
     async def _drain(self, name: str) -> None:
+        batch: list[_Call] = []
         try:
             await asyncio.sleep(self._wait_s)
             while batch := self._take(name):
@@ -84,6 +86,10 @@ class BatchingScorer:
                 await self._run(name, batch)
         finally:
             del self._drains[name]
+            left, self._pending[name] = [*batch, *self._pending[name]], []
+            for call in left:  # none, unless this was cut off: then nobody is left waiting
+                if not call.future.done():
+                    call.future.set_exception(RewardFailed(name, "its queue was cut off"))
 
     def _take(self, name: str) -> list[_Call]:
         """The next batch: calls still wanted, one of each owner in turn, up to max_tokens."""
@@ -127,17 +133,51 @@ class BatchingScorer:
     async def _score(self, name: str, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
         try:
             results = await asyncio.wait_for(self._rewards[name].score(groups), self._timeout_s)
+            return _checked(name, results, groups)
         except TimeoutError:
             raise RewardFailed(name, f"no scores within {self._timeout_s:g} s") from None
-        except EngineUnavailable:
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise RewardFailed(name, "it was cancelled by itself") from None
+        except (EngineUnavailable, RewardFailed):
             raise
         except RequestError as error:
             raise RequestError(f"reward '{name}': {error}", error.param) from error
         except Exception as error:
             raise RewardFailed(name, f"{type(error).__name__}: {error}") from error
-        if [len(result.values) for result in results] != [len(group.answers) for group in groups]:
-            raise RewardFailed(name, "it returned a wrong number of values")
-        for value in (value for result in results for value in result.values):
-            if not math.isfinite(value):
-                raise RewardFailed(name, f"it returned {value}")
-        return results
+
+
+def _checked(name: str, results: object, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+    """What a reward returned, if it is one result a group, of one finite number an answer. Raises RewardFailed."""
+    if not isinstance(results, list | tuple) or len(results) != len(groups):
+        raise RewardFailed(name, f"it returned {_shown(results)} where one result for each of {len(groups)} was due")
+    checked = []
+    for result, group in zip(results, groups, strict=True):
+        if not isinstance(result, ScoreResult) or not isinstance(result.tokens, int):
+            raise RewardFailed(name, f"it returned {_shown(result)} for a ScoreResult")
+        try:
+            values = tuple(result.values)
+        except TypeError:
+            raise RewardFailed(name, f"it returned {_shown(result.values)} for a tuple of values") from None
+        if len(values) != len(group.answers):
+            raise RewardFailed(name, f"it returned a wrong number of values: {len(values)} for {len(group.answers)}")
+        checked.append(ScoreResult(tuple(_number(name, value) for value in values), result.tokens))
+    return checked
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise RewardFailed(name, f"it returned {_shown(value)}, which is no number") from None
+    if not abs(number) <= LIMIT:
+        raise RewardFailed(name, f"it returned {number}; values must be finite, and at most {LIMIT:g} in size")
+    return number
+
+
+def _shown(value: object) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" ...")

@@ -1,13 +1,18 @@
 """The BatchingScorer: batching across requests, isolation of failures, cancellation, time limit."""
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
+import httpx
+import numpy as np
 import pytest
-from fakes import Faulty
+from fakes import Faulty, ScriptedEngine, make_state
 
-from guiderail.guides import ScoreResult
+from guiderail.guides import Reward, ScoreResult, TextReward
 from guiderail.guides.errors import EngineUnavailable, RewardFailed
 from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.server.app import create_app
 from guiderail.server.metrics import Metrics
 from guiderail.server.scorer import BatchingScorer
 
@@ -91,3 +96,78 @@ async def test_a_lost_engine_reaches_every_caller_of_a_batch() -> None:
     assert all(isinstance(result, EngineUnavailable) for result in results)
     reward.fault = ""
     assert (await queue.score("r", group())).values == (1.0,)
+
+
+class Returns(Reward):
+    """Returns, or raises, what it is given, for groups whose answer is "bad"; 1 for others."""
+
+    def __init__(self, what: Any, *, batched: bool = True) -> None:
+        self.what = what
+        self.batched = batched  # type: ignore[misc]
+
+    async def score(self, groups: Sequence[ScoreGroup]) -> Any:
+        if not any(answer.text == "bad" for group in groups for answer in group.answers):
+            return [ScoreResult((1.0,) * len(group.answers)) for group in groups]
+        if isinstance(self.what, BaseException):
+            raise self.what
+        if callable(self.what):
+            return self.what(groups)
+        return [ScoreResult(self.what) for _ in groups]
+
+
+WRONG: list[Any] = [
+    ("high",), ("1.0",), (None,), (b"1",), (1j,), ([1.0],), (object(),), (float("nan"),), (float("inf"),), (1e101,),
+    (-(10**400),), (), (1.0, 2.0), None, 3.0, "x" * 2,
+    lambda groups: None, lambda groups: 1.0, lambda groups: [], lambda groups: [1.0] * len(groups),
+    lambda groups: [(1.0,)] * len(groups), lambda groups: {"r": 1.0}, lambda groups: "high",
+    lambda groups: [ScoreResult((1.0,))] * (len(groups) + 1), lambda groups: [ScoreResult((1.0,), "many")] * len(groups),
+    StopIteration(), KeyError("missing"), asyncio.CancelledError(), AssertionError(), RecursionError(),
+    TimeoutError(), GeneratorExit(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "alone"])
+@pytest.mark.parametrize("what", WRONG, ids=lambda what: repr(what)[:40])
+async def test_whatever_a_reward_returns_or_raises_fails_its_own_request_by_name(what: Any, batched: bool) -> None:
+    if isinstance(what, GeneratorExit) and not batched:
+        pytest.skip("ends the caller's own coroutine")
+    queue = BatchingScorer({"r": Returns(what, batched=batched)}, Metrics("fake"), timeout_s=30)
+    async with asyncio.timeout(10):
+        bad, good = await asyncio.gather(
+            queue.score("r", group("bad")), queue.score("r", group("good")), return_exceptions=True
+        )
+    assert isinstance(bad, RewardFailed)
+    assert "'r'" in str(bad)
+    if not isinstance(what, GeneratorExit):  # which takes the queue down with it
+        assert isinstance(good, ScoreResult)
+    async with asyncio.timeout(10):
+        assert (await queue.score("r", group("good"))).values == (1.0,)
+
+
+@pytest.mark.parametrize("value", [1, True, np.float32(0.5), np.int64(3), 2.5, np.array(1.5)], ids=repr)
+async def test_whatever_is_a_number_is_a_value(value: Any) -> None:
+    queue = BatchingScorer({"r": Returns((value,))}, Metrics("fake"))
+    (found,) = (await queue.score("r", group("bad"))).values
+    assert type(found) is float
+    assert found == float(value)
+
+
+async def test_a_text_reward_that_gives_no_number_is_a_named_500_over_http() -> None:
+    class High(TextReward):
+        """No number."""
+
+        def score_text(self, prompt: str, answer: str, params: Any) -> Any:
+            return "high"
+
+    app = create_app(make_state(ScriptedEngine(), {"high": High()}))
+    async with (
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+        asyncio.timeout(20),
+    ):
+        chat = {"messages": [{"role": "user", "content": "q"}], "alignment": {"rewards": ["high"]}}
+        scored = {"inputs": [{"messages": chat["messages"], "answers": ["a"]}], "rewards": ["high"]}
+        for path, body in (("/v1/chat/completions", chat), ("/v1/rewards/score", scored)):
+            answer = await client.post(path, json=body)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"], error["param"]) == (500, "reward_failed", "high")
+            assert "reward 'high' failed: it returned 'high', which is no number" in error["message"]
