@@ -3,11 +3,15 @@
 Sun et al., "Fast Best-of-N Decoding via Speculative Rejection", arXiv 2410.20290. N answers are started; at each
 checkpoint the partial answers are scored and those below the alpha-quantile are rejected:
   keep the round((1 - alpha) |pool|) best of the pool; finished answers compete with partial ones.
-The paper takes checkpoints when GPU memory runs out; here they are fixed numbers of tokens, so that results do not
-depend on the machine. Rejected rows are aborted in the engine; survivors run on and keep their KV.
+The paper takes checkpoints when GPU memory runs out; here they are fixed places of the answer, so that results do not
+depend on the machine: they part its `max_tokens` into S equal segments, by default one more than the rejections that
+lead from n to `keep`, so that the last one is as far from the end as from the one before it. (`interval` sets them so
+many tokens apart instead, whatever the answer's length: far from the end all that runs may be one answer.)
+Rejected rows are aborted in the engine; survivors run on and keep their KV.
 
 It rests on partial rewards telling final ones: measure Kendall's tau with `guiderail evaluate
-partial-correlation` first. With S equal segments and alpha 0.5 it costs about 2 N L / S tokens.
+partial-correlation` first. Answers of L tokens cost the sum over segments of what is alive there: with alpha 0.5 and
+N = 2^(S - 1) it is (2 N - 1) L / S.
 """
 
 import asyncio
@@ -21,18 +25,26 @@ from guiderail.guides import base
 from guiderail.guides.base import Guide, Rollouts, answer_events
 from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed
+from guiderail.guides.reward import Services
 from guiderail.guides.rollout import Piece
 from guiderail.guides.transcript import Transcript
 from guiderail.guides.types import Candidate, Delta, Event, Scored
 
 
 class SpeculativeRejection(Guide):
-    """Speculative rejection: best-of-N that drops the worst partial answers at fixed checkpoints."""
+    """Speculative rejection: best-of-N that drops the worst partial answers at checkpoints."""
 
     class Params(base.Params):
         n: int = Field(default=32, ge=1, le=4096, description="Answers that are started.")
         alpha: float = Field(default=0.5, ge=0, lt=1, description="Share of the pool that a checkpoint rejects.")
-        interval: int = Field(default=16, ge=1, description="Tokens between checkpoints.")
+        segments: int | None = Field(
+            default=None,
+            ge=1,
+            description="Equal parts of max_tokens between which answers are rejected; null: one more than rejections.",
+        )
+        interval: int | None = Field(
+            default=None, ge=1, description="Tokens between checkpoints, in place of segments of max_tokens."
+        )
         keep: int = Field(default=1, ge=1, description="Never fewer answers than this.")
 
     keeps_format: ClassVar[bool] = True
@@ -40,17 +52,46 @@ class SpeculativeRejection(Guide):
     def candidates(self) -> int:
         return int(self.params.n)
 
+    def cost(self, max_tokens: int) -> int:
+        """Tokens that answers of `max_tokens` take, all of one speed.
+
+        The rows run on while a checkpoint is scored or some row lags: what they write in that time is on top.
+        """
+        alive, done, tokens = self.candidates(), 0, 0
+        for checkpoint in self.checkpoints(max_tokens):
+            tokens += alive * (checkpoint - done)
+            alive, done = self._left(alive), checkpoint
+        return tokens + alive * (max_tokens - done)
+
+    def checkpoints(self, max_tokens: int) -> list[int]:
+        """After how many tokens of an answer of `max_tokens` the pool is scored, ascending."""
+        if self.params.interval is not None:
+            return list(range(self.params.interval, max_tokens, self.params.interval))
+        segments = self.params.segments
+        if segments is None:
+            alive, segments = self.candidates(), 1
+            while self._left(alive) < alive:
+                alive, segments = self._left(alive), segments + 1
+        return sorted({-(-i * max_tokens // segments) for i in range(1, segments)} - {max_tokens})
+
+    def check(self, services: Services) -> None:
+        if self.params.interval is not None and self.params.segments is not None:
+            raise ValueError("'segments' and 'interval' both place the checkpoints: give one of them")
+
+    def _left(self, alive: int) -> int:
+        """How many of so many answers a checkpoint leaves."""
+        return min(alive, max(self.params.keep, round((1 - self.params.alpha) * alive)))
+
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         n = self.params.n
         sampling = replace(ctx.sampling, stream=True)
         async with ctx.generate([ctx.prompt] * n, sampling, ctx.seeds(n)) as rollouts:
             pool = _Pool(ctx, rollouts, n)
-            checkpoint = self.params.interval
+            checkpoints = self.checkpoints(sampling.max_tokens)
             async for delta in rollouts:
                 pool.take(delta)
-                while pool.reached(checkpoint):
-                    await self._reject(pool, checkpoint)
-                    checkpoint += self.params.interval
+                while checkpoints and pool.reached(checkpoints[0]):
+                    await self._reject(pool, checkpoints.pop(0))
         answers = [pool.answer(row) for row in sorted(pool.alive)]
         stopped_by = next((a.finish_reason for a in answers if a.finish_reason in ("deadline", "budget")), None)
         whole = [a for a in answers if a.finished] or [a for a in answers if a.token_ids]
@@ -65,8 +106,8 @@ class SpeculativeRejection(Guide):
     async def _reject(self, pool: "_Pool", checkpoint: int) -> None:
         """Scores the pool at a checkpoint and drops the worst of it."""
         rows = sorted(pool.alive)
-        keep = max(self.params.keep, round((1 - self.params.alpha) * len(rows)))
-        if keep >= len(rows):
+        keep = self._left(len(rows))
+        if keep == len(rows):
             return
         ranked = await pool.rated(rows, checkpoint)
         await pool.drop(ranked[keep:])
@@ -93,9 +134,15 @@ class _Pool:
             piece.finish_reason, piece.stop_reason = delta.finish_reason, delta.stop_reason
 
     def reached(self, checkpoint: int) -> bool:
-        """Whether some living row runs, and each that runs has so many tokens."""
-        running = [self._pieces[row] for row in self.alive if not self._pieces[row].finish_reason]
-        return bool(running) and all(len(piece.token_ids) >= checkpoint for piece in running)
+        """Whether some living row goes on beyond so many tokens, and each that does is there.
+
+        Which row is faster makes no difference: one that ended further on, while others lag, was going on here.
+        """
+        pieces = [self._pieces[row] for row in self.alive]
+        if any(piece.cut_short for piece in pieces):
+            return False
+        beyond = [piece for piece in pieces if not piece.finish_reason or len(piece.token_ids) > checkpoint]
+        return bool(beyond) and all(len(piece.token_ids) >= checkpoint for piece in beyond)
 
     def answer(self, row: int) -> Candidate:
         """What a row wrote, as a candidate; always the same object once it is finished."""

@@ -105,6 +105,22 @@ async def test_the_first_candidate_of_best_of_n_is_the_plain_answer_and_others_s
     assert len({*drawn, *answers}) == 7
 
 
+@pytest.mark.parametrize("seed", [-1, -2, 0, 2**63 - 1, -(2**63)])
+async def test_every_seed_is_reproducible(client: openai.AsyncOpenAI, seed: int) -> None:
+    """-1 too, which vLLM takes for no seed: two answers of the request and their candidates come again."""
+    alignment = {"guide": {"name": "best_of_n", "n": 2}, "rewards": ["sentiment"], "return_candidates": True}
+
+    async def texts() -> list[str]:
+        answer = await client.chat.completions.create(
+            model=MODEL, messages=POEM, max_tokens=8, seed=seed, n=2, extra_body={"alignment": alignment}
+        )
+        return [c["text"] for choice in answer.model_dump()["alignment"]["choices"] for c in choice["candidates"]]
+
+    first = await texts()
+    assert await texts() == first
+    assert len(set(first)) == 4
+
+
 async def test_seeds_reproduce_and_differ(client: openai.AsyncOpenAI) -> None:
     async def text(seed: int, **extra: Any) -> str | None:
         answer = await client.chat.completions.create(

@@ -182,6 +182,68 @@ async def test_speculative_rejection_costs_the_rows_that_are_left_in_each_segmen
         assert found.tokens == 2 * n * L / segments * (1 - 0.5**segments)
 
 
+@pytest.mark.parametrize("length", [1, 7, 24])
+@pytest.mark.parametrize("n", [1, 5, 16])
+async def test_speculative_rejection_takes_what_it_says_and_never_more(n: int, length: int) -> None:
+    placed: list[dict[str, int]] = [
+        {},
+        *({"segments": s} for s in (1, 2, 5, 40)),
+        *({"interval": i} for i in (1, 4, 16, 100)),
+    ]
+    for alpha in (0.0, 0.3, 0.5, 0.9):
+        for keep in (1, 3):
+            for places in placed:
+                guide = SpeculativeRejection(SpeculativeRejection.Params(n=n, alpha=alpha, keep=keep, **places))
+                assert (await cost(guide, length=length)).tokens == guide.cost(length) <= n * length
+                engine = TabularEngine({None: Endless(seed=3, end=0.08)})
+                ctx = tabular_context(engine, random_scores(), weights=REWARDS, sampling=SamplingSpec(length, seed=2))
+                await run(guide, ctx)
+                assert engine.tokens == ctx.spend.tokens_generated <= guide.cost(length)
+
+
+@pytest.mark.parametrize(("n", "length"), [(32, 64), (32, 512), (32, 4096), (8, 500), (128, 1000)])
+def test_a_rejection_schedule_is_as_long_as_the_answers(n: int, length: int) -> None:
+    """With checkpoints every 16 tokens, one of 32 answers was left after token 80, 16% of 512."""
+    guide = SpeculativeRejection(SpeculativeRejection.Params(n=n))
+    places = guide.checkpoints(length)
+    halvings = n.bit_length() - 1
+    assert len(places) == halvings
+    assert length - places[-1] == pytest.approx(length / (halvings + 1), abs=1)  # of plain sampling, the last segment
+    assert guide.cost(length) == pytest.approx((2 * n - 1) * length / (halvings + 1), abs=2 * n)
+    old = SpeculativeRejection(SpeculativeRejection.Params(n=32, interval=16))
+    assert old.cost(512) == 16 * (32 + 16 + 8 + 4 + 2) + 432 == 1424
+
+
+SIZES: list[Guide] = [
+    *(BestOfN(BestOfN.Params(n=n)) for n in (1, 3)),
+    *(
+        ControlledDecoding(ControlledDecoding.Params(k=k, block=block, rollouts=rollouts, horizon=horizon))
+        for k in (1, 3) for block in (1, 5, 100) for rollouts, horizon in ((0, None), (2, None), (2, 3), (1, 100))
+    ),
+    *(
+        TransferQ(TransferQ.Params(top_k=k, block=block, rollouts=r, lookahead=lookahead, reuse=reuse))
+        for k in (1, 4) for block in (1, 5, 100) for r, lookahead in ((1, 3), (2, None)) for reuse in (True, False)
+    ),
+    *(Args(Args.Params(top_k=k)) for k in (1, 4)),
+    *(
+        Deal(Deal.Params(beams=beams, top_k=k, lookahead=lookahead, sampled=sampled))
+        for beams in (1, 3) for k in (1, 3) for lookahead in (0, 4, None) for sampled in (True, False)
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 11])
+@pytest.mark.parametrize("kind", [BestOfN, ControlledDecoding, TransferQ, Args, Deal])
+async def test_what_a_guide_generates_stays_within_its_cost_and_rows(kind: type[Guide], length: int) -> None:
+    for guide in (guide for guide in SIZES if type(guide) is kind):
+        for end in (0.0, 0.15):
+            engine = TabularEngine({None: Endless(seed=3, end=end)})
+            ctx = tabular_context(engine, random_scores(), weights=REWARDS, sampling=SamplingSpec(length, seed=1))
+            await run(guide, ctx)
+            assert 0 < engine.tokens == ctx.spend.tokens_generated <= guide.cost(length), guide.params
+            assert 0 < engine.peak <= guide.rows(), guide.params
+
+
 @pytest.mark.parametrize("name", EVERY)
 async def test_no_guide_costs_more_than_admission_reckons_with(name: str) -> None:
     for end in (0.0, 0.1):

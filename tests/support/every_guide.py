@@ -34,6 +34,7 @@ STEPWISE: dict[str, Callable[[], Guide]] = {
 }
 WHOLE: dict[str, Callable[[], Guide]] = {
     "speculative_rejection": lambda: SpeculativeRejection(SpeculativeRejection.Params(n=6, interval=2)),
+    "speculative_rejection-segments": lambda: SpeculativeRejection(SpeculativeRejection.Params(n=6)),
     "best_of_n": lambda: BestOfN(BestOfN.Params(n=3)),
 }
 EVERY = STEPWISE | WHOLE

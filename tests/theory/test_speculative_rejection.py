@@ -84,10 +84,11 @@ async def test_it_keeps_the_best_of_the_pool_at_each_checkpoint(alpha: float, ke
     assert rejected_any >= 10
 
 
-async def test_the_answer_does_not_depend_on_which_row_is_faster() -> None:
-    """Rows that ran ahead are scored by what they had at the checkpoint; they only cost more."""
+@pytest.mark.parametrize("placed", [{"interval": 2}, {}, {"segments": 4}], ids=str)
+async def test_the_answer_does_not_depend_on_which_row_is_faster(placed: dict[str, int]) -> None:
+    """Rows that ran ahead, to their end too, are scored by what they had at the checkpoint; they only cost more."""
     partial = {"partial": lambda ids: float(np.sin(1 + sum((t + 1) * z for t, z in enumerate(ids))))}
-    guide = rejection(n=9, alpha=0.4, interval=2)
+    guide = rejection(n=9, alpha=0.4, **placed)
     more = 0
     for seed in range(15):
         end, ctx = await play(guide, seed, Scores({"r": R}, **partial))
@@ -113,10 +114,10 @@ async def test_partial_rewards_that_tell_the_final_one_find_the_best_of_n_for_le
                 prefix = c.token_ids[:t]
                 telling[prefix] = max(telling.get(prefix, -1.0), R[c.token_ids])
         assert not any(ends(prefix, HORIZON) for prefix in telling)
-        found = {}
+        found = {}  # two are kept: rows with the best's own beginning tie with it
         for name, sign in (("right", 1.0), ("wrong", -1.0)):
             scores = Scores({"r": R}, lambda ids, sign=sign, telling=telling: sign * telling[ids])
-            found[name], ctx = await play(rejection(n=n, interval=1, alpha=0.5), seed, scores)
+            found[name], ctx = await play(rejection(n=n, interval=1, alpha=0.5, keep=2), seed, scores)
             tokens += ctx.spend.tokens_generated if sign > 0 else 0
         full += spent.spend.tokens_generated
         top = R[best.candidates[best.chosen].token_ids]
