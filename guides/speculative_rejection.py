@@ -80,7 +80,7 @@ class SpeculativeRejection(Guide):
 
     def _left(self, alive: int) -> int:
         """How many of so many answers a checkpoint leaves."""
-        return min(alive, max(self.params.keep, round((1 - self.params.alpha) * alive)))
+        return min(alive, max(int(self.params.keep), round((1 - self.params.alpha) * alive)))
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         n = self.params.n

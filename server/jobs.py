@@ -180,7 +180,7 @@ def _job(
     within = alignment.budget.deadline_s
     deadline = None if within is None else arrived + within - min(REPLY_SHARE * within, REPLY_S)
     spend = Spend(prompt_tokens=sum(len(prompt.token_ids) for _, prompt in prompts), started=arrived)
-    contexts = []
+    contexts: list[Context] = []
     for messages, prompt in prompts:
         max_tokens = _max_tokens(state, request, len(prompt.token_ids))
         if request.min_tokens > max_tokens:
