@@ -61,7 +61,7 @@ class SpeculativeRejection(Guide):
         for checkpoint in self.checkpoints(max_tokens):
             tokens += alive * (checkpoint - done)
             alive, done = self._left(alive), checkpoint
-        return tokens + alive * (max_tokens - done)
+        return int(tokens + alive * (max_tokens - done))
 
     def checkpoints(self, max_tokens: int) -> list[int]:
         """After how many tokens of an answer of `max_tokens` the pool is scored, ascending."""
@@ -80,7 +80,7 @@ class SpeculativeRejection(Guide):
 
     def _left(self, alive: int) -> int:
         """How many of so many answers a checkpoint leaves."""
-        return min(alive, max(int(self.params.keep), round((1 - self.params.alpha) * alive)))
+        return int(min(alive, max(self.params.keep, round((1 - self.params.alpha) * alive))))
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         n = self.params.n
