@@ -4,7 +4,7 @@ Guides may be other people's. Whatever one does wrong is an error that names it,
 answer that is cut off or a nameless fault of the server.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 
 from guiderail.guides.base import Guide
@@ -23,6 +23,8 @@ async def guided(name: str, guide: Guide, ctx: Context) -> AsyncGenerator[Event,
     try:
         run = guide.run(ctx)
         if not isinstance(run, AsyncGenerator):
+            if isinstance(run, Coroutine):
+                run.close()
             raise GuideFailed(name, f"'run' gave {_kind(run)} and not an async generator")
         async with aclosing(run) as events:
             async for event in events:

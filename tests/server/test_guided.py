@@ -91,7 +91,6 @@ BROKEN: list[tuple[type[Guide], str]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize(("guide", "reason"), BROKEN, ids=lambda value: value if isinstance(value, str) else "")
 async def test_a_broken_guide_is_named(guide: type[Guide], reason: str, n: int) -> None:
@@ -101,7 +100,6 @@ async def test_a_broken_guide_is_named(guide: type[Guide], reason: str, n: int) 
     assert reason in body["error"]["message"]
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 @pytest.mark.parametrize(("guide", "reason"), BROKEN, ids=lambda value: value if isinstance(value, str) else "")
 async def test_a_broken_guide_is_named_in_a_stream(guide: type[Guide], reason: str) -> None:
     status, found = await ask(guide, stream=True)
