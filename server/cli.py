@@ -16,11 +16,20 @@ SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("chat-template", {"help": "Jinja chat template, or the path of one"}),
     ("dtype", {"help": "auto (on CPU what its instruction set is fast in), float32, float16 or bfloat16"}),
     ("max-model-len", {"type": int, "help": "context length in tokens"}),
-    ("kv-cache-gb", {"type": float, "help": "memory for KV pages on CPU, GiB (2)"}),
-    ("gpu-memory-utilization", {"type": float, "help": "share of GPU memory for the engine (0.9)"}),
-    ("max-num-seqs", {"type": int, "help": "rows decoded at once (128)"}),
+    ("kv-cache-gb", {"type": float, "help": "memory for KV pages, GiB (on CPU 2, on each GPU what is left)"}),
+    ("gpu-memory-utilization", {"type": float, "help": "share of GPU memory for engine and rewards together (0.9)"}),
+    ("max-num-seqs", {"type": int, "help": "rows decoded at once (on CPU 128, on a GPU as vllm serve)"}),
+    ("max-num-batched-tokens", {"type": int, "help": "tokens of one step of the engine (as vllm serve)"}),
     ("tensor-parallel-size", {"type": int, "help": "GPUs to shard the model over (1)"}),
     ("compile", {"action": "store_const", "const": True, "help": "compile the model on CPU (slow start)"}),
+    (
+        "enforce-eager",
+        {
+            "action": "store_const",
+            "const": True,
+            "help": "no CUDA graphs and no compilation on a GPU (slower, less memory)",
+        },
+    ),
     ("lora", {"action": "append", "metavar": "NAME=PATH", "help": "serve a LoRA adapter; may be repeated"}),
     ("max-lora-rank", {"type": int, "help": "largest rank of an adapter (16)"}),
     (
@@ -38,7 +47,7 @@ SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
         {
             "action": "append",
             "metavar": "NAME=PATH[,KEY=VALUE]",
-            "help": "serve a reward model (folder, Hub id or bundled head); keys: backend, head, dtype, kv_gb; "
+            "help": "serve a reward model (folder, Hub id or bundled head); keys: backend, head, dtype, kv_gb, device; "
             "on remote vLLM pooling servers: backend=vllm, url=http://host:port[|...], model, key_env",
         },
     ),

@@ -33,10 +33,13 @@ from guiderail.server.engines.absent import NoEngine
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.supervised import LocalEngine, SupervisedEngine
 from guiderail.server.engines.vllm import EngineSettings, build
+from guiderail.server.engines.vllm_args import on_cpu, usual_rows
 from guiderail.server.errors import ApiError
 from guiderail.server.fingerprint import fingerprint
 from guiderail.server.helpers import ServerHelpers
 from guiderail.server.listening import Listener
+from guiderail.server.memory.placement import place
+from guiderail.server.memory.shares import EngineShare, Plan
 from guiderail.server.metrics import Metrics
 from guiderail.server.policies.remote import RemotePolicy
 from guiderail.server.renderer import ChatRenderer
@@ -103,14 +106,20 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
     say(f"preparing {settings.model}")
     path = await asyncio.to_thread(models.resolve, settings.model, settings.cache, say)
     say(await asyncio.to_thread(processor.report))
+    plan = await asyncio.to_thread(place, settings, path if engine else None, say, engine_on_cpu=on_cpu)
+    for line in plan.lines:
+        say(line)
+    if plan.engine is not None and settings.max_num_seqs is None:
+        rows = await asyncio.to_thread(usual_rows, settings.tensor_parallel_size)
+        settings = settings.model_copy(update={"max_num_seqs": rows})
     remote = {name: RemotePolicy(name, spec) for name, spec in settings.policy.items()} if engine else {}
     served = (
-        SupervisedEngine(lambda: _build(settings, path), on_restart=metrics.restarted, remote=remote)
+        SupervisedEngine(lambda: _build(settings, path, plan.engine), on_restart=metrics.restarted, remote=remote)
         if engine
         else NoEngine()
     )
     say("starting the engine and loading rewards (about 20 s on a small CPU)" if engine else "loading rewards")
-    starting = asyncio.create_task(_prepare(settings, path, served, metrics, remote))
+    starting = asyncio.create_task(_prepare(settings, path, plan, served, metrics, remote))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -134,7 +143,7 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
         _end(processes)
 
 
-async def _build(settings: Settings, path: str) -> LocalEngine:
+async def _build(settings: Settings, path: str, share: EngineShare | None) -> LocalEngine:
     embedded = models.EMBEDDED.get(settings.model)
     return await build(
         EngineSettings(
@@ -142,9 +151,10 @@ async def _build(settings: Settings, path: str) -> LocalEngine:
             dtype=settings.dtype,
             max_model_len=settings.max_model_len or (embedded.max_model_len if embedded else None),
             kv_cache_gb=settings.kv_cache_gb,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            max_num_seqs=settings.max_num_seqs,
-            enforce_eager=not settings.compile if embedded or settings.compile else None,
+            gpu_memory_utilization=share.utilization if share else settings.gpu_memory_utilization,
+            max_num_seqs=settings.rows,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            enforce_eager=False if settings.compile else settings.enforce_eager or None,
             tensor_parallel_size=settings.tensor_parallel_size,
             adapters=tuple(settings.lora.items()),
             max_lora_rank=settings.max_lora_rank,
@@ -155,6 +165,7 @@ async def _build(settings: Settings, path: str) -> LocalEngine:
 async def _prepare(
     settings: Settings,
     path: str,
+    plan: Plan,
     engine: SupervisedEngine | NoEngine,
     metrics: Metrics,
     remote: Mapping[str, RemotePolicy],
@@ -165,7 +176,7 @@ async def _prepare(
     for name, spec in settings.reward.items():
         if name in rewards:
             raise SettingsError(f"--reward {name}: there is already a reward of this name")
-        rewards[name] = neural_reward(spec, settings.cache, say)
+        rewards[name] = neural_reward(spec, settings.cache, say, plan.rewards.get(name))
     for name, folder in settings.lora.items():
         check_adapter(name, folder, settings.max_lora_rank)
     for name in remote.keys() & {settings.model_name, *settings.lora}:
@@ -221,7 +232,7 @@ def assemble(
     except ApiError as error:
         raise SettingsError(f"the configured alignment, profiles or limits are wrong: {error}") from error
     helpers = ServerHelpers(services, engine, Calibrator(stored, metrics), Encoder(settings.encoder))
-    admission = Admission(settings.limits, settings.max_num_seqs, metrics)
+    admission = Admission(settings.limits, settings.rows, metrics)
     return ServerState(
         settings, engine, renderer, guides, rewards, resolver, BatchingScorer(rewards, metrics), helpers, admission,
         metrics, int(time.time()),

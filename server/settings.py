@@ -6,16 +6,18 @@ Precedence: command-line flag, then GUIDERAIL_* variable, then the YAML file giv
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from guiderail.guides.errors import GuiderailError
 from guiderail.server.models import DEFAULT_MODEL
 from guiderail.server.policies.spec import RemotePolicySpec
 from guiderail.server.rewards.spec import RewardModelSpec
+
+ROWS = 128  # sequences decoded at once on CPU, as `vllm serve` does; on a GPU vLLM knows its own number
 
 
 class SettingsError(GuiderailError):
@@ -55,11 +57,13 @@ class Settings(BaseSettings):
 
     dtype: str = "auto"
     max_model_len: int | None = Field(None, ge=64)
-    kv_cache_gb: float = Field(2.0, gt=0)
+    kv_cache_gb: float | None = Field(None, gt=0)
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    max_num_seqs: int = Field(128, ge=1)
+    max_num_seqs: int | None = Field(None, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=64)
     tensor_parallel_size: int = Field(1, ge=1)
     compile: bool = False
+    enforce_eager: bool = False
     lora: dict[str, str] = {}
     max_lora_rank: int = 16
     policy: dict[str, RemotePolicySpec] = {}
@@ -90,6 +94,17 @@ class Settings(BaseSettings):
     @classmethod
     def _comma_separated(cls, value: Any) -> Any:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _compiles_or_not(self) -> Self:
+        if self.compile and self.enforce_eager:
+            raise ValueError("compile and enforce_eager exclude each other")
+        return self
+
+    @property
+    def rows(self) -> int:
+        """How many sequences the engine decodes at once."""
+        return self.max_num_seqs or ROWS
 
     @property
     def model_name(self) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 from guiderail.guides.errors import EngineUnavailable
 from guiderail.server.engines.vllm import end
-from guiderail.server.engines.vllm_args import EngineSettings, base_args, prepare_environment, start
+from guiderail.server.engines.vllm_args import EngineSettings, base_args, on_cpu, prepare_environment, start
+from guiderail.server.memory.pool import PASS_TOKENS
 from guiderail.server.rewards.stats import RunnerStats
 
 
@@ -32,7 +33,7 @@ def _start(settings: EngineSettings) -> Any:
 
     try:
         # A whole group of candidates should fit into one pass, so that its prefix is shared within it.
-        args = base_args(settings) | {"runner": "pooling", "max_num_batched_tokens": 8192}
+        args = base_args(settings, cpu=on_cpu()) | {"runner": "pooling", "max_num_batched_tokens": PASS_TOKENS}
         return start(AsyncEngineArgs(**args))
     except Exception as error:
         raise EngineUnavailable(f"vLLM does not start with reward model {settings.model}: {error}") from error

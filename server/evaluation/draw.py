@@ -53,7 +53,7 @@ async def draw(
                 f"prompt {index} of {len(prompts)} has {len(prompt.token_ids)} tokens, which leaves {room} of the "
                 f"model's context; {sampling.max_tokens} are asked for"
             )
-    at_once = asyncio.Semaphore(max(2, 2 * state.settings.max_num_seqs // n))
+    at_once = asyncio.Semaphore(max(2, 2 * state.settings.rows // n))
     with tqdm(total=n * len(prompts), unit="answer", desc="drawing", disable=None) as bar:
 
         async def one(index: int) -> AnswerPool:

@@ -18,9 +18,11 @@ from guiderail.guides.errors import GuiderailError
 from guiderail.server import models
 from guiderail.server.elsewhere import api_key
 from guiderail.server.fingerprint import fingerprint
+from guiderail.server.memory.shares import RewardShare
 from guiderail.server.processor import auto_dtype
 from guiderail.server.rewards.neural import Backend, NeuralReward, PackedBackend, scoring_thread
 from guiderail.server.rewards.remote import RemoteReward, connect
+from guiderail.server.rewards.room import pool_tokens, pooling_settings
 from guiderail.server.rewards.spec import RewardModelSpec
 
 BUNDLED = {path.name: path for path in sorted((Path(__file__).parent / "heads").glob("*")) if path.is_dir()}
@@ -36,15 +38,28 @@ class LoadedModel:
     longest: int | None
 
 
-def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]) -> NeuralReward:
-    """The reward of a spec; the model is loaded when it starts. Raises GuiderailError for a broken reward.json."""
+def neural_reward(
+    spec: RewardModelSpec, cache: Path, say: Callable[[str], None], share: RewardShare | None = None
+) -> NeuralReward:
+    """The reward of a spec; the model is loaded when it starts. Raises GuiderailError for a broken reward.json.
+
+    share: where it runs and its part of the memory there; None: on the CPU, or alone on the first GPU.
+    """
 
     def packed() -> tuple[Backend, Any, int | None]:
-        model = load_model(spec.path, cache, spec.dtype, say)
-        from guiderail.server.rewards.packed import PackedRunner, capacity
+        if share is not None and share.limit is not None:
+            import torch
+
+            torch.cuda.set_per_process_memory_fraction(share.limit, share.device)
+        model = load_model(spec.path, cache, spec.dtype, say, share.device if share is not None else None)
+        from guiderail.server.rewards.packed import PackedRunner, token_bytes
 
         say(_computes_in(spec, model.decoder.dtype))
-        runner = PackedRunner(model.decoder, model.heads, capacity=capacity(model.decoder, spec.kv_gb))
+        size = token_bytes(model.decoder)
+        reads = min((each for each in (model.longest, last_tokens) if each is not None), default=None)
+        on_cpu = next(model.decoder.parameters()).device.type == "cpu"
+        capacity = pool_tokens(spec, share, reads, size, say, on_cpu=on_cpu)
+        runner = PackedRunner(model.decoder, model.heads, capacity=capacity)
         longest = min(model.longest or runner.longest, runner.longest)
         return PackedBackend(runner, len(model.heads)), model.tokenizer, longest
 
@@ -55,19 +70,20 @@ def neural_reward(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]
             return await _connect(spec, cache, say)
         from transformers import AutoTokenizer
 
-        from guiderail.server.engines.vllm import EngineSettings
         from guiderail.server.engines.vllm_pooling import build_pooling
 
         loop = asyncio.get_running_loop()
         folder = await loop.run_in_executor(scoring_thread(), classifier_folder, spec.path, cache, say)
-        pooler = await build_pooling(EngineSettings(model=folder, dtype=spec.dtype, kv_cache_gb=spec.kv_gb))
+        settings = await loop.run_in_executor(scoring_thread(), pooling_settings, spec, folder, share, say)
+        pooler = await build_pooling(settings)
         say(_computes_in(spec, pooler.dtype))
         return pooler, AutoTokenizer.from_pretrained(folder), pooler.longest
 
     card = head_card(spec.path)
+    last_tokens = (card or {}).get("max_tokens")
     kind = RemoteReward if spec.urls else NeuralReward
     return kind(
-        load, spec.head, at_end_of_turn=card is not None, last_tokens=(card or {}).get("max_tokens"),
+        load, spec.head, at_end_of_turn=card is not None, last_tokens=last_tokens,
         identity=lambda: _identity(spec, cache),
     )  # fmt: skip
 
@@ -176,9 +192,13 @@ def head_card(path: str) -> dict[str, Any] | None:
 
 
 def load_model(
-    path: str, cache: Path, dtype: str = "auto", say: Callable[[str], None] = lambda text: None
+    path: str,
+    cache: Path,
+    dtype: str = "auto",
+    say: Callable[[str], None] = lambda text: None,
+    device: str | None = None,
 ) -> LoadedModel:
-    """Loads a reward model onto the GPU if there is one, else the CPU, in a dtype of torch.
+    """Loads a reward model onto a device (None: the GPU if there is one, else the CPU), in a dtype of torch.
 
     "auto" is bfloat16 on a GPU, on a CPU what server/processor.py chooses; "stored" leaves the model's weights in what
     its files hold. Raises GuiderailError.
@@ -186,9 +206,9 @@ def load_model(
     import torch
     from transformers import AutoTokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else auto_dtype()
+        dtype = "bfloat16" if device.startswith("cuda") else auto_dtype()
     kind = "auto" if dtype == "stored" else getattr(torch, dtype)
     card = head_card(path)
     if card is not None:

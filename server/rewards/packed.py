@@ -62,7 +62,7 @@ class PackedRunner:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that it scores."""
-        return self._max_pass_tokens
+        return self._tree.capacity
 
     @property
     def cached_tokens(self) -> int:
@@ -77,17 +77,21 @@ class PackedRunner:
     def score(self, sequences: Sequence[Sequence[int]]) -> Any:
         """[S, K] float32 on the CPU: the heads' raw values after the last token of each (non-empty) sequence.
 
-        Raises ValueError for a sequence that is empty or longer than the pool.
+        Raises ValueError for a sequence that is empty or longer than the pool. One longer than a pass takes several.
         """
         for tokens in sequences:
-            if not 0 < len(tokens) <= self._max_pass_tokens:
-                raise ValueError(f"a sequence has {len(tokens)} tokens; 1 to {self._max_pass_tokens} can be scored")
+            if not 0 < len(tokens) <= self.longest:
+                raise ValueError(f"a sequence has {len(tokens)} tokens; 1 to {self.longest} can be scored")
         scores: list[Any] = []
         start = 0
         while start < len(sequences):
             end, room = start, self._max_pass_tokens
             while end < len(sequences) and len(sequences[end]) <= room:  # as if nothing were shared: always fits
                 room -= len(sequences[end])
+                end += 1
+            if end == start:
+                for stop in range(self._max_pass_tokens, len(sequences[start]), self._max_pass_tokens):
+                    self._score_batch([sequences[start][:stop]])  # leaves its keys and values in the pool
                 end += 1
             scores += self._score_batch(sequences[start:end])
             start = end
@@ -188,10 +192,10 @@ class PackedRunner:
         return output.last_hidden_state[0]
 
 
-def capacity(decoder: Any, gigabytes: float) -> int:
-    """How many tokens' keys and values fit into so many GiB."""
+def token_bytes(decoder: Any) -> int:
+    """Bytes of one token's keys and values."""
     layers, kv_heads, dim = _kv_shape(decoder)
-    return max(1024, int(gigabytes * 2**30 / (2 * layers * kv_heads * dim * next(decoder.parameters()).element_size())))
+    return int(2 * layers * kv_heads * dim * next(decoder.parameters()).element_size())
 
 
 def _kv_shape(decoder: Any) -> tuple[int, int, int]:

@@ -16,7 +16,16 @@ class RewardModelSpec(BaseModel):
     backend: str = Field("packed", pattern="^(packed|vllm)$")
     head: int = Field(0, ge=0)
     dtype: str = Field("auto", pattern="^(auto|float32|float16|bfloat16)$")
-    kv_gb: float = Field(0.5, gt=0, description="Memory for keys and values of prefixes, GiB.")
+    kv_gb: float | None = Field(
+        None,
+        gt=0,
+        description="Memory for keys and values, GiB; default: for a text as long as the model reads, and a pass.",
+    )
+    device: str | None = Field(
+        None,
+        pattern=r"^(cpu|cuda|cuda:(0|[1-9]\d*))$",
+        description="Where it runs; default: on a GPU that is not the engine's.",
+    )
     url: str | None = Field(
         None,
         description="vLLM pooling servers that run the model instead of an engine here, separated by '|'. "
@@ -38,7 +47,10 @@ class RewardModelSpec(BaseModel):
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
         if self.url is None:
-            allowed, why = {"path", "backend", "head", "dtype", "kv_gb"}, "is for a remote server and needs url"
+            allowed, why = (
+                {"path", "backend", "head", "dtype", "kv_gb", "device"},
+                "is for a remote server and needs url",
+            )
         else:
             allowed, why = {"path", "backend", "head", "url", "model", "key_env"}, "is the remote server's own option"
             if self.backend != "vllm":
@@ -50,5 +62,5 @@ class RewardModelSpec(BaseModel):
 
 def parse_flag(text: str) -> tuple[str, dict[str, str]]:
     """Splits name=path[,key=value...]. Raises GuiderailError."""
-    usage = "--reward takes NAME=PATH[,backend=packed|vllm][,head=0][,dtype=auto][,url=http://...]"
+    usage = "--reward takes NAME=PATH[,backend=packed|vllm][,head=0][,dtype=auto][,device=cuda:1][,url=http://...]"
     return named_options(text, "path", usage)

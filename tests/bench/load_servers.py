@@ -72,6 +72,7 @@ def vllm(folder: Path, dtype: str = "bfloat16") -> Iterator[Server]:
     """`vllm serve` with the model, environment and engine settings of `guiderail serve`."""
     from guiderail.server import models
     from guiderail.server.engines.vllm import prepare_environment
+    from guiderail.server.engines.vllm_args import CPU_KV_GB
     from guiderail.server.settings import Settings
 
     settings = Settings()
@@ -79,8 +80,8 @@ def vllm(folder: Path, dtype: str = "bfloat16") -> Iterator[Server]:
     command = [
         sys.executable, "-m", SERVE, "--model", models.resolve(models.DEFAULT_MODEL, settings.cache),
         "--host", "127.0.0.1", "--max-model-len", CONTEXT, "--dtype", dtype, "--block-size", "32",
-        "--enforce-eager", "--max-num-seqs", str(settings.max_num_seqs), "--generation-config", "vllm",
-        "--kv-cache-memory-bytes", str(int(settings.kv_cache_gb * 2**30)), "--disable-log-stats",
+        "--enforce-eager", "--max-num-seqs", str(settings.rows), "--generation-config", "vllm",
+        "--kv-cache-memory-bytes", str(int(CPU_KV_GB * 2**30)), "--disable-log-stats",
     ]  # fmt: skip
     with running(command, folder / "vllm.log", {}) as (process, url):
         yield Server(process, url)

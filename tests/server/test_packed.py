@@ -37,7 +37,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 
 def build(
-    name: str, dtype: Any = torch.float32, capacity: int = 2000, heads: int = 2, hidden: int = 48
+    name: str, dtype: Any = torch.float32, capacity: int = 2000, heads: int = 2, hidden: int = 48, **options: int
 ) -> tuple[PackedRunner, Any]:
     """A runner and a function that scores one sequence with transformers in float32."""
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def build(
     weight = torch.randn(heads, hidden)
     twin = AutoModel.from_config(copy.deepcopy(CONFIGS[name]), dtype=dtype)
     twin.load_state_dict(plain.state_dict())
-    runner = PackedRunner(twin.to(dtype), weight, capacity=capacity)
+    runner = PackedRunner(twin.to(dtype), weight, capacity=capacity, **options)
 
     def one(tokens: list[int]) -> Any:
         with torch.no_grad():
@@ -181,3 +181,18 @@ def test_lengths_that_cannot_be_scored_are_refused() -> None:
     for sequence in ([], tokens(65, 1)):
         with pytest.raises(ValueError, match="1 to 64"):
             runner.score([sequence])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2 with soft-cap and window"])
+def test_a_text_longer_than_a_pass_is_read_in_several(name: str) -> None:
+    """Up to all that the pool holds, beside short ones, and again when most of it is known."""
+    runner, one = build(name, capacity=200, max_pass_tokens=32)
+    long = tokens(200, 1)
+    assert error(runner, one, [tokens(5, 2), long, tokens(7, 3)]) < 1e-4
+    runner.clear()
+    passes = runner.stats.passes
+    assert error(runner, one, [long[:100]]) < 1e-4
+    assert runner.stats.passes == passes + 4
+    computed = runner.stats.tokens_computed
+    assert error(runner, one, [long[:100] + tokens(n, n) for n in (3, 40, 90)]) < 1e-4
+    assert runner.stats.tokens_computed <= computed + 3 + 40 + 90 + 3

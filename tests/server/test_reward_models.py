@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_reward import WORDS, tiny_head
 
 from guiderail.guides.errors import GuiderailError
 from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
-from guiderail.server.rewards.loading import neural_reward
+from guiderail.server.memory import pool
+from guiderail.server.memory.shares import RewardShare
+from guiderail.server.rewards.loading import load_model, neural_reward
 from guiderail.server.rewards.spec import RewardModelSpec, parse_flag
 
 SERVICES: Any = None
@@ -63,6 +66,53 @@ async def test_a_partial_answer_is_cut_on_the_same_side(tmp_path: Path) -> None:
     assert result.values[0] == pytest.approx(result.values[1], abs=1e-5)
     assert result.values[0] != pytest.approx(result.values[2], abs=1e-3)
     assert result.tokens == 30
+
+
+async def test_it_reads_all_that_the_model_reads_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the least that every model gets (1 MiB here, 2,048 tokens) would not hold it."""
+    monkeypatch.setattr(pool, "LEAST_POOL", 2**20)
+    head = tiny_head(tmp_path, positions=2540)
+    reward = neural_reward(RewardModelSpec(path=head, dtype="float32"), tmp_path, print)
+    await reward.start(SERVICES)
+    (result,) = await reward.score([group(Answer(" ".join(WORDS * 31)), params=reward.Params())])
+    assert result.tokens == 31 * 80 + 36
+    await reward.close()
+
+
+@pytest.mark.parametrize(("kv_gb", "share"), [(1 / 1024, None), (None, RewardShare("cpu", kv=2**20))])
+async def test_with_less_memory_it_reads_less_and_says_so(
+    kv_gb: float | None, share: RewardShare | None, tmp_path: Path
+) -> None:
+    """1 MiB holds 2,048 tokens of the tiny model (512 bytes each)."""
+    spec = RewardModelSpec(path=tiny_head(tmp_path, positions=30_000), dtype="float32", kv_gb=kv_gb)
+    reward = neural_reward(spec, tmp_path, print, share)
+    await reward.start(SERVICES)
+    fits, too_long = Answer(" ".join(WORDS * 25)), Answer(" ".join(WORDS * 26))
+    assert (await reward.score([group(fits, params=reward.Params())]))[0].tokens == 2036
+    with pytest.raises(ValueError, match=r"has 2116 tokens; kv_gb= has room for 1 to 20[0-9]{2}"):
+        await reward.score([group(too_long, params=reward.Params())])
+    await reward.close()
+
+
+async def test_it_runs_where_it_was_placed_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from guiderail.server.rewards import loading
+
+    limits: list[tuple[float, str]] = []
+    devices: list[str | None] = []
+
+    def load(path: str, cache: Path, dtype: str, say: Any, device: str | None) -> Any:
+        devices.append(device)
+        return load_model(path, cache, dtype, say, "cpu")
+
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda part, device: limits.append((part, device))
+    )
+    monkeypatch.setattr(loading, "load_model", load)
+    spec = RewardModelSpec(path=tiny_head(tmp_path), dtype="float32")
+    reward = neural_reward(spec, tmp_path, print, RewardShare("cuda:1", kv=2**20, limit=0.25))
+    await reward.start(SERVICES)
+    await reward.close()
+    assert (devices, limits) == (["cuda:1"], [(0.25, "cuda:1")])
 
 
 async def test_without_max_tokens_too_long_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""The CUDA devices of this machine and their free memory, as the engine's own process will see them.
+
+They are measured in a process that ends at once: a CUDA context takes half a GiB on every device that it looks at, and
+this process, which serves for days, is to have one only where its own models are.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from guiderail.guides.errors import GuiderailError
+
+PROBE = """
+import json, torch
+found = []
+for i in range(torch.cuda.device_count()):
+    free, total = torch.cuda.mem_get_info(i)
+    found.append({"index": i, "name": torch.cuda.get_device_name(i), "total": total, "free": free})
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A CUDA device that is visible here: its number, and its memory in bytes, all of it and what is free."""
+
+    index: int
+    name: str
+    total: int
+    free: int
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The visible CUDA devices in their order; none where torch has no CUDA or finds no device.
+
+    Takes some seconds where there are any. Raises GuiderailError if a device there cannot be asked.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    run = subprocess.run([sys.executable, "-P", "-c", PROBE], capture_output=True, text=True)
+    if run.returncode:
+        why = run.stderr.strip().splitlines() or [f"status {run.returncode}"]
+        raise GuiderailError(f"the CUDA devices cannot be asked for their memory: {why[-1]}")
+    return tuple(Gpu(**each) for each in json.loads(run.stdout.strip().splitlines()[-1]))

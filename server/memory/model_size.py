@@ -1,0 +1,128 @@
+"""What a model needs of memory, told from its configuration and the headers of its weights before it is loaded."""
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+FLOATS = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+)  # of a safetensors file; loaded in the model's dtype. Anything else stays as it is
+WIDTH = {"float32": 4}  # bytes of a number in memory by dtype; every other one that is served has 2
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a decoder's configuration says of its memory, in bytes of a number of `width` bytes.
+
+    kv_token: keys and values of one token in all layers. work_token: what one token of a forward pass takes beside them
+    (a rough upper bound: hidden states, the MLP's inner ones, queries, attention's float32 parts). longest: tokens.
+    """
+
+    kv_token: int
+    work_token: int
+    longest: int | None
+    windowed: int = 0  # of kv_token, what layers with a sliding window take
+    window: int = 0  # tokens that those keep
+
+    def context(self, tokens: int) -> int:
+        """Bytes of keys and values of one sequence of so many tokens, where windows are made use of."""
+        return (self.kv_token - self.windowed) * tokens + self.windowed * min(tokens, self.window)
+
+
+def width(dtype: str) -> int:
+    """Bytes of a number of a model that is loaded in this dtype on a GPU, where "auto" is a half one."""
+    return WIDTH.get(dtype, 2)
+
+
+def shape(config: Any, width: int) -> Shape:
+    """The shape of a transformers configuration. Raises AttributeError for one that says too little."""
+    text = config.get_text_config()
+    layers, heads, hidden = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    dim = getattr(text, "head_dim", None) or hidden // heads
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    if latent := getattr(text, "kv_lora_rank", None):  # latent attention keeps one short vector for all heads
+        layer = (latent + text.qk_rope_head_dim) * width
+    else:
+        layer = 2 * kv_heads * dim * width
+    window = getattr(text, "sliding_window", None) or 0
+    every = "sliding_attention" if window and getattr(text, "use_sliding_window", True) else "full_attention"
+    kinds = [kind for kind in getattr(text, "layer_types", None) or [every] * layers if "attention" in kind]
+    kinds = [kind for kind in kinds if kind != "linear_attention"]  # keeps a state of fixed size
+    windowed = layer * kinds.count("sliding_attention") if window else 0
+    work = (6 * hidden + 3 * inner + 2 * (heads + 2 * kv_heads) * dim) * width + 3 * heads * (dim + 2) * 4
+    return Shape(layer * len(kinds), work, getattr(text, "max_position_embeddings", None), windowed, window)
+
+
+def weight_bytes(where: str, dtype: str, *, head: bool = True) -> int:
+    """Bytes of a model's weights once loaded in this dtype; `head=False` leaves out a language model's head.
+
+    where: a folder or Hub id; of the latter only headers are read, from the Hub unless the weights are in the local
+    cache. Returns 0 where there are no safetensors. Raises OSError if the Hub cannot be asked.
+    """
+    size = width(dtype)
+    return sum(
+        prod(shape) * size if kind in FLOATS else stored
+        for name, kind, shape, stored in _tensors(where)
+        if head or not name.startswith("lm_head.")
+    )
+
+
+def _tensors(where: str) -> list[tuple[str, str, list[int], int]]:
+    """Name, type, shape and stored bytes of every tensor."""
+    files = _in_folder(Path(where)) if Path(where).is_dir() else _in_cache(where)
+    return _on_the_hub(where) if files is None else [found for path in files for found in header(path)]
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """The safetensors files of a model: those that its index names, where it has one."""
+    index = folder / "model.safetensors.index.json"
+    return [folder / name for name in _shards(index)] if index.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _shards(index: Path) -> list[str]:
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def _in_cache(model: str) -> list[Path] | None:
+    """The same of a Hub model, if the local cache has them all."""
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(model, "model.safetensors.index.json")
+    names = _shards(Path(index)) if isinstance(index, str) else ["model.safetensors"]
+    found = [try_to_load_from_cache(model, name) for name in names]
+    paths = [Path(path) for path in found if isinstance(path, str)]
+    return paths if len(paths) == len(names) else None
+
+
+def header(path: Path) -> list[tuple[str, str, list[int], int]]:
+    """The tensors of one safetensors file: eight bytes of length, then JSON (the format's specification)."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+    return [
+        (name, entry["dtype"], entry["shape"], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    ]
+
+
+def _on_the_hub(model: str) -> list[tuple[str, str, list[int], int]]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        files = HfApi().get_safetensors_metadata(model).files_metadata
+    except NotASafetensorsRepoError:
+        return []
+    return [
+        (name, tensor.dtype, tensor.shape, tensor.data_offsets[1] - tensor.data_offsets[0])
+        for file in files.values()
+        for name, tensor in file.tensors.items()
+    ]

@@ -1,0 +1,122 @@
+"""From settings to the plan of GPU memory: which models there are, what they need, and where each may run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from guiderail.guides.errors import GuiderailError
+from guiderail.server import models
+from guiderail.server.memory.devices import Gpu, gpus
+from guiderail.server.memory.model_size import Shape, shape, weight_bytes, width
+from guiderail.server.memory.pool import GIB, PASS_TOKENS
+from guiderail.server.memory.shares import EngineNeed, Plan, RewardNeed, RewardShare, plan
+from guiderail.server.rewards.loading import head_card, head_folder
+from guiderail.server.rewards.spec import RewardModelSpec
+from guiderail.server.settings import Settings, SettingsError
+
+ENGINE_TOKENS = (
+    2048  # of the smallest step that vLLM is started with; its own measurement is exact, ours warns before it
+)
+LIBRARIES = GIB // 2  # what vLLM takes for graphs, sampling and communication at least
+
+
+def place(
+    settings: Settings,
+    path: str | None,
+    say: Callable[[str], None],
+    *,
+    engine_on_cpu: Callable[[], bool],
+    found: Callable[[], tuple[Gpu, ...]] = gpus,
+) -> Plan:
+    """The plan for these settings on this machine.
+
+    path: folder or Hub id of the engine's model; None without an engine. engine_on_cpu: whether vLLM is a CPU build;
+    asked only where there are GPUs. Raises SettingsError for what does not fit and for a device that cannot be used,
+    and GuiderailError if a model's size cannot be found out.
+    """
+    local = {name: spec for name, spec in settings.reward.items() if not spec.urls}
+    there = found()
+    for name, spec in local.items():
+        if spec.device not in (None, "cpu") and not there:
+            raise SettingsError(f"--reward {name}: device={spec.device}, but no CUDA device is visible here")
+    if not there:
+        return Plan()
+    on_cpu = (path is not None or any(spec.backend == "vllm" for spec in local.values())) and engine_on_cpu()
+    engine = engine_need(settings, path) if path is not None and not on_cpu else None
+    devices = {name: _device(name, spec, on_cpu) for name, spec in local.items()}
+    needs = [
+        reward_need(name, spec, devices[name], settings.cache, say)
+        for name, spec in local.items()
+        if devices[name] != "cpu"
+    ]
+    made = plan(there, settings.gpu_memory_utilization, engine, needs)
+    on_host = {name: RewardShare("cpu") for name, device in devices.items() if device == "cpu"}
+    return replace(made, rewards=made.rewards | on_host)
+
+
+def engine_need(settings: Settings, path: str) -> EngineNeed:
+    """What the served model needs. What its configuration does not tell, vLLM finds out."""
+    embedded = models.EMBEDDED.get(settings.model)
+    found = _shape(path, settings.dtype)
+    longest = settings.max_model_len or (embedded.max_model_len if embedded else None) or (found and found.longest)
+    return EngineNeed(
+        weights=_weights(path, settings.dtype, head=True),
+        context=found.context(longest) if found and longest else 0,
+        work=LIBRARIES + (found.work_token * ENGINE_TOKENS if found else 0),
+        gpus=settings.tensor_parallel_size,
+        kv=int(settings.kv_cache_gb * GIB) if settings.kv_cache_gb is not None else None,
+    )
+
+
+def _device(name: str, spec: RewardModelSpec, engines_on_cpu: bool) -> str | None:
+    """Where the operator, or the vLLM that is installed, wants a reward model; None: on any GPU."""
+    if spec.backend == "vllm" and engines_on_cpu:
+        if spec.device not in (None, "cpu"):
+            raise SettingsError(f"--reward {name}: device={spec.device}, but the vLLM that is installed is for CPUs")
+        return "cpu"
+    if spec.backend == "vllm" and spec.device == "cpu":
+        raise SettingsError(
+            f"--reward {name}: device=cpu needs backend=packed, for the vLLM that is installed is for GPUs"
+        )
+    return None if spec.device == "cuda" else spec.device
+
+
+def reward_need(
+    name: str, spec: RewardModelSpec, device: str | None, cache: Path, say: Callable[[str], None]
+) -> RewardNeed:
+    """What a reward model needs on `device`, or on any GPU. Raises GuiderailError if its files do not tell."""
+    card = head_card(spec.path) or {}
+    where = models.resolve(card.get("base", spec.path), cache, say)
+    found = _shape(where, spec.dtype)
+    weights = _weights(where, spec.dtype, head=False)
+    if found is None or not weights:
+        raise GuiderailError(f"--reward {name}: {spec.path} has no configuration and safetensors that tell its size")
+    if card:
+        weights += (head_folder(spec.path) / "head.safetensors").stat().st_size
+    limits = [each for each in (found.longest, card.get("max_tokens")) if each is not None]
+    return RewardNeed(
+        name,
+        spec.backend,
+        weights,
+        found.work_token * PASS_TOKENS + (LIBRARIES if spec.backend == "vllm" else 0),
+        found.kv_token,
+        min(limits, default=None),
+        device,
+        int(spec.kv_gb * GIB) if spec.kv_gb is not None else None,
+    )
+
+
+def _shape(where: str, dtype: str) -> Shape | None:
+    from transformers import AutoConfig
+
+    try:
+        return shape(AutoConfig.from_pretrained(where), width(dtype))
+    except (OSError, ValueError, KeyError, AttributeError):  # of a kind that transformers does not know
+        return None
+
+
+def _weights(where: str, dtype: str, *, head: bool) -> int:
+    try:
+        return weight_bytes(where, dtype, head=head)
+    except Exception as error:  # the Hub's client raises errors of many libraries
+        raise GuiderailError(f"the size of {where} cannot be found out: {error}") from error
