@@ -26,9 +26,10 @@ BATCH = 32  # texts of one forward pass
 class Encoder:
     """Turns texts into unit vectors. The model is loaded once, at the first call."""
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, device: str = "cpu") -> None:
         """`path`: a folder or Hub id with safetensors weights and mean pooling; None: the embedded model."""
         self.path = path
+        self._device = device
         self._model: Any = None
         self._tokenizer: Any = None
 
@@ -43,7 +44,7 @@ class Encoder:
         import torch
 
         if self._model is None:
-            self._tokenizer, self._model = _load(self.path)
+            self._tokenizer, self._model = _load(self.path, self._device)
         result = np.empty((len(texts), self._model.config.hidden_size), np.float32)
         if not texts:
             return result
@@ -65,8 +66,8 @@ class Encoder:
         return result
 
 
-def _load(path: str | None) -> tuple[Any, Any]:
-    """Tokenizer and model, float32, on the GPU if there is one."""
+def _load(path: str | None, device: str) -> tuple[Any, Any]:
+    """Tokenizer and model, float32, on the device."""
     import torch
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import cached_file
@@ -83,7 +84,7 @@ def _load(path: str | None) -> tuple[Any, Any]:
         model = AutoModel.from_pretrained(where, local_files_only=local, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise GuiderailError(f"--encoder {path}: it does not load: {error}") from error
-    return tokenizer, model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return tokenizer, model.eval().to(device)
 
 
 def _embedded() -> Path:

@@ -184,7 +184,7 @@ async def _prepare(
     renderer = await asyncio.to_thread(ChatRenderer, path, settings.chat_template)
     services = Services(engine, renderer, frozenset(settings.lora), settings.model_name, frozenset(remote))
     stored = {file: calibration_store.load(file) for file in settings.calibration}
-    state = assemble(settings, engine, renderer, guides, rewards, services, metrics, list(stored.values()))
+    state = assemble(settings, engine, renderer, guides, rewards, services, metrics, list(stored.values()), plan.beside)
     for policy in remote.values():
         await policy.start(renderer)
     await engine.start()
@@ -219,6 +219,7 @@ def assemble(
     services: Services,
     metrics: Metrics,
     stored: Sequence[StoredCalibration] = (),
+    encoder_device: str = "cpu",
 ) -> ServerState:
     """Joins the parts to a server state; engine and rewards may start later. Raises SettingsError."""
     try:
@@ -231,7 +232,7 @@ def assemble(
         raise SettingsError(f"--urial: {error}") from error
     except ApiError as error:
         raise SettingsError(f"the configured alignment, profiles or limits are wrong: {error}") from error
-    helpers = ServerHelpers(services, engine, Calibrator(stored, metrics), Encoder(settings.encoder))
+    helpers = ServerHelpers(services, engine, Calibrator(stored, metrics), Encoder(settings.encoder, encoder_device))
     admission = Admission(settings.limits, settings.rows, metrics)
     return ServerState(
         settings, engine, renderer, guides, rewards, resolver, BatchingScorer(rewards, metrics), helpers, admission,

@@ -98,6 +98,11 @@ class Plan:
     rewards: dict[str, RewardShare] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
 
+    @property
+    def beside(self) -> str:
+        """Where this process puts what little else it has: on a GPU that it has models on anyway, or on the CPU."""
+        return next((share.device for share in self.rewards.values() if share.limit is not None), "cpu")
+
 
 def plan(gpus: Sequence[Gpu], utilization: float, engine: EngineNeed | None, rewards: Sequence[RewardNeed]) -> Plan:
     """Shares of these GPUs. The engine takes the first ones.

@@ -172,6 +172,13 @@ def test_rewards_spread_over_the_gpus_that_are_free_of_the_engine() -> None:
     assert {share.device for share in made.rewards.values()} == {"cuda:1", "cuda:2"}
 
 
+def test_where_a_reward_goes_does_not_depend_on_the_order_of_the_flags() -> None:
+    gpus = (A100, replace(A100, index=1), replace(A100, index=2))
+    forth = plan(gpus, 0.9, ENGINE_8B, [REWARD_8B, REWARD_0B5])
+    assert forth.rewards == plan(gpus, 0.9, ENGINE_8B, [REWARD_0B5, REWARD_8B]).rewards
+    assert {share.device for share in forth.rewards.values()} == {"cuda:1", "cuda:2"}
+
+
 def test_where_no_other_gpu_has_room_it_is_the_engines() -> None:
     made = plan((H200, replace(L4, index=1, free=4 * GIB)), 0.9, ENGINE_8B, [REWARD_8B])
     assert made.rewards["big"].device == "cuda:0"
