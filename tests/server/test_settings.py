@@ -44,6 +44,8 @@ def test_a_bad_command_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.startswith("guiderail: --config /nowhere.yaml")
     assert main(["serve", "--lora", "x"]) == 1
     assert "NAME=PATH" in capsys.readouterr().err
+    assert main(["serve", "--compile", "--enforce-eager", "--max-num-batched-tokens", "4096"]) == 1
+    assert "compile and enforce_eager exclude each other" in capsys.readouterr().err
     assert main(["models", "nope"]) == 1
     assert "smollm2-135m-instruct" in capsys.readouterr().err
 
