@@ -4,10 +4,10 @@ On CPU the model runs in the process of vLLM's scheduler. vLLM would put it into
 its settings when a process starts; `start` gives them to the scheduler's. That saves the memory and the start of one
 process, and the CPU time that a scheduler takes from the model while it polls for the end of each step.
 
-On a GPU an engine is started as `vllm serve` starts it (chunked prefill, prefix caching, asynchronous scheduling, CUDA
-graphs and their sizes, sizes of batches), but for: rows that wait begin by priority, a scheduler and logits processors of
-ours, 50 log-probabilities instead of 20, OpenAI's sampling defaults instead of the model's, no statistics in the log, and
-its share of the memory.
+On a GPU an engine is started as `vllm serve` starts it (chunked prefill, prefix caching, asynchronous scheduling,
+CUDA graphs and their sizes, sizes of batches), but for: rows that wait begin by priority, a scheduler and logits
+processors of ours, 50 log-probabilities instead of 20, OpenAI's sampling defaults instead of the model's, no statistics
+in the log, and its share of the memory.
 """
 
 import os

@@ -25,30 +25,19 @@ def least_pool(longest: int | None, kv_token: int) -> int:
 
 
 def host_pool(
-    longest: int | None,
-    kv_token: int,
-    say: Callable[[str], None],
-    available: Callable[[], int] = lambda: int(psutil.virtual_memory().available),
+    longest: int | None, kv_token: int, available: Callable[[], int] = lambda: int(psutil.virtual_memory().available)
 ) -> int:
-    """The default for a model on the CPU, out of half of the memory that is available now; says if that is less.
+    """The default for a model on the CPU, out of half of the memory that is available now.
 
-    Raises GuiderailError if it is less than `least_pool`.
+    Raises GuiderailError if that is less than `least_pool`.
     """
-    wish, half = default_pool(longest, kv_token), available() // 2
-    if wish <= half:
-        return wish
-    least = least_pool(longest, kv_token)
-    if half < least:
+    half = available() // 2
+    if half < (least := least_pool(longest, kv_token)):
         raise GuiderailError(
             f"keys and values of {least // kv_token:,} tokens take {gib(least)}, and of the memory {gib(2 * half)} are "
             "available: free some, or say with kv_gb= how much this reward model may take"
         )
-    if longest is not None and half // kv_token < longest:
-        say(
-            f"keys and values of {half // kv_token:,} tokens fit half of the {gib(2 * half)} of memory that are "
-            f"available; longer texts are refused, though the model reads {longest:,}; kv_gb= says how much it may take"
-        )
-    return half
+    return min(half, default_pool(longest, kv_token))
 
 
 def gib(size: float) -> str:

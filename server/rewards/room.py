@@ -9,44 +9,52 @@ from guiderail.server.memory.shares import RewardShare
 from guiderail.server.processor import auto_dtype
 from guiderail.server.rewards.spec import RewardModelSpec
 
+LEAST_TOKENS = 1024  # however little the operator gives
 BLOCK = 128  # tokens, a multiple of vLLM's blocks
 
 
-def pool_bytes(
+def pool_tokens(
     spec: RewardModelSpec,
     share: RewardShare | None,
-    longest: int | None,
+    reads: int | None,
     kv_token: int,
     say: Callable[[str], None],
     *,
     on_cpu: bool,
 ) -> int:
-    """Memory for a reward model's keys and values: as the operator says, as was planned, or what it reads."""
+    """Tokens whose keys and values a reward model keeps: as the operator says, as was planned, or what it reads.
+
+    reads: tokens of the longest text (None: no limit), kv_token: bytes of one. Says if there is memory for less than it
+    reads. Raises GuiderailError if there is next to none.
+    """
     if spec.kv_gb is not None:
-        return int(spec.kv_gb * GIB)
-    if share is not None and share.kv is not None:
-        return share.kv
-    if on_cpu:
-        return host_pool(longest, kv_token, lambda text: say(f"reward model {spec.path}: {text}"))
-    return default_pool(longest, kv_token)
+        kv = int(spec.kv_gb * GIB)
+    elif share is not None and share.kv is not None:
+        kv = share.kv
+    else:
+        kv = host_pool(reads, kv_token) if on_cpu else default_pool(reads, kv_token)
+    tokens = max(LEAST_TOKENS, kv // kv_token)
+    if reads is not None and tokens < reads:
+        say(f"reward model {spec.path} reads {reads:,} tokens, but there is memory for {tokens:,} of them (see kv_gb)")
+    return tokens
 
 
 def pooling_settings(
     spec: RewardModelSpec, folder: str, share: RewardShare | None, say: Callable[[str], None]
 ) -> EngineSettings:
-    """How a pooling engine is started. One whose memory is less than the model reads gets a shorter context."""
+    """How a pooling engine is started. One that has memory for less than its model reads gets a shorter context."""
     from transformers import AutoConfig
 
     cpu = on_cpu()
     dtype = auto_dtype() if cpu and spec.dtype == "auto" else spec.dtype
     found = shape(AutoConfig.from_pretrained(folder), width(dtype))
-    kv = pool_bytes(spec, share, found.longest, found.kv_token, say, on_cpu=cpu)
-    room = kv // found.kv_token // BLOCK * BLOCK - BLOCK  # whole blocks, and vLLM keeps one for itself
+    tokens = pool_tokens(spec, share, found.longest, found.kv_token, say, on_cpu=cpu)
+    whole = tokens // BLOCK * BLOCK - BLOCK  # vLLM shares out whole blocks and keeps one for itself
     return EngineSettings(
         model=folder,
         dtype=spec.dtype,
-        max_model_len=room if found.longest is not None and room < found.longest else None,
-        kv_cache_gb=kv / GIB if cpu or spec.kv_gb is not None else None,
+        max_model_len=whole if found.longest is not None and whole < found.longest else None,
+        kv_cache_gb=tokens * found.kv_token / GIB if cpu or spec.kv_gb is not None else None,
         gpu_memory_utilization=share.utilization if share is not None and share.utilization is not None else 0.9,
         device=int(share.device.removeprefix("cuda:")) if share is not None and not cpu else None,
     )

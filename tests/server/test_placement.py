@@ -127,7 +127,7 @@ def test_a_reward_of_unknown_size_is_refused(tmp_path: Path) -> None:
     made, path = settings(tmp_path)
     (Path(path) / "model.safetensors").unlink()
     with pytest.raises(
-        GuiderailError, match="--reward tiny: .* has no configuration and safetensors that tell its size"
+        GuiderailError, match=r"--reward tiny: .* has no configuration and safetensors that tell its size"
     ):
         planned(made, path)
 

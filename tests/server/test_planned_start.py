@@ -23,7 +23,6 @@ from guiderail.server.memory.shares import Plan, RewardShare
 from guiderail.server.settings import Settings, SettingsError, load
 from guiderail.server.state import ServerState
 
-
 FEW: dict[str, Any] = {"rewards": ["length"]}  # of the built-in ones; the tiny tokenizer has no word for "Yes"
 
 

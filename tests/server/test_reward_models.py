@@ -12,6 +12,7 @@ from guiderail.guides.errors import GuiderailError
 from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
 from guiderail.server.memory import pool
 from guiderail.server.memory.shares import RewardShare
+from guiderail.server.rewards import room
 from guiderail.server.rewards.loading import load_model, neural_reward
 from guiderail.server.rewards.spec import RewardModelSpec, parse_flag
 
@@ -85,13 +86,46 @@ async def test_with_less_memory_it_reads_less_and_says_so(
 ) -> None:
     """1 MiB holds 2,048 tokens of the tiny model (512 bytes each)."""
     spec = RewardModelSpec(path=tiny_head(tmp_path, positions=30_000), dtype="float32", kv_gb=kv_gb)
-    reward = neural_reward(spec, tmp_path, print, share)
+    said: list[str] = []
+    reward = neural_reward(spec, tmp_path, said.append, share)
     await reward.start(SERVICES)
+    assert any("reads 30,000 tokens, but there is memory for 2,048 of them (see kv_gb)" in line for line in said)
     fits, too_long = Answer(" ".join(WORDS * 25)), Answer(" ".join(WORDS * 26))
     assert (await reward.score([group(fits, params=reward.Params())]))[0].tokens == 2036
-    with pytest.raises(ValueError, match=r"has 2116 tokens; kv_gb= has room for 1 to 20[0-9]{2}"):
+    with pytest.raises(ValueError, match="have 2116 tokens; the model reads 2048"):
         await reward.score([group(too_long, params=reward.Params())])
     await reward.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "share", "context", "kv_gb", "device"),
+    [
+        ({}, None, None, True, None),  # as on this machine: all that it reads
+        ({"kv_gb": 1 / 1024}, None, 2048 - 128, True, None),
+        ({}, RewardShare("cuda:1", 2**30, 0.3), None, False, 1),
+        ({}, RewardShare("cuda:1", 2**20, 0.3), 4096 - 128, False, 1),
+        ({"kv_gb": 0.5}, RewardShare("cuda:0", 2**29, 0.2), None, True, 0),
+    ],
+    ids=["cpu", "little of a cpu", "gpu", "little of a gpu", "so much of a gpu"],
+)
+def test_a_pooling_engine_has_its_part(
+    options: dict[str, Any],
+    share: RewardShare | None,
+    context: int | None,
+    kv_gb: bool,
+    device: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU its share, of which vLLM takes what it measures to be left, unless keys and values were fixed."""
+    cpu = device is None
+    monkeypatch.setattr(room, "on_cpu", lambda: cpu)
+    tiny_head(tmp_path, positions=30_000)
+    spec = RewardModelSpec(path="x", backend="vllm", dtype="float32" if cpu else "auto", **options)
+    made = room.pooling_settings(spec, str(tmp_path / "base"), share, print)
+    assert (made.max_model_len, made.device) == (context, device)
+    assert (made.kv_cache_gb is not None) == kv_gb
+    assert made.gpu_memory_utilization == (share.utilization if share else 0.9)
 
 
 async def test_it_runs_where_it_was_placed_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
