@@ -17,6 +17,7 @@ from guiderail.guides import base
 from guiderail.guides.base import Guide
 from guiderail.guides.context import Context
 from guiderail.guides.lookahead import value
+from guiderail.guides.pipeline import Origin, PoolKind
 from guiderail.guides.steps import MAX_TOP_K, Steps, top_tokens
 from guiderail.guides.types import Event
 
@@ -33,6 +34,9 @@ class Args(Guide):
     def candidates(self) -> int:
         return int(self.params.top_k)
 
+    def pools(self) -> dict[PoolKind, int]:
+        return {"tokens": self.candidates()}
+
     def rows(self) -> int:
         return 1
 
@@ -44,7 +48,7 @@ class Args(Guide):
         return (*penalties, "top_p", "top_k", "min_p")
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
-        steps = Steps(ctx)
+        steps = Steps(ctx, "tokens")
         while steps.go_on(1):
             pieces = await top_tokens(ctx, steps.transcript, self.params.top_k)
             candidates = await value(ctx, steps.transcript, pieces, [[]] * len(pieces))
@@ -52,7 +56,7 @@ class Args(Guide):
             for candidate, logprob in zip(candidates, log_prior, strict=True):
                 assert candidate.combined is not None
                 candidate.combined = logprob + self.params.w * candidate.combined
-            chosen = await ctx.pick(candidates, log_prior)
+            chosen = await ctx.pick(candidates, Origin("tokens", log_prior=log_prior))
             for event in steps.commit(pieces[chosen.index], candidates, chosen):
                 yield event
         async for event in steps.end():

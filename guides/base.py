@@ -4,7 +4,7 @@ A guide sees only its Context (context.py), which joins them. It yields events (
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 from pydantic import BaseModel, ConfigDict
 
 from guiderail.guides.calibration import CalibrationSample
-from guiderail.guides.pipeline import RewardTerm
+from guiderail.guides.pipeline import PoolKind, RewardTerm
 from guiderail.guides.types import Candidate, Delta, Event, Final, Message, SamplingSpec, ScoreGroup, Token, TokenPrompt
 
 if TYPE_CHECKING:
@@ -155,6 +155,14 @@ class Guide(ABC):
     def candidates(self) -> int:
         """Largest number of candidates alive at once for one answer; operators limit it."""
         return 1
+
+    def pools(self) -> Mapping[PoolKind, int]:
+        """The pools that it has the selection rule choose from, and the most candidates that each has.
+
+        A rule that is not valid for all of them is refused. A guide that declares none can have no rule but argmax;
+        one that does without a rule (`steers` or rewards apart) declares none.
+        """
+        return {}
 
     def rows(self) -> int:
         """Largest number of rows in the engine at once for one answer; admission goes by it."""

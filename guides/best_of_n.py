@@ -18,6 +18,7 @@ from guiderail.guides import base
 from guiderail.guides.base import Guide, answer_events
 from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed
+from guiderail.guides.pipeline import Origin, PoolKind
 from guiderail.guides.rollout import Piece, roll_out
 from guiderail.guides.seeds import POOL_SIZE
 from guiderail.guides.tasks import task_group
@@ -36,8 +37,12 @@ class BestOfN(Guide):
         n: int = self.params.n
         return n
 
+    def pools(self) -> dict[PoolKind, int]:
+        return {"answers": self.candidates()}
+
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
-        candidates = await draw_scored(ctx, ctx.selection.draws(self.params.n, ctx.seeds(1, stream=POOL_SIZE)[0]))
+        n = self.params.n
+        candidates = await draw_scored(ctx, ctx.selection.draws(n, ctx.seeds(1, stream=POOL_SIZE)[0]))
         stopped_by = next((c.finish_reason for c in candidates if not c.finished), None)
         pool = [c for c in candidates if c.transformed]
         if not pool:  # nothing was finished and scored in time: what there is has to do
@@ -46,7 +51,9 @@ class BestOfN(Guide):
                 raise DeadlinePassed("the deadline passed before any candidate had a token")
             await ctx.score(pool)
         yield Scored(tuple(candidates))
-        for event in answer_events(await ctx.select(pool), candidates, stopped_by):
+        for event in answer_events(
+            await ctx.select(pool, Origin("answers", len(candidates), n)), candidates, stopped_by
+        ):
             yield event
 
 

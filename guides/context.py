@@ -20,7 +20,8 @@ from guiderail.guides.calibration import CalibrationSpec
 from guiderail.guides.counted import Counted
 from guiderail.guides.decoding import Decoder
 from guiderail.guides.errors import RequestError, RewardFailed
-from guiderail.guides.pipeline import Combine, Pool, RewardTerm, Selection
+from guiderail.guides.pipeline import Combine, Origin, Pool, RewardTerm, Selection
+from guiderail.guides.pipeline.steps import checked
 from guiderail.guides.prompters import Cleaner, Prompter, Template, with_system
 from guiderail.guides.report import SelectionReport
 from guiderail.guides.reward import begun
@@ -180,21 +181,27 @@ class Context:
         for candidate in candidates:
             if not candidate.transformed:
                 raise RewardFailed("(selection)", f"candidate {candidate.index} was never scored")
+        weights = np.array([term.weight for term in terms])
         values = np.array([[candidate.transformed[label] for label in labels] for candidate in candidates])
-        combined = self.combine.combine(values, np.array([term.weight for term in terms]), labels)
-        for candidate, value in zip(candidates, combined, strict=True):
-            candidate.combined = float(value)
+        raw = np.array([[candidate.rewards[label] for label in labels] for candidate in candidates])
+        try:
+            combined = checked(self.combine.combine(values, weights, labels))
+        except ValueError as error:
+            raise RequestError(f"'alignment.combine': {error}", "alignment.combine") from error
+        ties = self.combine.ties(raw, weights, labels)
+        for candidate, value, tie in zip(candidates, combined, ties, strict=True):
+            candidate.combined, candidate.tie = float(value), float(tie)
         return [float(value) for value in combined]
 
-    async def select(self, candidates: Sequence[Candidate]) -> Candidate:
-        """Rates scored candidates and returns the one that the request's selection rule picks."""
+    async def select(self, candidates: Sequence[Candidate], origin: Origin | None = None) -> Candidate:
+        """Rates scored candidates and returns the one that the request's selection rule picks; see `pick`."""
         self.rate(candidates)
-        return await self.pick(candidates)
+        return await self.pick(candidates, origin)
 
-    async def pick(self, candidates: Sequence[Candidate], log_prior: Sequence[float] | None = None) -> Candidate:
+    async def pick(self, candidates: Sequence[Candidate], origin: Origin | None = None) -> Candidate:
         """The selection rule's choice among candidates whose `combined` is set. Raises RequestError if it cannot.
 
-        log_prior: the candidates' log-probabilities under the policy, where they were enumerated and not sampled.
+        origin: how the candidates were made; None: the answer's KL from the policy is reported as unknown.
         """
         scores = []
         for candidate in candidates:
@@ -204,27 +211,24 @@ class Context:
         (seed,) = self.seeds(1, self._picks, seeds.PICK)
         self._picks += 1
         texts = [self.begun + self.clean(candidate.text) for candidate in candidates]
-        pool = Pool(
-            scores=np.array(scores),
-            texts=texts,
-            logprobs=[None if c.logprobs is None else sum(t.logprob for t in c.logprobs) for c in candidates],
-            lengths=[len(candidate.token_ids) for candidate in candidates],
-            seed=seed,
-            embed=self.helpers.embed,
-            prefer=lambda criterion, pairs: self.helpers.prefer(self.view, criterion, texts, pairs),
-        )
         try:
+            pool = Pool(
+                scores=np.array(scores),
+                texts=texts,
+                logprobs=[None if c.logprobs is None else sum(t.logprob for t in c.logprobs) for c in candidates],
+                lengths=[len(candidate.token_ids) for candidate in candidates],
+                seed=seed,
+                embed=self.helpers.embed,
+                prefer=lambda criterion, pairs: self.helpers.prefer(self.view, criterion, texts, pairs),
+                ties=np.array([candidate.tie for candidate in candidates]),
+                origin=origin,
+            )
             choice = await self.selection.pick(pool)
         except ValueError as error:
             raise RequestError(f"'alignment.select': {error}", "alignment.select") from error
         for i, candidate in enumerate(candidates):
             candidate.weight = None if choice.weights is None else float(choice.weights[i])
             candidate.adjusted = None if choice.scores is None else float(choice.scores[i])
-        if log_prior is not None:
-            law = choice.weights if choice.weights is not None else np.eye(len(scores))[choice.index]
-            choice = replace(
-                choice, kl=float(sum(w * (np.log(w) - p) for w, p in zip(law, log_prior, strict=True) if w))
-            )
         self.report.picked(candidates, choice, {term.label: term.weight for term in self.rewards})
         return candidates[choice.index]
 

@@ -18,6 +18,7 @@ from guiderail.guides import base
 from guiderail.guides.base import Guide
 from guiderail.guides.context import Context
 from guiderail.guides.lookahead import Lookahead, roll_forward, value
+from guiderail.guides.pipeline import Origin, PoolKind
 from guiderail.guides.steps import Steps, draw_blocks
 from guiderail.guides.types import Event
 
@@ -41,6 +42,9 @@ class ControlledDecoding(Guide):
     def candidates(self) -> int:
         return int(self.params.k * max(1, self.params.rollouts))
 
+    def pools(self) -> dict[PoolKind, int]:
+        return {"blocks": self.params.k}
+
     def cost(self, max_tokens: int) -> int:
         p = self.params
         steps, ahead = -(-max_tokens // p.block), min(p.horizon or max_tokens, max_tokens)
@@ -52,7 +56,7 @@ class ControlledDecoding(Guide):
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         k, block = self.params.k, self.params.block
         ahead = Lookahead(ctx.prompt, self.params.rollouts, self.params.horizon)
-        steps = Steps(ctx)
+        steps = Steps(ctx, "blocks")
         while steps.go_on(k):
             pieces = await draw_blocks(ctx, steps.transcript, k, block, steps.count)
             if steps.cut_short(pieces):
@@ -61,7 +65,7 @@ class ControlledDecoding(Guide):
             if steps.cut_short([tail for rows in tails for tail in rows], pieces):
                 break
             candidates = await value(ctx, steps.transcript, pieces, tails)  # V of each block
-            chosen = await ctx.pick(candidates)
+            chosen = await ctx.pick(candidates, Origin("blocks", k))
             for event in steps.commit(pieces[chosen.index], candidates, chosen):
                 yield event
         async for event in steps.end():

@@ -5,7 +5,7 @@ from the start state p (an alignment instruction and the input) with, at each st
 lookahead of l tokens, and
   c(y_t) = log P(y_1:t | p) + lambda h(y_1:t+l, p),    h any mix of rewards, programmatic or parametric.
 The `beams` candidates of the largest c go on. With hard constraints a candidate whose h is below `threshold` is
-dropped, as long as some candidate keeps it.
+dropped; where none keeps it, those nearest to it go on.
 
 A finished beam keeps its place and its c, with h of the whole answer, and competes with unfinished ones on the same
 scale; log P is a sum over tokens, divided by (tokens ** length_penalty). The search ends when all beams are finished.
@@ -24,6 +24,7 @@ from guiderail.guides import base
 from guiderail.guides.base import Guide
 from guiderail.guides.context import Context
 from guiderail.guides.lookahead import Lookahead, roll_forward, successors, value
+from guiderail.guides.pipeline import Origin, PoolKind
 from guiderail.guides.policy import PolicySpec
 from guiderail.guides.rollout import Piece
 from guiderail.guides.steps import MAX_TOP_K, Steps, top_tokens
@@ -38,6 +39,7 @@ class Beam:
 
     transcript: Transcript
     log_p: float = 0.0
+    h: float = 0.0
     piece: Piece = field(default_factory=Piece)
     candidate: Candidate | None = None
     tails: list[Piece] = field(default_factory=list)
@@ -80,6 +82,9 @@ class Deal(Guide):
     def candidates(self) -> int:
         return int(self.params.beams * self.params.top_k)
 
+    def pools(self) -> dict[PoolKind, int]:
+        return {"tokens": self.params.top_k} if self.params.beams == 1 else {"beams": self.params.beams}
+
     def cost(self, max_tokens: int) -> int:
         p = self.params
         ahead = max_tokens if p.lookahead is None else min(p.lookahead, max_tokens)
@@ -91,7 +96,7 @@ class Deal(Guide):
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         start = PolicySpec(system=self.params.instruction).policy(ctx, "alignment.guide.instruction").prompt
         ctx = replace(ctx, prompt=start)  # the policy of all candidates, and of the answers that calibrate
-        steps = Steps(ctx)
+        steps = Steps(ctx, "tokens")
         beams = [Beam(steps.transcript.fork())]
         chosen: Candidate | None = None
         while steps.go_on(len(beams)):
@@ -103,8 +108,12 @@ class Deal(Guide):
             considered = [*(beam for beam in beams if beam.finished), *(new for each in found for new in each)]
             beams = await self._keep(ctx, considered)
             if all(beam.finished for beam in beams):
+                beams = self._within(beams)
                 whole = [beam.candidate for beam in beams if beam.candidate]
-                chosen = whole[0] if len(whole) == 1 else await ctx.pick(whole)
+                if self.params.beams > 1:
+                    chosen = await ctx.pick(whole, Origin("beams", log_prior=[beam.log_p for beam in beams]))
+                else:
+                    (chosen,) = whole  # as picked step by step
                 beams = [beam for beam in beams if beam.candidate is chosen]
             for event in steps.catch_up(
                 [beam.transcript for beam in beams], [new.candidate for new in considered if new.candidate], chosen
@@ -112,6 +121,8 @@ class Deal(Guide):
                 yield event
         if chosen is None and steps.count:  # a limit: the best beam is the answer, a finished one before others
             best = next((beam for beam in beams if beam.finished), beams[0])
+            if self.params.beams > 1:
+                ctx.report.moved(-best.log_p)
             for event in steps.catch_up([best.transcript], [], best.candidate if best.finished else None):
                 yield event
         async for event in steps.end():
@@ -137,20 +148,31 @@ class Deal(Guide):
         candidates = [beam.candidate for beam in considered if beam.candidate is not None]
         heuristic = ctx.rate(candidates)
         for i, (beam, candidate, h) in enumerate(zip(considered, candidates, heuristic, strict=True)):
-            candidate.index = i
+            candidate.index, beam.h = i, h
             length = len(beam.transcript.token_ids) + len(beam.piece.token_ids)
             candidate.combined = beam.log_p / length**p.length_penalty + p.weight * h
-        pool = considered
-        if p.threshold is not None:
-            pool = [beam for beam, h in zip(considered, heuristic, strict=True) if h >= p.threshold]
-            if not pool:
-                ctx.report.warn("no candidate kept the threshold at some step, so it was not applied there")
-                pool = considered
+        none_keeps = p.threshold is not None and max(heuristic) < p.threshold
+        if none_keeps:
+            ctx.report.warn("no candidate kept the threshold at some step, so the nearest to it went on there")
+        pool = self._within(considered)
         if p.beams == 1:
             chosen = await ctx.pick(
                 [beam.candidate for beam in pool if beam.candidate],
-                [beam.piece.logprobs[0].logprob for beam in pool],
+                Origin("tokens", log_prior=[beam.piece.logprobs[0].logprob for beam in pool]),
             )
             return [beam.kept() for beam in pool if beam.candidate is chosen]
-        best = sorted(pool, key=lambda beam: -(beam.candidate.combined or 0.0) if beam.candidate else 0.0)
+        best = sorted(pool, key=_order)
+        if none_keeps:
+            best = sorted(considered, key=lambda beam: (-beam.h, _order(beam)))
         return [beam.kept() for beam in best[: p.beams]]
+
+    def _within(self, beams: list[Beam]) -> list[Beam]:
+        """Those that keep the threshold; where none does, those nearest to it."""
+        if self.params.threshold is None:
+            return beams
+        least = min(self.params.threshold, max(beam.h for beam in beams))
+        return [beam for beam in beams if beam.h >= least]
+
+
+def _order(beam: Beam) -> tuple[float, float]:
+    return beam.candidate.order if beam.candidate else (0.0, 0.0)

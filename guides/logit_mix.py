@@ -65,6 +65,7 @@ class LogitMix(Sampling):
         self._tilts(services)
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
+        ctx.report.moved(None)  # the mixture's KL from the served policy is not known
         services = ctx.helpers.services
         mix = tuple(self._mixed(i, policy, ctx) for i, policy in enumerate(self.params.policies))
         bias = dict(ctx.sampling.logit_bias)

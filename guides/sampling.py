@@ -20,6 +20,7 @@ class Sampling(Guide):
     keeps_format: ClassVar[bool] = True
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
+        ctx.report.moved(0.0)  # it is the policy's own answer
         text: list[str] = []
         ids: list[int] = []
         logprobs: list[TokenLogprob] = []

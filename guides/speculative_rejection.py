@@ -25,6 +25,7 @@ from guiderail.guides import base
 from guiderail.guides.base import Guide, Rollouts, answer_events
 from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed
+from guiderail.guides.pipeline import Origin, PoolKind
 from guiderail.guides.reward import Services
 from guiderail.guides.rollout import Piece
 from guiderail.guides.transcript import Transcript
@@ -51,6 +52,9 @@ class SpeculativeRejection(Guide):
 
     def candidates(self) -> int:
         return int(self.params.n)
+
+    def pools(self) -> dict[PoolKind, int]:
+        return {"survivors": self.candidates()}
 
     def cost(self, max_tokens: int) -> int:
         """Tokens that answers of `max_tokens` take, all of one speed.
@@ -100,7 +104,7 @@ class SpeculativeRejection(Guide):
         await ctx.score([a for a in whole if not a.transformed])
         everything = [pool.answer(row) for row in range(n)]
         yield Scored(tuple(everything))
-        for event in answer_events(await ctx.select(whole), everything, stopped_by):
+        for event in answer_events(await ctx.select(whole, Origin("survivors", n)), everything, stopped_by):
             yield event
 
     async def _reject(self, pool: "_Pool", checkpoint: int) -> None:
@@ -167,8 +171,8 @@ class _Pool:
             else:
                 at.append(self._transcript.candidate(row, Piece("", piece.token_ids[:checkpoint])))
         await self._ctx.score([candidate for candidate in at if not candidate.transformed])
-        scores = self._ctx.rate(at)
-        return [rows[i] for i in sorted(range(len(rows)), key=lambda i: -scores[i])]
+        self._ctx.rate(at)
+        return [rows[i] for i in sorted(range(len(rows)), key=lambda i: at[i].order)]
 
     async def drop(self, rows: Sequence[int]) -> None:
         """Gives rows up and frees their work in the engine."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from guiderail.guides.context import Context
 from guiderail.guides.errors import DeadlinePassed
+from guiderail.guides.pipeline import Origin, PoolKind
 from guiderail.guides.rollout import Piece, roll_out
 from guiderail.guides.transcript import Transcript
 from guiderail.guides.types import Candidate, Event, Scored, TokenLogprob
@@ -16,8 +17,10 @@ MAX_TOP_K = SERVED - 2  # end-of-sequence may have to be left out
 class Steps:
     """The course of one answer: what is committed, how many steps it took, what ended it."""
 
-    def __init__(self, ctx: Context) -> None:
+    def __init__(self, ctx: Context, kind: PoolKind) -> None:
+        """kind: of the pools that a step draws."""
         self._ctx = ctx
+        self._kind = kind
         self.transcript = Transcript(ctx)
         self.count = 0
         self._stopped_by: str | None = None
@@ -88,13 +91,20 @@ class Steps:
         whole = [c for i, piece in enumerate(self._left) if (c := self.transcript.candidate(i, piece)).finished]
         if whole:
             await self._ctx.score(whole)
-            self._chosen = await self._ctx.select(whole)
+            self._chosen = await self._ctx.select(whole, self._origin([self._left[c.index] for c in whole]))
             self.transcript.commit(self._left[self._chosen.index])
         elif not self.transcript.token_ids:
             longest = max(self._left, key=lambda piece: len(piece.token_ids), default=Piece())
             if not longest.token_ids:
                 raise DeadlinePassed(f"the {self._stopped_by} left no room for a first token")
             self.transcript.commit(longest)
+            self._ctx.report.moved(self._origin([longest]).kl_of(0, 1))
+
+    def _origin(self, pieces: Sequence[Piece]) -> Origin:
+        """Of pieces that a step which was cut short had drawn."""
+        if self._kind == "blocks":
+            return Origin("blocks", len(self._left))
+        return Origin("tokens", log_prior=[piece.logprobs[0].logprob for piece in pieces])
 
 
 async def draw_blocks(ctx: Context, transcript: Transcript, k: int, block: int, step: int) -> list[Piece]:

@@ -10,7 +10,9 @@ With rho = pi0 it is controlled decoding: Q under the policy itself.
 
 block 1: z runs over the top_k tokens of pi0, and the score is log pi0(z | s) + TQ / alpha.
 block M: z runs over top_k continuations of M tokens drawn from pi0, so pi0 is in the draw and the score is TQ / alpha.
-Selection by argmax is the paper's; softmax with beta 1 samples from the policy above.
+Selection by argmax is the paper's; softmax with beta 1 samples from the policy above as far
+as the candidates and the estimates go: without the tokens beyond top_k, or from the k blocks that were drawn, and by
+exp of an estimate, whose mean is not exp of the mean (Jensen).
 Reused rollouts (`reuse`) helped their candidate to be chosen, so few of them value the path taken a little too high.
 
 Costs per token 1 + k l tokens (k candidates, l of lookahead, R rollouts each: 1 + k R l) and k R scores.
@@ -27,6 +29,7 @@ from guiderail.guides.base import Guide
 from guiderail.guides.context import Context
 from guiderail.guides.errors import RequestError
 from guiderail.guides.lookahead import Lookahead, Weigh, roll_forward, successors, value
+from guiderail.guides.pipeline import Origin, PoolKind
 from guiderail.guides.policy import PolicySpec
 from guiderail.guides.reward import Services
 from guiderail.guides.rollout import Piece
@@ -60,6 +63,9 @@ class TransferQ(Guide):
     def candidates(self) -> int:
         return int(self.params.top_k * self.params.rollouts)
 
+    def pools(self) -> dict[PoolKind, int]:
+        return {"tokens" if self.params.block == 1 else "blocks": self.params.top_k}
+
     def cost(self, max_tokens: int) -> int:
         p = self.params
         steps, ahead = -(-max_tokens // p.block), min(p.lookahead or max_tokens, max_tokens)
@@ -82,7 +88,7 @@ class TransferQ(Guide):
         baseline = p.baseline.policy(ctx, "alignment.guide.baseline")
         rho = Lookahead(baseline.prompt, p.rollouts, p.lookahead, p.temperature, baseline.stops, baseline.cleaner)
         weigh = self._indirect(ctx) if p.baseline_reward is not None else None
-        steps = Steps(ctx)
+        steps = Steps(ctx, "tokens" if p.block == 1 else "blocks")
         known: dict[tuple[int, ...], list[Piece]] = {}
         while steps.go_on(p.top_k + 1):
             if p.block == 1:
@@ -102,7 +108,8 @@ class TransferQ(Guide):
                 candidate.combined /= p.alpha  # TQ / alpha
                 if log_prior is not None:
                     candidate.combined += log_prior[candidate.index]  # + log pi0(z | s)
-            chosen = await ctx.pick(candidates, log_prior)
+            origin = Origin("blocks", p.top_k) if log_prior is None else Origin("tokens", log_prior=log_prior)
+            chosen = await ctx.pick(candidates, origin)
             known = successors(tails[chosen.index]) if p.reuse else {}
             for event in steps.commit(pieces[chosen.index], candidates, chosen):
                 yield event

@@ -135,7 +135,8 @@ class Candidate:
     """One candidate answer with everything known of it.
 
     `rewards` holds raw values by the label of the reward in the request, `transformed` what became of
-    them, `combined` what selection saw. They are empty until scored and rated. `adjusted` is the score of a
+    them, `combined` what selection saw, `tie` what orders candidates of equal `combined`. They are empty until scored
+    and rated. `adjusted` is the score of a
     selection rule that changes scores, `weight` the probability with which a rule that samples would take it.
     """
 
@@ -148,8 +149,14 @@ class Candidate:
     rewards: dict[str, float] = field(default_factory=dict)
     transformed: dict[str, float] = field(default_factory=dict)
     combined: float | None = None
+    tie: float = 0.0
     adjusted: float | None = None
     weight: float | None = None
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Sorts rated candidates from the best to the worst."""
+        return -(self.combined or 0.0), -self.tie
 
     @property
     def finished(self) -> bool:

@@ -16,6 +16,7 @@ from guiderail.guides.calibration import CalibrationSpec
 from guiderail.guides.pipeline import (
     COMBINES,
     IDENTITY,
+    POOL_KINDS,
     SELECTIONS,
     Chain,
     ChainError,
@@ -147,7 +148,7 @@ class Resolver:
                 "alignment.rewards",
                 "missing_required_parameter",
             )
-        selection = self._selection(merged.get("select", "argmax"), guide.candidates() if guide.steers else None)
+        selection = self._selection(merged.get("select", "argmax"), guide_name, guide)
         return Alignment(
             guide_name, guide, self._prompter(merged.get("prompter", "template")), terms, combine, selection,
             parse(CalibrationSpec, merged.get("calibration", {}), "alignment.calibration"),
@@ -234,11 +235,24 @@ class Resolver:
         return prompter
 
     @staticmethod
-    def _selection(spec: Any, candidates: int | None) -> Selection:
+    def _selection(spec: Any, guide_name: str, guide: Guide) -> Selection:
         name, rest = named(spec, "alignment.select", SELECTIONS)
         selection: Selection = parse(SELECTIONS[name], rest, "alignment.select", ("name",))
+        if not guide.steers:
+            return selection
+        pools = guide.pools()
+        made = ", ".join(POOL_KINDS[kind] for kind in pools if kind not in selection.valid_for)
+        if not pools and guide.needs_rewards and selection.valid_for < set(POOL_KINDS):
+            made = "pools of a kind that it does not declare (Guide.pools)"
+        if made:
+            allowed = [each for each, rule in sorted(SELECTIONS.items()) if rule.valid_for >= set(pools or POOL_KINDS)]
+            raise bad_request(
+                f"'{name}' cannot choose for guide '{guide_name}', which makes {made} with these parameters; "
+                f"allowed with it: {', '.join(allowed)}",
+                "alignment.select",
+            )
         try:
-            if candidates is not None:
+            for candidates in pools.values():
                 selection.check(candidates)
         except ValueError as error:
             raise bad_request(f"'alignment.select': {error}", "alignment.select") from error

@@ -77,7 +77,7 @@ class Metrics:
             registry=self.registry,
         )
         self._calibrations = counter("calibrations", "Calibration samples used, by source.", "source")
-        self._kl = histogram("selection_kl_nats", "KL estimate of an answer's selection, nats.", NATS, "guide")
+        self._kl = histogram("selection_kl_nats", "Bound of an answer's KL, nats, where one is known.", NATS, "guide")
         self._ess = histogram("selection_effective_candidates", "Effective sample size of selection.", SIZES, "guide")
         self._warned = counter("selection_warnings", "Answers with a warning of reward over-optimisation.", "guide")
         self._restarts.labels(model)
@@ -122,7 +122,7 @@ class Metrics:
 
     def selected(self, guide: str, report: SelectionReport) -> None:
         """An answer was chosen."""
-        if report.picks:
+        if report.kl is not None:
             self._kl.labels(self._model, guide).observe(report.kl)
         if report.effective_sample_size is not None:
             self._ess.labels(self._model, guide).observe(report.effective_sample_size)

@@ -170,7 +170,7 @@ def _choice_report(index: int, final: Final, job: Job) -> dict[str, Any]:
         "transformed": chosen.transformed,
         "calibration": selection.calibration,
         "diagnostics": {
-            "kl": round(selection.kl, 6),
+            "kl": None if selection.kl is None else round(selection.kl, 6),
             "selections": selection.picks,
             "effective_sample_size": selection.effective_sample_size,
             **token_entropy(chosen.logprobs),

@@ -36,6 +36,14 @@ class Combine(BaseModel, ABC):
         self.check_weights(labels, weights.tolist())
         return self._combine(values, weights, labels)
 
+    def ties(self, raw: Array, weights: Array, labels: Sequence[str]) -> Array:
+        """What orders candidates of equal score, [C], from their raw rewards [C, R]: the weighted sum of raw ranks.
+
+        Transforms make ties, and with one reward the raw value undoes them. With several there is no exchange rate
+        between raw values, which is why they were transformed; ranks among the candidates have a unit in common.
+        """
+        return weighted_sum(np.stack([_ranks(column) for column in raw.T], axis=1), weights / np.abs(weights).max())
+
     @abstractmethod
     def _combine(self, values: Array, weights: Array, labels: Sequence[str]) -> Array: ...
 
@@ -45,6 +53,11 @@ class Combine(BaseModel, ABC):
 
     def check_weights(self, labels: Sequence[str], weights: Sequence[float]) -> None:
         """The part of `check` that looks at labels and weights."""
+
+
+def _ranks(column: Array) -> Array:
+    """0 for the smallest of the values [C], 1 for the next one that differs, and so on."""
+    return np.unique(column, return_inverse=True)[1].reshape(-1).astype(np.float64)
 
 
 def _positive(name: str, labels: Sequence[str], weights: Sequence[float]) -> None:

@@ -1,14 +1,11 @@
-"""What a selection does, in figures: KL from the base policy, effective sample size, entropy, warnings, gold reward.
+"""What a selection does, in figures: KL, effective sample size, entropy, warnings, gold reward.
 
-KL. Whatever picks one of n independent candidates of the base policy, by whichever rule, the picked one lies in a
-set of base probability a with probability at most 1 - (1 - a)^n: some candidate has to lie there. Best-of-n attains
-this for the sets of its best answers, so its law majorises that of every other rule, and its
-KL = log n - (n - 1) / n (continuous rewards; Beirami et al., arXiv 2401.01879) bounds theirs. A rule that draws by a
-law w over the candidates has KL at most E[sum w log(n w)], by data processing; one pool's sum estimates that.
+Which of the KLs holds for a pool, and why, is in origin.py.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,28 +19,49 @@ if TYPE_CHECKING:
 KL_LIMIT = 3.0  # nats; argmax over 54 candidates
 OUTLIER_LIMIT = 6.0  # robust standard deviations above the median
 MIN_POOL = 8  # candidates, below which medians and ranks say nothing
+SAME = 1e-5  # relative difference of scores that are the same up to rounding
 HIGH, LOW = 0.9, 0.1  # quantiles
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n nats: the KL of best-of-n under a continuous reward, a bound for every rule on n."""
+    """log n - (n - 1) / n nats: the KL of best-of-n under a continuous reward, a bound for every rule on n draws."""
     return math.log(n) - (n - 1) / n
 
 
-def selection_kl(weights: Array) -> float:
-    """sum w log(n w) nats for a law `weights` [n] over the candidates; its mean over pools bounds the draw's KL."""
+def selection_kl(weights: Array, n: int | None = None) -> float:
+    """sum w log(n w) nats for weights over n draws (default: as many as weights); its mean bounds the draw's KL."""
     held = weights[weights > 0]
-    return float((held * np.log(len(weights) * held)).sum())
+    return float((held * np.log((len(weights) if n is None else n) * held)).sum())
 
 
-def best_of_poisson_kl(mu: float) -> float:
-    """KL in nats of best-of-(1 + Poisson(mu)): its law has the density (1 + mu u) e^(mu (u - 1)) in the quantile u."""
-    nodes, node_weights = np.polynomial.legendre.leggauss(20)
+@lru_cache(maxsize=256)
+def best_of_poisson_kl(mu: float, n: int | None = None) -> float:
+    """KL in nats of best-of-min(n, 1 + Poisson(mu)), n None being no cap.
+
+    Without a cap its density is (1 + mu u) e^(mu (u - 1)) in the quantile u. With one it is a mixture of the densities
+    N u^(N - 1), of which N = n has all that the Poisson law gives to n and more. For mu far above n it is best-of-n.
+    """
+    reach = int(mu + 12 * math.sqrt(mu) + 40)  # beyond it the Poisson law has less than rounding
+    if n is not None and n < reach:
+        return _capped_poisson_kl(mu, n)
     edges = np.linspace(0.0, min(mu, 60.0), 17)  # s = mu (1 - u); beyond 60 nothing is left to e^-s
     half = np.diff(edges)[:, None] / 2
-    s = edges[:-1, None] + half * (1 + nodes)
+    s = edges[:-1, None] + half * (1 + _NODES)
     log_density = np.log1p(mu - s) - s
-    return float((half * node_weights * np.exp(log_density) * log_density).sum() / mu)
+    return float((half * _WEIGHTS * np.exp(log_density) * log_density).sum() / mu)
+
+
+def _capped_poisson_kl(mu: float, n: int) -> float:
+    counts = np.arange(n)  # beyond the first
+    p = np.exp(counts * math.log(mu) - mu - np.array([math.lgamma(k + 1) for k in range(n)]))
+    p[-1] = max(0.0, 1.0 - float(p[:-1].sum()))
+    edges = np.concatenate([[0.0], np.geomspace(1e-9, 1.0, 48)])  # of 1 - u
+    half = np.diff(edges)[:, None] / 2
+    v = edges[:-1, None] + half * (1 + _NODES)
+    density = ((p * (counts + 1)) @ np.exp(counts[:, None] * np.log1p(-v.ravel()))).reshape(v.shape)
+    held = density > 0
+    return float((half * _WEIGHTS * density * np.log(density, where=held, out=np.zeros_like(density))).sum())
 
 
 def effective_sample_size(weights: Array) -> float:
@@ -72,20 +90,28 @@ def token_entropy(logprobs: Sequence[TokenLogprob] | None) -> dict[str, float | 
     return {"token_entropy": math.fsum(entropies) / len(entropies), "top_mass": math.fsum(masses) / len(masses)}
 
 
+def moved_far(kl: float | None) -> str | None:
+    """The warning that an answer's selections together may have moved more than 3 nats from the policy, or None.
+
+    Proxy and true reward part as KL grows (Gao et al., arXiv 2210.10760).
+    """
+    if kl is None or kl <= KL_LIMIT:
+        return None
+    return f"the selection moved up to {kl:.2f} nats from the base policy, more than {KL_LIMIT:g}"
+
+
 def over_optimised(
     candidates: Sequence[Candidate], choice: "Choice", weights: Mapping[str, float] | None = None
 ) -> list[str]:
     """Signs that a selection went for a reward's errors rather than for what it measures; none is proof.
 
-    - The KL estimate exceeds 3 nats: proxy and true reward part as KL grows (Gao et al., arXiv 2210.10760).
-    - Among at least 8 candidates the chosen one's combined score is more than 6 robust standard deviations
-      (1.4826 x the median absolute deviation) above the median: such scores are more often mistakes than gems.
+    - The chosen one's combined score is more than 6 robust standard deviations (1.4826 x the median absolute
+      deviation) above the median: such scores are more often mistakes than gems. Only of at least 8 different scores,
+      and each counted once: where many answers are equal, as short ones are, their scores are no measure of spread.
     - The chosen one is among the best tenth of at least 8 candidates under one reward and among the worst tenth
       under another. `weights` by label tell which rewards are to be small (negative) or ignored (0).
     """
-    warnings = []
-    if choice.kl > KL_LIMIT:
-        warnings.append(f"the selection moved {choice.kl:.2f} nats from the base policy, more than {KL_LIMIT:g}")
+    warnings: list[str] = []
     scores = [c.combined for c in candidates if c.combined is not None]
     if len(candidates) < MIN_POOL or len(scores) < len(candidates):
         return warnings
@@ -106,10 +132,17 @@ def over_optimised(
 
 
 def _robust_z(scores: Array, index: int) -> float:
-    """0 where at least half of the scores are equal and there is no scale to measure by."""
-    median = np.median(scores)
-    scale = 1.4826 * float(np.median(np.abs(scores - median)))
-    return float(scores[index] - median) / scale if scale > 0 else 0.0
+    """Of the score at `index` among the different scores; 0 where these are too few to measure a spread by.
+
+    Scores that differ by rounding alone count as one: equal answers may have them.
+    """
+    different = np.unique(scores)
+    rounding = SAME * float(np.median(np.abs(different)))
+    different = different[np.append(True, np.diff(different) > rounding)]
+    if len(different) < MIN_POOL or 2 * len(different) < len(scores):
+        return 0.0
+    median = np.median(different)
+    return float(scores[index] - median) / (1.4826 * float(np.median(np.abs(different - median))))
 
 
 def by_proxy(proxy: Array, gold: Array) -> Array:

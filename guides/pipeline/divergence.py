@@ -1,4 +1,4 @@
-"""Selection weights that trade the reward against an f-divergence from the candidates' own, uniform law.
+"""Selection weights that trade the reward against an f-divergence from the candidates' own, uniform distribution.
 
 The weights maximise sum_i w_i r_i - beta D_f(w || uniform) over the simplex, with D_f = mean_i f(n w_i). Where f is
 smooth, w_i = (f')^-1((r_i - nu) / beta) / n with nu such that they sum to 1. In x_i = (max r - r_i) / beta and
@@ -16,13 +16,15 @@ same family for training.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from guiderail.guides.pipeline.rule import Choice, Pool, Selection, drawn
+from guiderail.guides.pipeline.origin import PoolKind
+from guiderail.guides.pipeline.rule import Choice, Pool
 from guiderail.guides.pipeline.steps import Array
+from guiderail.guides.pipeline.target import Target
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "total_variation"]
 HALVINGS = 60
@@ -71,18 +73,21 @@ def _balanced(t: Callable[[float], Array], low: float, high: float) -> Array:
     return t(high)
 
 
-class FDivergence(Selection):
+class FDivergence(Target):
     """Samples a candidate by weights that maximise reward minus beta times an f-divergence from the base policy.
 
     Tends to pi0 (f')^-1((r - nu) / beta) as n grows. reverse_kl is soft best-of-N. forward_kl has heavy tails: a
     candidate d below the best keeps a chance of at least beta / (n (beta + d)). jensen_shannon, which is bounded, lies
     between. total_variation moves all mass from candidates more than beta below the best to the best, and leaves the
-    rest alone. beta -> 0 gives argmax, beta -> infinity a plain sample. Costs n L tokens and n scores.
+    rest alone. beta -> 0 gives argmax, beta -> infinity a plain sample. With `kl` in place of beta, beta is the one at
+    which the weights are that far, in reverse KL, from equal ones (target.py); total_variation's move in jumps, and
+    the last one before kl is taken. The weights compare candidates with equal ones, so those must be draws of the
+    policy. Costs n L tokens and n scores.
     """
 
     name: Literal["f_divergence"] = "f_divergence"
     divergence: Divergence = Field(description="Which divergence is paid for.")
-    beta: float = Field(default=0.1, gt=0, description="Price of the divergence, in units of the combined reward.")
+    valid_for: ClassVar[frozenset[PoolKind]] = frozenset({"answers", "blocks"})
 
     async def pick(self, pool: Pool) -> Choice:
-        return drawn(pool, f_divergence_weights(pool.scores, self.divergence, self.beta))
+        return self.draw(pool, lambda beta: f_divergence_weights(pool.scores, self.divergence, beta))

@@ -4,14 +4,18 @@ The optimum of reward minus beta times a chi-squared divergence is pi0 relu((r -
 that it is a law. The first half of the candidates estimates lambda; the second half is sampled by rejection.
 """
 
-from typing import Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from guiderail.guides.pipeline.diagnostics import best_of_n_kl
+from guiderail.guides.pipeline.diagnostics import selection_kl
+from guiderail.guides.pipeline.origin import PoolKind
 from guiderail.guides.pipeline.rule import Choice, Pool, Selection, drawn
 from guiderail.guides.pipeline.steps import Array, Bounded
+
+MAX_ROTATIONS = 256
 
 
 def threshold(rewards: Array, beta: float) -> float:
@@ -37,6 +41,7 @@ class Pessimism(Selection):
 
     name: Literal["pessimism"] = "pessimism"
     beta: Bounded = Field(default=0.1, gt=0, description="Weight of the divergence, in units of the combined reward.")
+    valid_for: ClassVar[frozenset[PoolKind]] = frozenset({"answers", "blocks"})  # two independent halves
     r_max: Bounded = Field(description="Upper bound of the combined reward; 1 with one calibrated reward.")
 
     def check(self, n: int) -> None:
@@ -52,17 +57,38 @@ class Pessimism(Selection):
             raise ValueError(f"a combined reward of {top:g} exceeds r_max {self.r_max:g}, which must bound them all")
         half = n // 2
         if half == 0:
-            return Choice(0, 0.0)
+            return Choice(0, pool.kl_of(0))
         first, fresh = pool.scores[:half], pool.scores[half:]
         depth = threshold(first, self.beta)
         lam = float(first.max()) - depth
         bound = depth + (self.r_max - float(first.max()))
         accept = np.maximum(fresh - first.max() + depth, 0.0) / bound  # at most 1, as no score exceeds r_max
-        accept[-1] = 1.0
-        refused = np.concatenate([[1.0], np.cumprod(1 - accept[:-1])])
-        weights = np.concatenate([np.zeros(half), accept * refused])
-        density = np.maximum(first - first.max() + depth, 0.0) / self.beta  # of the target law to the base policy
-        held = density[density > 0]
-        kl = min(float((held * np.log(held)).sum() / half), best_of_n_kl(len(fresh)))
-        choice = drawn(pool, weights)
-        return Choice(choice.index, kl, weights=weights, detail={"lambda": lam, "fallback": float(refused[-1])})
+        weights, left = first_accepted(accept)
+        choice = drawn(pool, np.concatenate([np.zeros(half), weights]), {"lambda": lam, "fallback": left})
+        if pool.origin is None or pool.origin.kind not in self.valid_for or pool.origin.drawn > n:
+            return choice
+        return replace(choice, kl=selection_kl(over_orders(accept)))
+
+
+def first_accepted(accept: Array) -> tuple[Array, float]:
+    """The chance [M] of each candidate to be the first accepted, or else the last, and that of the latter.
+
+    `accept` [M] are the chances of acceptance; the last one's plays no part.
+    """
+    refused = np.concatenate([[1.0], np.cumprod(1 - accept[:-1])])
+    return np.append(accept[:-1], 1.0) * refused, float(refused[-1])
+
+
+def over_orders(accept: Array) -> Array:
+    """The mean of `first_accepted` over rotations of the candidates.
+
+    Draws come in any order alike, so it is the same choice, without the chance of their order: the KL of these
+    weights bounds the choice's as that of any weights does, and no longer counts the order.
+    """
+    m = len(accept)
+    mean = np.zeros(m)
+    shifts = np.unique(np.linspace(0, m, min(m, MAX_ROTATIONS), endpoint=False).astype(int))
+    for shift in shifts:
+        mean += np.roll(first_accepted(np.roll(accept, -shift))[0], shift)
+    mean /= len(shifts)
+    return mean

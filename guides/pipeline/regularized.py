@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from guiderail.guides.pipeline.rule import Choice, Pool, Selection, decided, first_best
+from guiderail.guides.pipeline.origin import PoolKind
+from guiderail.guides.pipeline.rule import Choice, Pool, Selection, decided
 from guiderail.guides.pipeline.steps import Array, Bounded
 
 
@@ -24,11 +25,12 @@ class Mbr(Selection):
     name: Literal["mbr"] = "mbr"
     beta: Bounded = Field(default=0.5, gt=0, description="Reward that a similarity of 1 is worth.")
     needs_embeddings: ClassVar[bool] = True
+    valid_for: ClassVar[frozenset[PoolKind]] = frozenset({"answers", "blocks"})  # similarity to the policy's own
 
     async def pick(self, pool: Pool) -> Choice:
         rows = np.asarray(await pool.embed(pool.texts), dtype=np.float64)
         scores = pool.scores + self.beta * mean_similarity(rows)
-        return decided(pool, first_best(scores), scores)
+        return decided(pool, pool.best(scores), scores)
 
 
 def mean_similarity(rows: Array) -> Array:
@@ -53,6 +55,7 @@ class Likelihood(Selection):
     beta: Bounded = Field(gt=0, description="Reward that one nat is worth.")
     per: Literal["sum", "token"] = Field(description="Of the whole answer, or its mean over tokens.")
     needs_logprobs: ClassVar[bool] = True
+    valid_for: ClassVar[frozenset[PoolKind]] = frozenset({"answers", "blocks", "survivors"})  # else it counts twice
 
     async def pick(self, pool: Pool) -> Choice:
         known = [logprob for logprob in pool.logprobs if logprob is not None]
@@ -62,4 +65,4 @@ class Likelihood(Selection):
         if self.per == "token":
             logprobs /= np.maximum(1, np.asarray(pool.lengths))
         scores = pool.scores + self.beta * logprobs
-        return decided(pool, first_best(scores), scores)
+        return decided(pool, pool.best(scores), scores)

@@ -4,10 +4,11 @@ import random
 from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
+from guiderail.guides.pipeline.origin import PoolKind
 from guiderail.guides.pipeline.rule import Choice, Pool, Selection, decided
-from guiderail.guides.pipeline.steps import Array
 
 ROUND_ROBIN_LIMIT = 64
 
@@ -15,11 +16,14 @@ ROUND_ROBIN_LIMIT = 64
 class Tournament(Selection):
     """The winner of pairwise comparisons by a judge; combined rewards only break ties.
 
-    single_elimination pairs the candidates in an order shuffled by the seed; a pair's likelier winner goes on, an odd
-    one out passes. With a judge who is never inconsistent it finds the best of n, in n - 1 comparisons. round_robin
-    compares all n (n - 1) / 2 pairs and takes the largest mean win probability: as n grows, the answer with the
-    largest win rate against the base policy, inconsistent judge or not. Ties go to the larger score, then to the
-    first. Costs n L tokens and the comparisons, each in both orders.
+    single_elimination seats the candidates in an order shuffled by the seed, on a bracket of the next power of two P;
+    a pair's likelier winner goes on. The P - n seats without an opponent pass the first round, and none passes
+    another: they win with a chance of 2 / P if the judge tosses coins, the others with 1 / P, and as the seed deals the
+    seats every candidate does with 1 / n. With a judge who is never inconsistent it finds the best of n, in n - 1
+    comparisons. round_robin compares all n (n - 1) / 2 pairs and takes the largest mean win probability: as n grows,
+    the answer with the largest win rate against the base policy, inconsistent judge or not. Ties go to the larger
+    score, of equals to the larger raw reward, then to the first. Costs n L tokens and the comparisons, each in both
+    orders.
     """
 
     name: Literal["tournament"] = "tournament"
@@ -33,6 +37,7 @@ class Tournament(Selection):
         description="What the judge is asked about two answers.",
     )
     needs_judge: ClassVar[bool] = True
+    valid_for: ClassVar[frozenset[PoolKind]] = frozenset({"answers", "blocks", "survivors", "beams"})
 
     def check(self, n: int) -> None:
         if self.format == "round_robin" and n > ROUND_ROBIN_LIMIT:
@@ -44,12 +49,15 @@ class Tournament(Selection):
     async def _elimination(self, pool: Pool) -> Choice:
         standing = list(range(len(pool.scores)))
         random.Random(pool.seed).shuffle(standing)
+        bracket = 1 << (len(standing) - 1).bit_length()
+        byes = standing[2 * len(standing) - bracket :]  # all of them in the first round
         compared = 0
         while len(standing) > 1:
-            pairs = list(zip(standing[::2], standing[1::2], strict=False))
+            seated = standing[: len(standing) - len(byes)]
+            pairs = list(zip(seated[::2], seated[1::2], strict=True))
             wins = await self._ask(pool, pairs)
-            passed = standing[len(pairs) * 2 :]
-            standing = [_winner(pool.scores, a, b, win) for (a, b), win in zip(pairs, wins, strict=True)] + passed
+            standing = [self._winner(pool, a, b, win) for (a, b), win in zip(pairs, wins, strict=True)] + byes
+            byes = []
             compared += len(pairs)
         return decided(pool, standing[0], detail={"comparisons": float(compared)})
 
@@ -62,7 +70,8 @@ class Tournament(Selection):
             rates[a] += win
             rates[b] += 1 - win
         rates /= max(1, n - 1)
-        index = min(range(n), key=lambda i: (-rates[i], -pool.scores[i], i))
+        even = np.flatnonzero(rates == rates.max())
+        index = int(even[_among(pool, even)])
         return decided(pool, index, rates, {"comparisons": float(len(pairs))})
 
     async def _ask(self, pool: Pool, pairs: list[tuple[int, int]]) -> list[float]:
@@ -71,9 +80,15 @@ class Tournament(Selection):
             raise ValueError("the judge must give one probability a comparison")
         return wins
 
+    @staticmethod
+    def _winner(pool: Pool, a: int, b: int, win: float) -> int:
+        """The likelier of a and b."""
+        if win != 0.5:
+            return a if win > 0.5 else b
+        return (a, b)[_among(pool, np.array([a, b]))]
 
-def _winner(scores: Array, a: int, b: int, win: float) -> int:
-    """The likelier of a and b; on a tie the one of larger score, then of smaller index."""
-    if win != 0.5:
-        return a if win > 0.5 else b
-    return min((a, b), key=lambda i: (-scores[i], i))
+
+def _among(pool: Pool, indices: npt.NDArray[np.intp]) -> int:
+    """Where in `indices` the one of the largest score stands; of equals the best by `ties`, then the first."""
+    ties = np.zeros(len(indices)) if pool.ties is None else pool.ties[indices]
+    return int(np.lexsort((indices, -ties, -pool.scores[indices]))[0])

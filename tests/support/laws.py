@@ -9,7 +9,10 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 from scipy.optimize import brentq
 
+from guiderail.guides.pipeline.origin import Origin
 from guiderail.guides.pipeline.select import Pool
+
+ANSWERS = Origin("answers")
 
 _X, _W = np.polynomial.legendre.leggauss(20)
 _ENDS = np.geomspace(1e-5, 0.1, 16)
@@ -82,6 +85,8 @@ def pool(
     seed: int | None = 0,
     logprobs: Sequence[float | None] | None = None,
     lengths: Sequence[int] | None = None,
+    ties: Sequence[float] | None = None,
+    origin: Origin | None = ANSWERS,
     embed: Callable[[Sequence[str]], Awaitable[np.ndarray]] = no_embed,
     prefer: Callable[[str, Sequence[tuple[int, int]]], Awaitable[list[float]]] = no_judge,
 ) -> Pool:
@@ -95,4 +100,6 @@ def pool(
         seed=seed,
         embed=embed,
         prefer=prefer,
+        ties=None if ties is None else np.array(ties),
+        origin=origin,
     )

@@ -10,6 +10,7 @@ from scipy.special import expi
 from scipy.stats import poisson
 
 from guiderail.guides.pipeline.diagnostics import best_of_n_kl, best_of_poisson_kl, selection_kl
+from guiderail.guides.pipeline.origin import Origin
 from guiderail.guides.pipeline.select import Argmax, BestOfPoisson, Softmax
 
 BASE = np.array([0.5, 0.3, 0.15, 0.05])  # a base policy over four answers, in ascending order of reward
@@ -129,7 +130,7 @@ async def test_best_of_poisson_draws_its_law() -> None:
     assert np.var(counts) == pytest.approx(4, rel=0.12)
     chosen = [(u := rng.random(count))[(await rule.pick(pool(u))).index] for count in counts]
     assert np.mean(chosen) == pytest.approx(0.8114, abs=4 * 0.2 / np.sqrt(4000))
-    choice = await rule.pick(pool([0.0, 2.0, 2.0]))
+    choice = await rule.pick(pool([0.0, 2.0, 2.0], origin=Origin("answers", 3, at_most=10_000)))
     assert (choice.index, choice.detail) == (1, {"n": 3.0})
     assert choice.kl == pytest.approx(0.6739, abs=5e-5)
 

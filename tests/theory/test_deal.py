@@ -153,14 +153,22 @@ async def test_a_hard_constraint_gives_the_likeliest_answer_that_keeps_it() -> N
         guide = deal(beams=EVERY, top_k=3, weight=0.0, lookahead=0, threshold=0.6)
         chosen, ctx = await answer(guide, policy, reward, partial=lambda ids: 1.0)
         assert chosen.token_ids == best
-        assert ctx.report.warnings == []
+        assert not any("threshold" in warning for warning in ctx.report.warnings)
 
 
-async def test_a_constraint_that_nothing_keeps_is_dropped_with_a_warning() -> None:
-    policy = random_policy(1, horizon=3)
-    chosen, ctx = await answer(deal(weight=0.0, lookahead=0, threshold=2.0), policy, random_reward(policy, 1))
-    assert chosen.token_ids == beam_search(policy, 1)[0]
-    assert any("threshold" in warning for warning in ctx.report.warnings)
+@pytest.mark.parametrize("threshold", [2.0, 1e9, 1e15, 1e300])
+@pytest.mark.parametrize("beams", [1, EVERY])
+async def test_where_nothing_keeps_the_constraint_the_nearest_goes_on(threshold: float, beams: int) -> None:
+    """However far off it is: a constraint that nothing keeps is no leave to ignore it."""
+    for seed in range(4):
+        policy = random_policy(seed, vocabulary=3, horizon=3)
+        reward = random_reward(policy, seed)
+        guide = deal(beams=beams, top_k=3, weight=0.0, lookahead=None, sampled=True, threshold=threshold)
+        best = max(reward, key=reward.__getitem__)
+        engine = TabularEngine.of(greedy(best_q(policy, reward), policy)) if beams == 1 else None
+        chosen, ctx = await answer(guide, policy, reward, engine=engine)
+        assert chosen.token_ids == best
+        assert any("nearest" in warning for warning in ctx.report.warnings)
 
 
 async def test_finished_beams_compete_with_unfinished_ones() -> None:
