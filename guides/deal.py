@@ -39,10 +39,10 @@ class Beam:
 
     transcript: Transcript
     log_p: float = 0.0
-    h: float = 0.0
     piece: Piece = field(default_factory=Piece)
     candidate: Candidate | None = None
     tails: list[Piece] = field(default_factory=list)
+    h: float = 0.0
 
     @property
     def finished(self) -> bool:

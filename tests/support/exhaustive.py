@@ -69,7 +69,7 @@ class ChanceModule:
     def __init__(self, chance: Chance) -> None:
         self._chance = chance
 
-    def Random(self, seed: Any) -> "ChanceModule":  # noqa: N802
+    def Random(self, seed: Any) -> "ChanceModule":
         return self
 
     def choices(self, outcomes: Sequence[int], weights: Sequence[float]) -> list[int]:
