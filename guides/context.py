@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -101,6 +102,10 @@ class Context:
         if clean != text:
             token_ids = token_ids[: self.decoder().kept(token_ids, text.find(clean) + len(clean))]
         return Answer(clean, token_ids, partial)
+
+    def group(self, answers: tuple[Answer, ...], term: RewardTerm) -> ScoreGroup:
+        """Answers of this Context's policy for a reward."""
+        return ScoreGroup(self.view, self.prompt, answers, term.params, partial(self.render, self.prompter))
 
     def seeds(self, n: int, step: int = 0, stream: str = seeds.DRAW) -> Sequence[int | None]:
         """Seeds of n sequences of this answer (seeds.py). No two steps and no two streams have one in common.
@@ -233,8 +238,7 @@ class Context:
         return candidates[choice.index]
 
     async def _raw(self, term: RewardTerm, answers: tuple[Answer, ...]) -> tuple[float, ...]:
-        group = ScoreGroup(self.view, self.prompt, answers, term.params)
-        result = await self.scorer.score(term.name, group, id(self.spend))
+        result = await self.scorer.score(term.name, self.group(answers, term), id(self.spend))
         for warning in result.warnings:
             self.report.warn(f"reward '{term.label}': {warning}")
         self.spend.reward_calls += 1

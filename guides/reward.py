@@ -117,6 +117,11 @@ def answer_texts(group: ScoreGroup) -> list[str]:
     return [start + answer.text for answer in group.answers]
 
 
+def instructions(messages: Sequence[Message]) -> str:
+    """What the answer was given under: the system messages, with an empty line between."""
+    return "\n\n".join(m.content for m in messages if m.role == "system")
+
+
 def prompt_text(messages: Sequence[Message]) -> str:
     """What the answer answers: the last user message, or a text completion's prompt; "" if there is neither."""
     return next((m.content for m in reversed(messages) if m.role in ("user", PROMPT)), "")

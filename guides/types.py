@@ -4,7 +4,7 @@ They know nothing of HTTP, vLLM or torch. Token ids are plain ints, log-probabil
 times seconds.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,13 +121,16 @@ class Answer:
 class ScoreGroup:
     """Answers that share a prompt and a reward's parameters: the unit of a score call.
 
-    `params` is an instance of the reward's own `Params`.
+    messages: the conversation with all that the policy was told. prompt: what the policy continues.
+    `params` is an instance of the reward's own `Params`. render: puts another conversation before the served model as
+    the request's is put, with its prompter; None: with the chat template.
     """
 
     messages: tuple[Message, ...]
     prompt: TokenPrompt
     answers: tuple[Answer, ...]
     params: Any
+    render: Callable[[Sequence[Message]], TokenPrompt] | None = None
 
 
 @dataclass(slots=True)

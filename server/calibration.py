@@ -137,8 +137,9 @@ class Calibrator:
         task = pool.values.get(key)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             answers = tuple(_read(ctx, text, ids, length) for text, ids in pool.drawn)
-            group = ScoreGroup(ctx.view, ctx.prompt, answers, term.params)
-            task = pool.values[key] = asyncio.create_task(self._score(ctx, term.name, group, id(pool)))
+            task = pool.values[key] = asyncio.create_task(
+                self._score(ctx, term.name, ctx.group(answers, term), id(pool))
+            )
         return await asyncio.shield(task)
 
     @staticmethod

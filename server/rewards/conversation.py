@@ -126,12 +126,15 @@ def _refused(error: Exception) -> RequestError:
 
 
 def windows(ids: list[int], size: int, *, end: bool) -> list[list[int]]:
-    """All of a sequence in windows of `size` tokens, the last window first, each half a window before the next.
+    """All of a sequence in overlapping windows of at most `size` tokens, the last one first.
 
+    A reward is read at a window's end, and what lies far before that says little there: the ends are a quarter of
+    `size` apart, and the first windows are shorter, so that no token is far from the end of some window.
     end: the last token ends the answer's turn; every window gets it as its own last, as a reward is read there.
     """
     if len(ids) <= size:
         return [ids]
     body, closing, room = (ids[:-1], ids[-1:], size - 1) if end and size > 1 else (ids, [], size)
-    ends = [*range(len(body), room, -max(1, room // 2)), room]
-    return [[*body[stop - room : stop], *closing] for stop in ends]
+    step = max(1, size // 4)
+    stops = range(len(body), step - 1, -step)
+    return [[*body[max(0, stop - room) : stop], *closing] for stop in stops]

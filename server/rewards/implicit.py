@@ -2,7 +2,7 @@
 
 r(x, y) = sum_t [ log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t) ], the reward that DPO shows a policy
 pair to stand for, up to beta and a constant of the prompt (Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
-The two policies may differ by LoRA adapter, by system message, or by both.
+The two policies may differ by LoRA adapter, by system message, or by both; the request's prompter puts either message.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class Implicit(Reward):
         params = group.params
         policy = _prompt(services, group, params.system_message, params.adapter)
         reference = _prompt(services, group, params.reference_system_message, params.reference_adapter)
-        answers = [a.token_ids or tuple(services.renderer.encode(a.text)) for a in group.answers]
+        answers = [a.token_ids or tuple(services.renderer.encode(a.text, plain=True)) for a in group.answers]
         present = [ids for ids in answers if ids]  # an empty answer has likelihood 1 under any policy
         rows = await services.engine.answer_logprobs(
             [policy] * len(present) + [reference] * len(present), [*present, *present]
@@ -81,6 +81,9 @@ def _prompt(services: Services, group: ScoreGroup, system_message: str | None, a
         text = services.renderer.encode(group.messages[0].content)
         return TokenPrompt((*before, *text), adapter or group.prompt.adapter)
     turns = [Message("system", system_message), *(m for m in group.messages if m.role != "system")]
-    goes_on = turns[-1].role == "assistant"
-    prompt = services.renderer.render(turns, add_generation_prompt=not goes_on, continue_final_message=goes_on)
+    if group.render is not None:
+        prompt = group.render(turns)
+    else:
+        goes_on = turns[-1].role == "assistant"
+        prompt = services.renderer.render(turns, add_generation_prompt=not goes_on, continue_final_message=goes_on)
     return TokenPrompt(prompt.token_ids, adapter or group.prompt.adapter)

@@ -1,8 +1,9 @@
 """The served model as judge: how likely it says yes, rather than no, to a question about the answer.
 
 Read from the log-probabilities of the next token, so a verdict costs a prompt and no generation. The
-question, the answer and the rubric come in this order, so that judging many answers to one question
-shares the prefix. Question and answer stand in it as quotes (quoting.py).
+instructions that the answer was given under (system messages, where there are any), the question, the answer and the
+rubric come in this order, so that judging many answers to one question shares the prefix. All but the rubric stand in
+it as quotes (quoting.py).
 """
 
 import math
@@ -13,7 +14,7 @@ from pydantic import Field
 
 from guiderail.guides import base
 from guiderail.guides.base import ScoreResult
-from guiderail.guides.reward import Reward, Services, answer_texts, prompt_text
+from guiderail.guides.reward import Reward, Services, answer_texts, instructions, prompt_text
 from guiderail.guides.types import Message, ScoreGroup, TokenPrompt
 from guiderail.server.rewards.quoting import quoted
 
@@ -67,7 +68,10 @@ class Judge(Reward):
     @staticmethod
     def _prompt(services: Services, group: ScoreGroup, answer: str) -> TokenPrompt:
         question = quoted(prompt_text(group.messages))
-        text = f"Question:\n{question}\n\nAnswer:\n{quoted(answer)}\n\n{group.params.rubric} Reply with Yes or No only."
+        told = instructions(group.messages)
+        given = f"Instructions:\n{quoted(told)}\n\n" if told else ""
+        text = f"{given}Question:\n{question}\n\nAnswer:\n{quoted(answer)}\n\n{group.params.rubric} "
+        text += "Reply with Yes or No only."
         if services.renderer.has_chat_template:
             prompt = services.renderer.render([Message("user", text)])
             return TokenPrompt(prompt.token_ids, group.params.adapter)

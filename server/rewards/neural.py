@@ -78,12 +78,13 @@ class NeuralReward(Reward):
         self._last_tokens = last_tokens
         self._head = head
         self._backend: Backend | None = None
+        self._tokenizer: Any = None
         self._conversations: Conversations | None = None
         self._longest: int | None = None
 
     async def start(self, services: Services) -> None:
-        backend, tokenizer, self._longest = await self._load()
-        self._conversations = Conversations(tokenizer, at_end_of_turn=self._at_end_of_turn)
+        backend, self._tokenizer, self._longest = await self._load()
+        self._conversations = Conversations(self._tokenizer, at_end_of_turn=self._at_end_of_turn)
         self._backend = backend
         if not 0 <= self._head < backend.heads:
             raise ValueError(f"head={self._head}, but the model has heads 0 to {backend.heads - 1}")

@@ -9,7 +9,7 @@ look like a part of the prompt. What is too long is cut, and the prompt says so 
 
 from collections.abc import Sequence
 
-from guiderail.guides.reward import Services, prompt_text
+from guiderail.guides.reward import Services, instructions, prompt_text
 from guiderail.guides.types import Message, TokenPrompt
 from guiderail.server.rewards.judge import yes_probability
 from guiderail.server.rewards.quoting import quoted
@@ -42,10 +42,10 @@ class PairwiseJudge:
         equal prompts once. The value of (i, j) is exactly 1 minus that of (j, i), and 0.5 for equal answers.
         Raises what the engine raises.
         """
-        question = self._quote(prompt_text(messages))
+        told, question = self._asked(messages)
         quotes = {index: self._quote(answers[index]) for index in {index for pair in pairs for index in pair}}
         texts = {
-            (first, second): f"Question:\n{question}\n\nAnswer A:\n{quotes[first]}\n\nAnswer B:\n{quotes[second]}"
+            (first, second): f"{told}Question:\n{question}\n\nAnswer A:\n{quotes[first]}\n\nAnswer B:\n{quotes[second]}"
             f"\n\n{criterion} Reply with A or B only."
             for i, j in pairs
             for first, second in ((i, j), (j, i))
@@ -64,10 +64,18 @@ class PairwiseJudge:
 
         return [beats(i, j) for i, j in pairs]
 
-    def _quote(self, text: str) -> str:
-        whole = text
-        while len(ids := self._services.renderer.encode(text)) > self._max_tokens:
-            text = text[: min(len(text) - 1, len(text) * self._max_tokens // len(ids))]
+    def _asked(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """What the answers were given under, with its heading, and the question: together within the tokens of one."""
+        told = instructions(messages)
+        if not told:
+            return "", self._quote(prompt_text(messages))
+        half = self._max_tokens // 2
+        return f"Instructions:\n{self._quote(told, half)}\n\n", self._quote(prompt_text(messages), half)
+
+    def _quote(self, text: str, max_tokens: int | None = None) -> str:
+        whole, limit = text, max_tokens or self._max_tokens
+        while len(ids := self._services.renderer.encode(text)) > limit:
+            text = text[: min(len(text) - 1, len(text) * limit // len(ids))]
         lines = quoted(text)
         return lines if text == whole else f"{lines}\n{CUT}"
 

@@ -1,6 +1,7 @@
 """What policies are told, and what of their text rewards read: every prompter with every policy of a guide."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,16 @@ from guiderail.guides.deal import Deal
 from guiderail.guides.errors import RequestError
 from guiderail.guides.logit_mix import LogitMix
 from guiderail.guides.lookahead import Lookahead
+from guiderail.guides.pipeline import SELECTIONS
 from guiderail.guides.policy import PolicySpec
 from guiderail.guides.prompters import SystemMessage, Template, Urial, with_system
+from guiderail.guides.reward import Services
 from guiderail.guides.transfer_q import TransferQ
-from guiderail.guides.types import Candidate, Delta, Message, SamplingSpec, TokenPrompt
+from guiderail.guides.types import Answer, Candidate, Delta, Message, SamplingSpec, ScoreGroup, TokenPrompt
 from guiderail.server.rewards.classifiers import Sentiment
+from guiderail.server.rewards.implicit import Implicit
+from guiderail.server.rewards.judge import Judge
+from guiderail.server.rewards.pairwise import PairwiseJudge
 from guiderail.server.rewards.rules import JsonSchema, Keywords, Length, Regex
 
 TASK = (Message("system", "Answer in verse."), Message("user", "Hi"))
@@ -145,8 +151,6 @@ async def test_rewards_and_judges_read_the_answer_without_its_layout(text: str) 
         judged.extend(texts)
         return await type(ctx.helpers).embed(ctx.helpers, texts)
 
-    from guiderail.guides.pipeline import SELECTIONS
-
     ctx.helpers.embed = embed  # type: ignore[method-assign]
     ctx.selection = SELECTIONS["mbr"](beta=1.0)
     candidates = [Candidate(i, text, tuple(map(ord, text)), "stop") for i in range(2)]
@@ -231,15 +235,13 @@ async def test_what_a_prefill_began_a_rule_scores_with_its_end(
 
 
 async def test_classifiers_and_judges_read_a_prefill_too() -> None:
-    from guiderail.server.rewards.judge import Judge
-
     sentiment = Sentiment()
     await sentiment.start(None)  # type: ignore[arg-type]
     ctx = context(ScriptedEngine(), reward=sentiment, messages=(*TASK, Message("assistant", "I hate")))
     candidate = Candidate(0, " that.", (1,), "stop")
     await ctx.score([candidate])
     assert candidate.rewards["last_digit"] < 0
-    group = type("G", (), {"messages": ctx.messages, "answers": (candidate,), "params": Judge.Params()})
+    group = ScoreGroup(ctx.view, ctx.prompt, (Answer(" that."),), Judge.Params())
     prompts: list[Any] = []
 
     class Spy(ScriptedEngine):
@@ -247,10 +249,32 @@ async def test_classifiers_and_judges_read_a_prefill_too() -> None:
             prompts.extend(given)
             return [[-1.0]] * len(given)
 
-    judge = Judge()
-    await judge.start(type(ctx.helpers.services)(Spy(), Roles()))
-    await judge.score([group])  # type: ignore[list-item]
+    judge, services = Judge(), Services(Spy(), Roles())
+    await judge.start(services)
+    await judge.score([group])
     assert "> I hate that." in text(prompts[0])
+    assert "Instructions:\n> Answer in verse.\n\nQuestion:\n> Hi\n\n" in text(prompts[0])
+    await judge.score([replace(group, messages=TASK[1:])])
+    assert "Instructions" not in text(prompts[-1])
+    await PairwiseJudge(services).prefer(ctx.view, "Which is kinder?", ["a", "b"], [(0, 1)])
+    assert "Instructions:\n> Answer in verse.\n\nQuestion:\n> Hi\n\nAnswer A:" in text(prompts[-1])
+
+
+@pytest.mark.parametrize("prompter", [Template(), Urial(), SystemMessage(preferences=("Be short.",))])
+async def test_the_implicit_reward_puts_its_system_messages_with_the_requests_prompter(prompter: Any) -> None:
+    prompts: list[TokenPrompt] = []
+
+    class Spy(ScriptedEngine):
+        async def answer_logprobs(self, given: Any, answers: Any) -> Any:
+            prompts.extend(given)
+            return [[-1.0] * len(answer) for answer in answers]
+
+    reward = Implicit()
+    term = type(DIGIT)("last_digit", "last_digit", 1.0, Implicit.Params(system_message="Be kind."))
+    ctx = told(reward=reward, rewards=(term,), prompter=prompter)
+    await reward.start(Services(Spy(), Roles()))
+    await ctx.score([Candidate(0, "a", (1,), "stop")])
+    assert prompts == [prompter.render([Message("system", "Be kind."), TASK[1]], Roles()), ctx.prompt]
 
 
 async def test_best_of_n_takes_the_best_of_the_cleaned_answers() -> None:
