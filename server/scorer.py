@@ -11,7 +11,7 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from guiderail.guides.base import ScoreResult
 from guiderail.guides.errors import EngineUnavailable, RequestError, RewardFailed
@@ -163,7 +163,7 @@ def _checked(name: str, results: object, groups: Sequence[ScoreGroup]) -> list[S
             raise RewardFailed(name, f"it returned {_shown(result.values)} for a tuple of values") from None
         if len(values) != len(group.answers):
             raise RewardFailed(name, f"it returned a wrong number of values: {len(values)} for {len(group.answers)}")
-        checked.append(ScoreResult(tuple(_number(name, value) for value in values), result.tokens))
+        checked.append(replace(result, values=tuple(_number(name, value) for value in values)))
     return checked
 
 
