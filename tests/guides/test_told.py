@@ -285,3 +285,27 @@ async def test_best_of_n_takes_the_best_of_the_cleaned_answers() -> None:
     ctx = context(engine, reward=Reader(), prompter=urial, cleaner=urial.cleaner)
     end = final(await run(BestOfN(BestOfN.Params(n=2)), ctx))
     assert end.candidates[end.chosen].text == texts[0]
+
+
+async def test_selection_rules_compare_answers_with_their_beginning() -> None:
+    """Embeddings and judges, as rules and classifiers do."""
+    compared: list[str] = []
+
+    ctx = context(ScriptedEngine(), messages=(*TASK, Message("assistant", "I ")))
+
+    async def embed(texts: Sequence[str]) -> Any:
+        compared.extend(texts)
+        return await type(ctx.helpers).embed(ctx.helpers, texts)
+
+    async def prefer(messages: Any, criterion: str, answers: Sequence[str], pairs: Any) -> list[float]:
+        assert messages == ctx.view
+        compared.extend(answers)
+        return [0.5] * len(pairs)
+
+    ctx.helpers.embed, ctx.helpers.prefer = embed, prefer  # type: ignore[method-assign]
+    candidates = [Candidate(i, f"am w{i}", (1,), "stop", combined=0.0) for i in range(2)]
+    for rule in (SELECTIONS["mbr"](beta=1.0), SELECTIONS["tournament"](format="round_robin")):
+        ctx.selection = rule
+        compared.clear()
+        await ctx.pick(candidates)
+        assert set(compared) == {"I am w0", "I am w1"}
