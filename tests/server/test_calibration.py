@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from calibrations import PROMPT, calibrator, write
 from contexts import DIGIT, context
-from fakes import Faulty, ScriptedEngine
+from fakes import Faulty, ScriptedEngine, make_state
 
 from guiderail.guides.base import Limits
 from guiderail.guides.calibration import CalibrationSpec
@@ -94,6 +94,13 @@ async def test_answers_sampled_otherwise_are_not_served(more: dict[str, Any], wh
         with pytest.raises(RequestError, match=re.escape(what)) as failure:
             await found.sample(context(ScriptedEngine(), calibration=CalibrationSpec(source=source), **more), DIGIT)
         assert failure.value.param == "alignment.calibration.source"
+
+
+def test_the_operator_chooses_pooled_for_all_requests_in_the_configuration() -> None:
+    resolver = make_state(ScriptedEngine(), alignment={"calibration": {"source": "pooled"}}).resolver
+    assert resolver.resolve(None).calibration.source == "pooled"
+    assert resolver.resolve({"calibration": {"source": "auto"}}).calibration.source == "auto"
+    assert make_state(ScriptedEngine()).resolver.resolve(None).calibration.source == "auto"
 
 
 async def test_of_several_files_the_one_that_was_sampled_alike_serves(tmp_path: Path) -> None:
