@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup serve test check fix bench bench-scoring bench-transforms bench-guides bench-quality bench-load clean
+.PHONY: setup serve test check fix bench bench-numerics bench-scoring bench-transforms bench-guides bench-quality bench-load clean
 
 setup: $(READY)
 	@$(BIN)/guiderail models smollm2-135m-instruct >/dev/null
@@ -42,6 +42,10 @@ fix: $(READY)
 
 bench: setup
 	@$(BIN)/python -P tests/bench/bench_server.py $(ARGS)
+	@$(BIN)/python -P tests/bench/bench_numerics.py --part invariance $(ARGS)
+
+bench-numerics: setup
+	@$(BIN)/python -P tests/bench/bench_numerics.py $(ARGS)
 
 bench-scoring: setup
 	@$(BIN)/python -P tests/bench/bench_scoring.py $(ARGS)

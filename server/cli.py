@@ -30,6 +30,14 @@ SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
             "help": "no CUDA graphs and no compilation on a GPU (slower, less memory)",
         },
     ),
+    (
+        "batch-invariant",
+        {
+            "action": "store_const",
+            "const": True,
+            "help": "no answer depends on what runs beside it (on CPU: float32); README says what a seed promises",
+        },
+    ),
     ("lora", {"action": "append", "metavar": "NAME=PATH", "help": "serve a LoRA adapter; may be repeated"}),
     ("max-lora-rank", {"type": int, "help": "largest rank of an adapter (16)"}),
     (

@@ -40,6 +40,7 @@ class Job:
     priority: int
     rows: int
     tokens: int
+    system_fingerprint: str
 
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """(answer's index, event) of all answers as they come, once admitted. Closing it cancels all work.
@@ -211,7 +212,10 @@ def _job(
     tokens = sum(alignment.guide.cost(ctx.sampling.max_tokens) for ctx in contexts)
     if alignment.calibration.source in ("auto", "drawn") and any(term.chain.needs_sample for term in alignment.rewards):
         tokens += len(prompts) * alignment.calibration.n * max(ctx.sampling.max_tokens for ctx in contexts)
-    return Job(model, alignment, tuple(contexts), spend, state.admission, request.priority, rows, tokens)
+    return Job(
+        model, alignment, tuple(contexts), spend, state.admission, request.priority, rows, tokens,
+        state.system_fingerprint,
+    )  # fmt: skip
 
 
 def _sampling(request: SamplingFields, max_tokens: int, logprobs: int | None, stops: tuple[str, ...]) -> SamplingSpec:

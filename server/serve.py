@@ -158,6 +158,7 @@ async def _build(settings: Settings, path: str, share: EngineShare | None) -> Lo
             tensor_parallel_size=settings.tensor_parallel_size,
             adapters=tuple(settings.lora.items()),
             max_lora_rank=settings.max_lora_rank,
+            batch_invariant=settings.batch_invariant,
         )
     )
 

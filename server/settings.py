@@ -64,6 +64,7 @@ class Settings(BaseSettings):
     tensor_parallel_size: int = Field(1, ge=1)
     compile: bool = False
     enforce_eager: bool = False
+    batch_invariant: bool = False
     lora: dict[str, str] = {}
     max_lora_rank: int = 16
     policy: dict[str, RemotePolicySpec] = {}

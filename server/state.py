@@ -12,6 +12,7 @@ from guiderail.server.engines.stats import EngineStats
 from guiderail.server.metrics import Metrics
 from guiderail.server.renderer import ChatRenderer
 from guiderail.server.settings import Settings
+from guiderail.server.system_fingerprint import system_fingerprint
 
 
 class ServedEngine(Engine, Protocol):
@@ -46,3 +47,10 @@ class ServerState:
     admission: Admission
     metrics: Metrics
     created: int
+
+    @property
+    def system_fingerprint(self) -> str:
+        """OpenAI's field of this name. The engine's dtype is known once it has started."""
+        return system_fingerprint(
+            self.settings.model_name, self.engine.dtype, batch_invariant=self.settings.batch_invariant
+        )

@@ -137,7 +137,7 @@ def envelope(wire: Wire, kind: str, choices: list[dict[str, Any]]) -> dict[str, 
         "object": kind,
         "created": wire.created,
         "model": wire.job.model,
-        "system_fingerprint": None,
+        "system_fingerprint": wire.job.system_fingerprint,
         "choices": choices,
     }
 

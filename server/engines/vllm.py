@@ -7,7 +7,7 @@ so that a row can be dropped alone; prefixes are shared by vLLM's cache.
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from guiderail.server.engines.mixed import MixedRow, MixedSampling, Recipe
 from guiderail.server.engines.rollouts import EngineRollouts, new_request_id
 from guiderail.server.engines.stats import EngineStats
 from guiderail.server.engines.vllm_args import EngineSettings, engine_args, prepare_environment, start
+from guiderail.server.engines.vllm_invariant import environment as invariant_environment
 from guiderail.server.engines.vllm_params import forced_params, refusal, row_priority, sampling_params, token_logprobs
 
 __all__ = ["EngineSettings", "VllmEngine", "build", "end", "prepare_environment"]
@@ -38,6 +39,10 @@ async def build(settings: EngineSettings) -> "VllmEngine":
         # The first log-probabilities compile a small kernel (about 2 s); no user should wait for that.
         await engine.next_token_logprobs([TokenPrompt((0,))], top_k=1)
         await llm.collective_rpc("pad_steps")
+        if settings.batch_invariant:
+            faults = [layer for worker in await llm.collective_rpc("make_invariant") for layer in worker]
+            if faults:
+                raise EngineUnavailable(f"no batch invariance on this processor: {faults} depend on the batch")
         await llm.collective_rpc("settle")
     except BaseException:
         await engine.close()
@@ -46,10 +51,14 @@ async def build(settings: EngineSettings) -> "VllmEngine":
 
 
 def _start(settings: EngineSettings, stats: EngineStats) -> Any:
+    from vllm.platforms import current_platform
+
     from guiderail.server.engines.vllm_stats import Recorder
 
+    mode = invariant_environment(cpu=current_platform.is_cpu()) if settings.batch_invariant else nullcontext()
     try:
-        return start(engine_args(settings), [partial(Recorder, stats=stats)])
+        with mode:
+            return start(engine_args(settings), [partial(Recorder, stats=stats)])
     except Exception as error:
         raise EngineUnavailable(f"vLLM does not start with {settings.model}: {error}") from error
 

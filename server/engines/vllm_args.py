@@ -31,6 +31,8 @@ class EngineSettings:
     kv_cache_gb: None is CPU_KV_GB on CPU, on a GPU what the share has left. gpu_memory_utilization: the engine's share
     of a whole GPU. max_num_seqs, max_num_batched_tokens, enforce_eager: None is what `vllm serve` takes there, but that
     the CPU runs eager. device: the GPU of an engine that is not to be on the first.
+    batch_invariant: see vllm_invariant.py; on CPU a dtype but float32 is then refused. float32_logits: also of a model
+    in 16 bits (vllm_head.py).
     """
 
     model: str
@@ -47,6 +49,8 @@ class EngineSettings:
     max_lora_rank: int = 16
     max_logprobs: int = 50
     device: int | None = None
+    batch_invariant: bool = False
+    float32_logits: bool = True
 
 
 def prepare_environment() -> None:
@@ -118,7 +122,9 @@ def base_args(settings: EngineSettings, *, cpu: bool) -> dict[str, Any]:
         args["enforce_eager"] = settings.enforce_eager is not False  # compiling takes most of a minute
         kv_cache_gb = CPU_KV_GB if kv_cache_gb is None else kv_cache_gb
         if args["dtype"] == "auto":
-            args["dtype"] = auto_dtype()
+            args["dtype"] = "float32" if settings.batch_invariant else auto_dtype()
+        if settings.batch_invariant and args["dtype"] not in ("float32", "float"):
+            raise ValueError(f"batch invariance on CPU needs dtype float32 or auto, not {args['dtype']}")
         if settings.tensor_parallel_size == 1:
             args["distributed_executor_backend"] = IN_SCHEDULERS_PROCESS
     else:
@@ -139,6 +145,8 @@ def generating_args(settings: EngineSettings, *, cpu: bool) -> dict[str, Any]:
         # One slot more than adapters: vLLM's CPU path gives rows without adapter the weights of the last
         # slot when another row of the batch has one. Unused, that slot holds zeros, which is what they need.
         args |= {"enable_lora": True, "max_loras": len(settings.adapters) + 1, "max_lora_rank": settings.max_lora_rank}
+    if settings.float32_logits:
+        args["hf_overrides"] = {"head_dtype": "float32"}
     return args
 
 

@@ -75,7 +75,24 @@ def _other_token(recipe: Recipe, taken: Collection[int]) -> int:
 
 
 def draw(logits: Any, groups: Sequence[Sequence[Row]]) -> Any:
-    """One token [G] int64 for each group, whose rows come in the order of their roles; -1 for NaN logits."""
+    """One token [G] int64 for each group, whose rows come in the order of their roles; -1 for NaN logits.
+
+    Groups that cut their mixture are drawn apart from the others: the two ways round differently, and what a group
+    gets must not depend on its neighbours.
+    """
+    drawn = torch.empty(len(groups), dtype=torch.int64, device=logits.device)
+    for cut in (False, True):
+        chosen = [i for i, group in enumerate(groups) if _is_cut(group[0].recipe) is cut]
+        if chosen:
+            drawn[_tensor(chosen, torch.int64, logits)] = _draw(logits, [groups[i] for i in chosen], cut)
+    return drawn
+
+
+def _is_cut(recipe: Recipe) -> bool:
+    return recipe.temperature >= GREEDY and bool(recipe.top_k or recipe.top_p < 1 or recipe.min_p)
+
+
+def _draw(logits: Any, groups: Sequence[Sequence[Row]], cut: bool) -> Any:
     heads = [group[0].recipe for group in groups]
     main = logits[_tensor([group[0].index for group in groups], torch.int64, logits)]
     other = torch.zeros_like(main)
@@ -88,9 +105,9 @@ def draw(logits: Any, groups: Sequence[Sequence[Row]]) -> Any:
     temperatures = [head.temperature if head.temperature >= GREEDY else 0.0 for head in heads]
     temperature = _tensor(temperatures, torch.float32, logits)
     dense = other
-    if any(t and (head.top_k or head.top_p < 1 or head.min_p) for t, head in zip(temperatures, heads, strict=True)):
+    if cut:
         main, dense = _cut(main + other, temperatures, heads), None
-        temperature = _tensor([1.0 if t else 0.0 for t in temperatures], torch.float32, logits)
+        temperature = torch.ones_like(temperature)
     uniform = _tensor([_uniform(group[0]) for group in groups], torch.float32, logits)
     nothing = torch.empty((len(groups), 0), dtype=torch.int64, device=logits.device)
     zeros, ones = torch.zeros_like(temperature), torch.ones_like(temperature)
@@ -98,14 +115,13 @@ def draw(logits: Any, groups: Sequence[Sequence[Row]]) -> Any:
 
 
 def _cut(z: Any, temperatures: Sequence[float], heads: Sequence[Recipe]) -> Any:
-    """z / temperature, with -inf at the tokens that min_p, top_k and top_p forbid."""
-    z = z / _tensor([t or 1.0 for t in temperatures], torch.float32, z)[:, None]
-    drawn = [bool(t) for t in temperatures]
-    min_p = _tensor([head.min_p if d else 0.0 for d, head in zip(drawn, heads, strict=True)], torch.float32, z)
+    """z / temperature, with -inf at the tokens that min_p, top_k and top_p forbid. All temperatures are positive."""
+    z = z / _tensor(temperatures, torch.float32, z)[:, None]
+    min_p = _tensor([head.min_p for head in heads], torch.float32, z)
     z = z.masked_fill(z < z.amax(1, keepdim=True) + min_p.log()[:, None], float("-inf"))
     size = z.shape[1]
-    top_k = [min(head.top_k, size) if d and head.top_k else size for d, head in zip(drawn, heads, strict=True)]
-    top_p = [head.top_p if d else 1.0 for d, head in zip(drawn, heads, strict=True)]
+    top_k = [min(head.top_k, size) if head.top_k else size for head in heads]
+    top_p = [head.top_p for head in heads]
     return apply_top_k_top_p(
         z,
         None if min(top_k) == size else _tensor(top_k, torch.int32, z),

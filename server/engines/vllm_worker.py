@@ -10,7 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from guiderail.server.engines import vllm_head  # noqa: F401  (registers the float32 head before a model is made)
 from guiderail.server.engines.parent import end_with_parent
+from guiderail.server.engines.vllm_invariant import make_products_invariant
 
 EXACT_ROWS = 32  # steps up to so many rows are left as they are
 MULTIPLE = 8  # larger ones are padded to multiples of this
@@ -41,6 +43,11 @@ class WorkerExtension:
         self._unpin_helpers()
         self._use_huge_pages()
         self._freeze_heap()
+
+    def make_invariant(self) -> list[str]:
+        """On CPU, makes products the same for a row in any step; returns the layers where that failed."""
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        return make_products_invariant(runner.get_model()) if runner.device.type == "cpu" else []
 
     def _freeze_heap(self) -> None:
         """Takes what is there now out of later garbage collections, which hold up every row that decodes.

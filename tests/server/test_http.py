@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -38,6 +39,7 @@ async def test_streamed_and_whole_answers_are_the_same() -> None:
             last = chunks[-2]
             assert last["choices"] == []
             assert last["usage"] == whole["usage"]
+            assert {chunk["system_fingerprint"] for chunk in chunks[:-1]} == {whole["system_fingerprint"]}
             for part in ("config", "choices"):
                 assert last["alignment"][part] == whole["alignment"][part]
             for choice in whole["choices"]:
@@ -47,6 +49,18 @@ async def test_streamed_and_whole_answers_are_the_same() -> None:
                 assert mine[-1]["finish_reason"] == choice["finish_reason"] == "stop"
                 logprobs = [row for c in mine if c["logprobs"] for row in c["logprobs"]["content"]]
                 assert logprobs == (choice["logprobs"] or {"content": []})["content"]
+
+
+async def test_the_fingerprint_is_the_servers_own_in_chats_and_completions() -> None:
+    state = make_state(ScriptedEngine())
+    invariant = replace(state, settings=state.settings.model_copy(update={"batch_invariant": True}))
+    for served, mode in ((state, "fast"), (invariant, "batch-invariant")):
+        async with serving(served) as url, httpx.AsyncClient(base_url=url) as client:
+            chat = (await client.post("/v1/chat/completions", json=BODY)).json()["system_fingerprint"]
+            text = (await client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 2})).json()
+        assert chat == text["system_fingerprint"]
+        assert chat.startswith(f"{state.settings.model_name} float32 guiderail-")
+        assert chat.endswith(f" {mode}")
 
 
 async def test_without_usage_the_alignment_is_in_the_last_chunk() -> None:

@@ -8,6 +8,7 @@ import torch
 from mixtures import V, emitted, group, policies
 
 from guiderail.kernels import reference
+from guiderail.server.engines import vllm_mixing
 from guiderail.server.engines.mixed import Recipe
 from guiderail.server.engines.vllm_mixing import Row, draw, emit
 
@@ -88,6 +89,25 @@ def test_cuts_apply_to_the_tempered_mixture(cut: dict[str, float]) -> None:
     found = shares(logits, weights=weights, temperature=temperature, seed=9, **cut)
     assert ((found > 0) == (p > 0)).all()
     assert (found - p).abs().sum() / 2 < 0.03
+
+
+def test_a_group_that_cuts_does_not_round_its_neighbours_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind is drawn by its own operations, in whichever order they come."""
+    logits = policies(4)
+    cut: list[tuple[int, ...]] = []
+    original = vllm_mixing._cut
+
+    def spy(z: Any, temperatures: Any, heads: Any) -> Any:
+        cut.append(tuple(head.top_k for head in heads))
+        return original(z, temperatures, heads)
+
+    monkeypatch.setattr(vllm_mixing, "_cut", spy)
+    plain = [group([0, 1], place, "p", weights=[0.4], seed=3) for place in range(40)]
+    cutting = [group([2, 3], place, "c", weights=[0.4], seed=4, top_k=3) for place in range(40)]
+    both = draw(logits, [one for pair in zip(plain, cutting, strict=True) for one in pair])
+    assert cut == [(3,) * 40]
+    assert both[::2].tolist() == draw(logits, plain).tolist()
+    assert both[1::2].tolist() == draw(logits, cutting).tolist()
 
 
 def test_a_draw_depends_on_seed_and_place_alone() -> None:

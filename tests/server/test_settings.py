@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from guiderail.server.cli import main
+from guiderail.server.cli import _flags, _parser, main
 from guiderail.server.settings import SettingsError, load
 
 
@@ -15,6 +15,16 @@ def test_flag_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("GUIDERAIL_HOST", "127.0.0.3")
     found = load({"port": 3}, str(config))
     assert (found.port, found.host, found.max_num_seqs, found.limits.max_n) == (3, "127.0.0.3", 7, 3)
+
+
+def test_batch_invariance_is_a_flag_a_variable_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("batch_invariant: true\n")
+    assert not load({}, None).batch_invariant
+    assert load({}, str(config)).batch_invariant
+    assert load(_flags(_parser().parse_args(["serve", "--batch-invariant"])), None).batch_invariant
+    monkeypatch.setenv("GUIDERAIL_BATCH_INVARIANT", "1")
+    assert load({}, None).batch_invariant
 
 
 def test_keys_from_the_environment_are_comma_separated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,3 +158,18 @@ def test_processes_are_spawned_unless_the_operator_says_otherwise(
     prepare_environment()
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == method
     assert get_mp_context().get_start_method() == method
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_logits_come_out_in_float32_by_one_switch(cpu: bool) -> None:
+    assert generating_args(PLAIN, cpu=cpu)["hf_overrides"] == {"head_dtype": "float32"}
+    assert "hf_overrides" not in generating_args(EngineSettings("model", float32_logits=False), cpu=cpu)
+    assert "hf_overrides" not in base_args(PLAIN, cpu=cpu), "a pooling engine has no such head"
+
+
+def test_batch_invariance_on_cpu_is_kept_in_float32_alone() -> None:
+    assert base_args(EngineSettings("model", batch_invariant=True), cpu=True)["dtype"] == "float32"
+    for dtype in ("bfloat16", "float16", "half"):
+        with pytest.raises(ValueError, match=f"float32 or auto, not {dtype}"):
+            base_args(EngineSettings("model", dtype=dtype, batch_invariant=True), cpu=True)
+        assert base_args(EngineSettings("model", dtype=dtype, batch_invariant=True), cpu=False)["dtype"] == dtype
