@@ -86,7 +86,7 @@ def save(
     params: str,
     sampling: Mapping[str, Any],
 ) -> None:
-    """Writes a file: the values of each prompt by prompt_key, equally many for each."""
+    """Writes a file, which is complete or absent: the values of each prompt by prompt_key, equally many for each."""
     keys = np.array([list(bytes.fromhex(key)) for key in values], dtype=np.uint8)
     table = np.array([list(row) for row in values.values()], dtype=np.float32)
     metadata = {
@@ -100,7 +100,9 @@ def save(
         "sampling": json.dumps(sampling, sort_keys=True),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    save_file({"keys": keys, "values": table}, path, metadata=metadata)
+    scratch = path.with_name(f".{path.name}.partial")
+    save_file({"keys": keys, "values": table}, scratch, metadata=metadata)
+    scratch.replace(path)
 
 
 def load(path: Path) -> StoredCalibration:

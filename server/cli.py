@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
@@ -105,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "version":
             return listing.version()
         return listing.plugins(args.command)
+    except KeyboardInterrupt:
+        print("guiderail: stopped", file=sys.stderr)
+        return 130
     except GuiderailError as error:
         print(f"guiderail: {error}", file=sys.stderr)
         return 1
@@ -118,6 +122,7 @@ def _leave_source_folder() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="guiderail", description="Aligns a language model while it decodes.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('guiderail')}")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="serve a model", argument_default=argparse.SUPPRESS, allow_abbrev=False)
     serve.add_argument("--config", metavar="FILE.yaml", help="settings, profiles and limits (deploy/profiles)")

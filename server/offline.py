@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 
 import uvloop
 
-from guiderail.server.serve import running, say, signals
+from guiderail.server.announce import say
+from guiderail.server.serve import running, signals
 from guiderail.server.settings import Settings
 from guiderail.server.state import ServerState
 
@@ -18,7 +19,8 @@ async def offline(settings: Settings, *, engine: bool = True) -> AsyncIterator[S
 
     SIGTERM and Ctrl-C cancel the task that entered it; during the start they end the process with status
     130. With `engine=False` no engine is started, and what asks for it raises EngineNeeded. Must be used on
-    the main thread. Raises GuiderailError if something does not start.
+    the main thread. No request waits here, so a reward may take its time. Raises GuiderailError if something does not
+    start.
     """
     stop = asyncio.Event()
     task = asyncio.current_task()
@@ -30,6 +32,7 @@ async def offline(settings: Settings, *, engine: bool = True) -> AsyncIterator[S
 
     with signals(stop):
         async with running(settings, stop, engine=engine) as state:
+            state.scorer.timeout_s = None
             watch = asyncio.create_task(cancel())
             try:
                 yield state

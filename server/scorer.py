@@ -42,17 +42,18 @@ class BatchingScorer:
         rewards: Mapping[str, Reward],
         metrics: Metrics,
         *,
-        timeout_s: float = 60.0,
+        timeout_s: float | None = 60.0,
         max_tokens: int = 16384,
         wait_s: float = 0.002,
     ) -> None:
-        """timeout_s: for one batch of one reward. max_tokens: its size (a larger group goes alone).
+        """timeout_s: for one batch of one reward; None: as long as it takes (server/offline.py).
 
+        max_tokens: size of a batch (a larger group goes alone).
         wait_s: how long the first call of an idle reward waits for company.
         """
         self._rewards = rewards
         self._metrics = metrics
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._max_tokens = max_tokens
         self._wait_s = wait_s
         self._pending: dict[str, list[_Call]] = {name: [] for name in rewards}
@@ -132,10 +133,10 @@ class BatchingScorer:
 
     async def _score(self, name: str, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
         try:
-            results = await asyncio.wait_for(self._rewards[name].score(groups), self._timeout_s)
+            results = await asyncio.wait_for(self._rewards[name].score(groups), self.timeout_s)
             return _checked(name, results, groups)
         except TimeoutError:
-            raise RewardFailed(name, f"no scores within {self._timeout_s:g} s") from None
+            raise RewardFailed(name, f"no scores within {self.timeout_s:g} s") from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from guiderail.guides.base import Engine, Guide, Helpers, Scorer
+from guiderail.guides.base import Engine, Guide, Helpers
 from guiderail.guides.reward import Reward
 from guiderail.server.admission import Admission
 from guiderail.server.alignment import Resolver
 from guiderail.server.engines.stats import EngineStats
 from guiderail.server.metrics import Metrics
 from guiderail.server.renderer import ChatRenderer
+from guiderail.server.scorer import BatchingScorer
 from guiderail.server.settings import Settings
 from guiderail.server.system_fingerprint import system_fingerprint
 
@@ -42,7 +43,7 @@ class ServerState:
     guides: Mapping[str, type[Guide]]
     rewards: Mapping[str, Reward]
     resolver: Resolver
-    scorer: Scorer
+    scorer: BatchingScorer
     helpers: Helpers
     admission: Admission
     metrics: Metrics

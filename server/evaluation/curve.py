@@ -4,7 +4,11 @@ M answers to each prompt are drawn from the served model and scored by a proxy (
 and by gold (which one cares about). The expected gold of the answer that best-of-N chooses is estimated for each
 N up to M without bias, by the average over all subsets of N answers; beside it stands the selection's KL from the
 served model, at most log N - (N - 1)/N (Beirami et al., arXiv 2401.01879). Where gold falls while proxy rises, the
-proxy is over-optimised (Gao et al., arXiv 2210.10760). Bands are bootstrap intervals over prompts.
+proxy is over-optimised (Gao et al., arXiv 2210.10760). Bands are bootstrap intervals over prompts. A prompt that a
+reward fails on is named and left out.
+
+Answers and scores are kept in OUT.progress.jsonl until the report is written; after an interruption the same command
+goes on there.
 """
 
 import argparse
@@ -18,13 +22,17 @@ from guiderail.server.evaluation.options import (
     REWARD_HELP,
     NamedReward,
     add_engine_arguments,
+    describe_prompts,
     describe_term,
+    journal_of,
     output_folder,
     parse_reward,
+    pin_weights,
     settings_for,
     terms_of,
     write_report,
 )
+from guiderail.server.journal import Journal, whole_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,22 +79,29 @@ def run(args: argparse.Namespace) -> int:
         raise GuiderailError(f"--prompts {args.prompts}: at least 2 prompts are needed for an interval")
     sampling = SamplingSpec(args.max_tokens, args.temperature, seed=args.seed)
 
-    async def main(state: "ServerState") -> int:
-        figures = await evaluate_curve(state, prompts, rewards, args.samples, ns, sampling)
-        report = {
-            "created": datetime.now(UTC).date().isoformat(),
-            "model": settings.model_name,
-            "prompts": {"file": Path(args.prompts).name, "sha256": file.sha256, "prompts": len(prompts)},
-            "sampling": {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed},
-            **figures,
-        }
-        write_report(out, report)
-        draw_curve(out / "curve.png", report)
-        print(table(report))
-        print(out)
-        return 0
+    kept = ("proxy", "gold", "samples", "ns", "max_tokens", "temperature", "seed", "limit")
+    with journal_of(out, settings, ours=kept, args=args, data=file.sha256) as journal:
 
-    return run_offline(settings, main)
+        async def main(state: "ServerState") -> int:
+            pin_weights(journal, state)
+            figures = await evaluate_curve(state, prompts, rewards, args.samples, ns, sampling, journal)
+            report = {
+                "created": datetime.now(UTC).date().isoformat(),
+                "model": settings.model_name,
+                "prompts": describe_prompts(args, file, len(prompts), journal),
+                "sampling": {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed},
+                **figures,
+                "failed": journal.failed,
+            }
+            with whole_folder(out) as folder:
+                write_report(folder, report)
+                draw_curve(folder / "curve.png", report)
+            journal.finish()
+            print(table(report))
+            print(out)
+            return 0
+
+        return run_offline(settings, main)
 
 
 def _numbers(args: argparse.Namespace) -> list[int]:
@@ -111,21 +126,25 @@ async def evaluate_curve(
     m: int,
     ns: Sequence[int],
     sampling: "SamplingSpec",
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """The figures for report.json; `rewards` are proxy and gold. Raises what drawing and scoring raise."""
     import numpy as np
 
-    from guiderail.server.evaluation.draw import draw, score
+    from guiderail.server.evaluation.draw import draw, score_all
 
-    terms = terms_of(state, rewards)
-    pools = await draw(state, prompts, m, sampling)
-    proxy, gold = [np.array(await score(state, pools, term)) for term in terms]  # [P, M] each
+    terms, journal = terms_of(state, rewards), journal or Journal()
+    pools = await draw(state, prompts, m, sampling, journal)
+    whole, columns = await score_all(state, pools, terms, journal)
+    proxy, gold = map(np.array, columns)  # [P, M] each
     seed = sampling.seed or 0
     return {
         "m": m,
         "proxy_reward": describe_term(terms[0]),
         "gold_reward": describe_term(terms[1]),
-        "tokens_per_answer": float(np.mean([len(answer.token_ids) for pool in pools for answer in pool.answers])),
+        "tokens_per_answer": float(
+            np.mean([len(answer.token_ids) for index in whole for answer in pools[index].answers])
+        ),
         **curve_figures(proxy, gold, ns, seed),
     }
 

@@ -5,15 +5,17 @@ Imports nothing heavy at its top: the command line imports it for the arguments.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guiderail.guides.errors import GuiderailError
+from guiderail.server.journal import Journal, beside
 
 if TYPE_CHECKING:
     from guiderail.guides.pipeline import RewardTerm
+    from guiderail.server.evaluation.prompts import PromptFile
     from guiderail.server.settings import Settings
     from guiderail.server.state import ServerState
 
@@ -103,13 +105,41 @@ def terms_of(state: "ServerState", rewards: Sequence[NamedReward]) -> "tuple[Rew
         raise GuiderailError(str(error)) from error
 
 
+def describe_prompts(args: argparse.Namespace, file: "PromptFile", given: int, journal: Journal) -> dict[str, Any]:
+    """Which prompts a report is about: those of the file but for those that failed."""
+    left = given - len(journal.failed)
+    return {"file": Path(args.prompts).name, "sha256": file.sha256, "prompts": left}
+
+
 def describe_term(term: "RewardTerm") -> dict[str, Any]:
     """Name and parameters of a reward, for a report."""
     return {"name": term.name, **term.params.model_dump(mode="json", by_alias=True)}
 
 
+def journal_of(
+    out: Path, settings: "Settings", *, ours: Collection[str], args: argparse.Namespace, data: str
+) -> Journal:
+    """What a command keeps while it makes `out`, told apart by its own arguments (those named in `ours`), by the
+    SHA-256 of its data and by how the model is served. Raises JournalError."""
+    from guiderail.server.announce import say
+
+    served = settings.model_dump(mode="json", exclude={"host", "port", "api_key", "drain_timeout_s", "cache_dir"})
+    return Journal(beside(out), {"data": data, **{name: getattr(args, name) for name in ours}, "served": served}, say)
+
+
+def pin_weights(journal: Journal, state: "ServerState") -> None:
+    """Tells the run apart by the weights of the served model and of the rewards, once they are loaded. Raises
+    JournalError if what is kept was made with others."""
+    from guiderail.server import models
+    from guiderail.server.fingerprint import fingerprint
+
+    settings = state.settings
+    rewards = {name: reward.revision() for name, reward in state.rewards.items()}
+    journal.pin(model_revision=fingerprint(models.resolve(settings.model, settings.cache)), rewards=rewards)
+
+
 def output_folder(path: str) -> Path:
-    """The folder of --out, which must be new or empty; it is made by write_report. Raises GuiderailError."""
+    """The folder of --out, which must be new or empty; whole_folder makes it. Raises GuiderailError."""
     out = Path(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise GuiderailError(f"--out {path}: exists and is not an empty folder")

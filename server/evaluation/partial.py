@@ -4,7 +4,11 @@ Speculative rejection (Sun et al., arXiv 2410.20290) gives answers up by what th
 M answers to each prompt are drawn from the served model; each is scored whole, and as it stood after its first c
 tokens, for each checkpoint c. Reported are Kendall's tau-b between partial and final rewards within prompts, the share
 of prompts whose best answer outlives the rejection of the lower alpha-quantile at c, and what rejecting at all
-checkpoints in turn would keep of best-of-M's reward and save of its tokens. Intervals are bootstraps over prompts.
+checkpoints in turn would keep of best-of-M's reward and save of its tokens. Intervals are bootstraps over prompts. A
+prompt that the reward fails on is named and left out.
+
+Answers and scores are kept in OUT.progress.jsonl until the report is written; after an interruption the same command
+goes on there.
 """
 
 import argparse
@@ -18,13 +22,17 @@ from guiderail.server.evaluation.options import (
     REWARD_HELP,
     NamedReward,
     add_engine_arguments,
+    describe_prompts,
     describe_term,
+    journal_of,
     output_folder,
     parse_reward,
+    pin_weights,
     settings_for,
     terms_of,
     write_report,
 )
+from guiderail.server.journal import Journal, whole_folder
 
 if TYPE_CHECKING:
     from guiderail.guides.types import Answer, Message, SamplingSpec
@@ -68,22 +76,30 @@ def run(args: argparse.Namespace) -> int:
         raise GuiderailError(f"--prompts {args.prompts}: at least 2 prompts are needed for an interval")
     sampling = SamplingSpec(args.max_tokens, args.temperature, seed=args.seed)
 
-    async def main(state: "ServerState") -> int:
-        figures = await evaluate_partial(state, prompts, reward, args.samples, checkpoints, args.alpha, sampling)
-        report = {
-            "created": datetime.now(UTC).date().isoformat(),
-            "model": settings.model_name,
-            "prompts": {"file": Path(args.prompts).name, "sha256": file.sha256, "prompts": len(prompts)},
-            "sampling": {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed},
-            **figures,
-        }
-        write_report(out, report)
-        draw_partial(out / "partial.png", report)
-        print(table(report))
-        print(out)
-        return 0
+    kept = ("scored", "samples", "checkpoints", "alpha", "max_tokens", "temperature", "seed", "limit")
+    with journal_of(out, settings, ours=kept, args=args, data=file.sha256) as journal:
 
-    return run_offline(settings, main)
+        async def main(state: "ServerState") -> int:
+            pin_weights(journal, state)
+            m, alpha = args.samples, args.alpha
+            figures = await evaluate_partial(state, prompts, reward, m, checkpoints, alpha, sampling, journal)
+            report = {
+                "created": datetime.now(UTC).date().isoformat(),
+                "model": settings.model_name,
+                "prompts": describe_prompts(args, file, len(prompts), journal),
+                "sampling": {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed},
+                **figures,
+                "failed": journal.failed,
+            }
+            with whole_folder(out) as folder:
+                write_report(folder, report)
+                draw_partial(folder / "partial.png", report)
+            journal.finish()
+            print(table(report))
+            print(out)
+            return 0
+
+        return run_offline(settings, main)
 
 
 def _checkpoints(args: argparse.Namespace) -> list[int]:
@@ -113,6 +129,7 @@ async def evaluate_partial(
     checkpoints: Sequence[int],
     alpha: float,
     sampling: "SamplingSpec",
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """The figures for report.json; checkpoints ascending. Raises what drawing and scoring raise."""
     import numpy as np
@@ -120,9 +137,9 @@ async def evaluate_partial(
     from guiderail.server.evaluation.draw import draw
     from guiderail.server.evaluation.partial_figures import partial_figures
 
-    (term,) = terms_of(state, [reward])
-    pools = await draw(state, prompts, m, sampling)
-    final, partial = await score_beginnings(state, pools, reward, checkpoints)
+    (term,), journal = terms_of(state, [reward]), journal or Journal()
+    pools = await draw(state, prompts, m, sampling, journal)
+    pools, final, partial = await score_beginnings(state, pools, reward, checkpoints, journal)
     lengths = np.array([[len(answer.token_ids) for answer in pool.answers] for pool in pools])
     return {
         "m": m,
@@ -133,14 +150,19 @@ async def evaluate_partial(
 
 
 async def score_beginnings(
-    state: "ServerState", pools: "Sequence[AnswerPool]", reward: NamedReward, checkpoints: Sequence[int]
-) -> tuple[Any, Any]:
-    """Rewards [P, M] of the whole answers and [P, M, C] of their beginnings. Raises what scoring raises."""
+    state: "ServerState",
+    pools: "Sequence[AnswerPool]",
+    reward: NamedReward,
+    checkpoints: Sequence[int],
+    journal: Journal | None = None,
+) -> "tuple[list[AnswerPool], Any, Any]":
+    """The pools that the reward does not fail on, and rewards [P, M] of their whole answers and [P, M, C] of the
+    answers' beginnings. Raises what scoring raises."""
     from dataclasses import replace
 
     import numpy as np
 
-    from guiderail.server.evaluation.draw import score
+    from guiderail.server.evaluation.draw import score_all
 
     (term,) = terms_of(state, [reward])
     # An answer's beginnings stand beside it, so that a reward model reads what they share once.
@@ -148,8 +170,9 @@ async def score_beginnings(
     for pool in pools:
         versions = [[*(beginning(state, pool, each, c) for c in checkpoints), each] for each in pool.answers]
         parts.append(replace(pool, answers=tuple(version for each in versions for version in each)))
-    values = np.array(await score(state, parts, term)).reshape(len(pools), -1, len(checkpoints) + 1)
-    return values[:, :, -1], values[:, :, :-1]
+    whole, (scores,) = await score_all(state, parts, [term], journal)
+    values = np.array(scores).reshape(len(whole), -1, len(checkpoints) + 1)
+    return [pools[index] for index in whole], values[:, :, -1], values[:, :, :-1]
 
 
 def beginning(state: "ServerState", pool: "AnswerPool", answer: "Answer", tokens: int) -> "Answer":

@@ -1,18 +1,23 @@
 """`guiderail rewards train`: pairs in, a folder with a reward head, its report and its card out.
 
+What the backbone makes of the answers is kept in OUT.progress.jsonl and each epoch of fine-tuning in OUT.progress.pt
+until the folder is written; after an interruption the same command goes on there.
+
 Nothing heavy is imported before `train` runs: the command line imports this module for its arguments.
 """
 
 import argparse
 import json
 import shlex
-import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from guiderail.server.journal import Journal, beside, whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,8 +64,17 @@ def run(args: argparse.Namespace) -> int:
         raise TrainingError(f"--out {out}: exists and is not an empty folder")
     data = read_pairs(source)
     _say(f"{len(data.pairs)} pairs; lines left out: {data.skipped or 'none'}")
-    report, weight, tuned = _run(args, data)
-    _write(out, args, report, weight, tuned)
+    ours = ("base", "max_tokens", "held_out", "folds", "seed", "unfreeze", "lr", "epochs")
+    facts = {"data": data.sha256, **{name: getattr(args, name) for name in ours}}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
+    try:
+        with Journal(beside(out), facts, _say) as journal:
+            report, weight, tuned = _run(args, data, journal, _epochs(out))
+            _write(out, args, report, weight, tuned)
+            journal.finish()
+            _epochs(out).unlink(missing_ok=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     from guiderail.server.training.report import verdict
 
     held = report["held_out"]
@@ -84,17 +98,25 @@ def _fault(args: argparse.Namespace) -> str | None:
     return next((text for fine, text in checks if not fine), None)
 
 
-def _run(args: argparse.Namespace, data: "PairFile") -> "tuple[dict[str, Any], Tensor, dict[str, Tensor]]":
+def _epochs(out: Path) -> Path:
+    return out.with_name(f"{out.name}.progress.pt")
+
+
+def _run(
+    args: argparse.Namespace, data: "PairFile", journal: Journal, epochs: Path
+) -> "tuple[dict[str, Any], Tensor, dict[str, Tensor]]":
     """Report, weight [H] float32 and tuned parameters. The held-out answers are scored in the last step alone."""
     import numpy as np
     import torch
 
     from guiderail.server import models
     from guiderail.server.evaluation.pair_figures import credit, estimate, evaluate
+    from guiderail.server.fingerprint import fingerprint
     from guiderail.server.renderer import ChatRenderer
     from guiderail.server.settings import Settings
     from guiderail.server.training import features as reading
     from guiderail.server.training import head
+    from guiderail.server.training.checkpoint import Checkpoint
 
     began = time.monotonic()
     if args.threads:
@@ -106,10 +128,17 @@ def _run(args: argparse.Namespace, data: "PairFile") -> "tuple[dict[str, Any], T
     fold = head.folds([keys[index] for index in inside], args.seed, args.folds)
 
     folder = models.resolve(args.base, Settings().cache, _say)
+    journal.pin(base_revision=fingerprint(folder))
     tokens = reading.tokenize(ChatRenderer(folder), data.pairs, args.max_tokens)
     sequences = [answer.ids for answer in tokens]
     model = reading.load_backbone(folder)
-    states = reading.features(model, [sequences[2 * index + side] for index in inside for side in (0, 1)])
+
+    def states_of(pairs: Sequence[int], title: str) -> "Tensor":
+        return reading.features(
+            model, [sequences[2 * pair + side] for pair in pairs for side in (0, 1)], title, journal
+        )
+
+    states = states_of(inside, "features")
     chosen, rejected = states[0::2], states[1::2]
 
     l2, tried = head.cross_validate(chosen, rejected, fold)
@@ -128,22 +157,23 @@ def _run(args: argparse.Namespace, data: "PairFile") -> "tuple[dict[str, Any], T
             lr=args.lr,
             epochs=args.epochs,
             seed=args.seed,
+            checkpoint=Checkpoint(epochs, journal.run),
         )
         tuning = {"best_epoch": tuned.best_epoch, "validation_loss": tuned.validation_loss}
         if tuned.best_epoch:  # else the frozen head, fitted on the whole training part, stands
             weight, parameters = tuned.weight, tuned.parameters
-            states = reading.features(model, [sequences[2 * index + side] for index in inside for side in (0, 1)])
+            states = states_of(inside, "tuned features")
 
     kept = weight.float()  # what is saved is what is evaluated
     trained = (states.double() @ kept.double()).numpy()
     _say("the one look at the held-out part")
-    states = reading.features(model, [sequences[2 * index + side] for index in outside for side in (0, 1)], "held out")
+    states = states_of(outside, "held out")
     scores = (states.double() @ kept.double()).numpy()
     lengths = np.array([[tokens[2 * index + side].answer_length for side in (0, 1)] for index in outside], float)
     embedded = models.EMBEDDED.get(args.base)
     result = {
         "created": datetime.now(UTC).date().isoformat(),
-        "seconds": time.monotonic() - began,
+        "seconds": None if journal.resumed else time.monotonic() - began,
         "data": {
             "name": args.data_name,
             "licence": args.data_licence,
@@ -216,21 +246,14 @@ def save_weights(folder: Path, weight: "Tensor", tuned: "dict[str, Tensor]") -> 
 def _write(
     out: Path, args: argparse.Namespace, report: dict[str, Any], weight: "Tensor", tuned: "dict[str, Tensor]"
 ) -> None:
-    """The folder is made under another name and renamed, so that it is complete or absent."""
     from guiderail.server.training.report import card, reliability_plot
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    save_weights(scratch, weight, tuned)
-    (scratch / CONFIG).write_text(json.dumps(reward_config(report, weight.numel()), indent=2) + "\n")
-    (scratch / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (scratch / "README.md").write_text(card(report, exact_command(args, out)))
-    reliability_plot(scratch / "reliability.png", report["held_out"], out.name)
-    if out.exists():
-        out.rmdir()
-    scratch.rename(out)
+    with whole_folder(out) as folder:
+        save_weights(folder, weight, tuned)
+        (folder / CONFIG).write_text(json.dumps(reward_config(report, weight.numel()), indent=2) + "\n")
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        (folder / "README.md").write_text(card(report, exact_command(args, out)))
+        reliability_plot(folder / "reliability.png", report["held_out"], out.name)
 
 
 def _say(text: str) -> None:

@@ -6,15 +6,18 @@ with the generation prompt, the answer's tokens, the template's end-of-turn toke
 tokens on their left, so that they always end with that token.
 """
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from guiderail.guides.types import Message
+from guiderail.server.journal import Journal
 from guiderail.server.renderer import ChatRenderer
 from guiderail.server.training.pairs import Pair, TrainingError
 
@@ -85,8 +88,15 @@ def last_states(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
     return states[torch.arange(len(sequences)), lengths - 1]
 
 
-def features(model: Any, sequences: Sequence[Sequence[int]], title: str = "features") -> Tensor:
-    """States [S, H] float32 of all sequences, in their order; batched by length. The bar is in tokens."""
+def features(
+    model: Any, sequences: Sequence[Sequence[int]], title: str = "features", journal: Journal | None = None
+) -> Tensor:
+    """States [S, H] float32 of all sequences, in their order; batched by length. The bar is in tokens.
+
+    Batches that the journal has under this title are not computed again; the others are kept in it. They are the same
+    batches in every run, so that the states are too.
+    """
+    kept = journal or Journal()
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
     found: list[Tensor] = []
     total = sum(len(ids) for ids in sequences)
@@ -95,10 +105,22 @@ def features(model: Any, sequences: Sequence[Sequence[int]], title: str = "featu
         while start < len(order):
             count = max(1, BATCH_TOKENS // len(sequences[order[start]]))
             batch = [sequences[index] for index in order[start : start + count]]
-            found.append(last_states(model, batch).float())
+            key = f"{title} {start}"
+            if key not in kept:
+                kept.keep(key, _packed(last_states(model, batch).float()))
+            found.append(_unpacked(kept[key], len(batch)))
             bar.update(sum(len(ids) for ids in batch))
             start += count
     together = torch.cat(found)
     result = torch.empty_like(together)
     result[torch.tensor(order)] = together
     return result
+
+
+def _packed(states: Tensor) -> str:
+    """States [B, H] float32 as text: base64 of their bytes."""
+    return base64.b64encode(states.contiguous().numpy().tobytes()).decode()
+
+
+def _unpacked(text: str, count: int) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), np.float32).reshape(count, -1).copy())

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
+from guiderail.server.training.checkpoint import Checkpoint
 from guiderail.server.training.features import features, last_states
 from guiderail.server.training.pairs import TrainingError
 
@@ -148,12 +149,14 @@ def finetune(
     seed: int,
     batch_pairs: int = 8,
     patience: int = 2,
+    checkpoint: Checkpoint | None = None,
 ) -> Tuned:
     """Fine-tunes the last `layers` layers and the head with AdamW on the same loss; leaves the best in `model`.
 
     `sequences` holds chosen and rejected of pair i at 2i and 2i + 1; `frozen` is fit_folded's result on
     the `train` pairs alone; the epoch with the least loss on the `validation` pairs counts, and training stops
-    after `patience` epochs without a better one. Raises TrainingError for a model without a list `layers`.
+    after `patience` epochs without a better one. With a checkpoint it goes on after the last whole epoch of the same
+    run. Raises TrainingError for a model without a list `layers`.
     """
     blocks = getattr(model, "layers", None)
     if blocks is None or not 0 < layers <= len(blocks):
@@ -186,9 +189,18 @@ def finetune(
         return float(bt_loss((chosen - rejected) / scale @ weight.detach()))
 
     order = torch.Generator().manual_seed(seed)
-    losses = [validate()]
     best, best_state, best_weight = 0, base, weight.detach().clone()
-    for epoch in range(1, epochs + 1):
+    if checkpoint is not None and (saved := checkpoint.load()) is not None:
+        with torch.no_grad():
+            weight.copy_(saved["weight"])
+            for name, parameter in names.items():
+                parameter.copy_(saved["parameters"][name])
+        solver.load_state_dict(saved["solver"])
+        order.set_state(saved["order"])
+        losses, best, best_state, best_weight = (saved[key] for key in ("losses", "best", "best_state", "best_weight"))
+    else:
+        losses = [validate()]
+    while (epoch := len(losses)) <= epochs and epoch - 1 - best < patience:
         shuffled = [train[index] for index in torch.randperm(len(train), generator=order).tolist()]
         with tqdm(total=len(train), unit="pair", desc=f"fine-tuning, epoch {epoch}", disable=None) as bar:
             for start in range(0, len(shuffled), batch_pairs):
@@ -203,8 +215,12 @@ def finetune(
         if losses[-1] < losses[best]:
             best, best_weight = epoch, weight.detach().clone()
             best_state = {name: parameter.detach().clone() for name, parameter in names.items()}
-        elif epoch - best >= patience:
-            break
+        if checkpoint is not None:
+            checkpoint.save({
+                "weight": weight.detach(), "parameters": {name: p.detach() for name, p in names.items()},
+                "solver": solver.state_dict(), "order": order.get_state(), "losses": losses,
+                "best": best, "best_state": best_state, "best_weight": best_weight,
+            })  # fmt: skip
     kept = {}
     for name, parameter in names.items():
         parameter.requires_grad_(False).copy_(best_state[name])

@@ -59,6 +59,7 @@ def card(report: dict[str, Any], command: str) -> str:
     tuned = bool(report["fine_tuning"]) and report["fine_tuning"]["best_epoch"] > 0
     backbone = f"with its last {recipe['unfreeze']} layers fine-tuned" if tuned else "frozen"
     length = held["length"]
+    seconds = "" if report["seconds"] is None else f"in {report['seconds']:.0f} s "  # None: it was interrupted
     lines = [
         f"# A reward head on {recipe['base']}",
         "",
@@ -104,7 +105,7 @@ def card(report: dict[str, Any], command: str) -> str:
         f"  {recipe['folds']}-fold cross-validation inside the training part (its accuracy there: "
         f"{report['cross_validation_accuracy']:.3f}).",
         *_tuning(report),
-        f"- Made on {report['created']} in {report['seconds']:.0f} s on CPU by:",
+        f"- Made on {report['created']} {seconds}on CPU by:",
         "",
         "```console",
         f"$ {command}",

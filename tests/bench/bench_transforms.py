@@ -19,7 +19,7 @@ import numpy as np
 
 from guiderail.guides.pipeline import COMBINES, parse_chain
 from guiderail.guides.types import SamplingSpec
-from guiderail.server.evaluation.draw import draw, score
+from guiderail.server.evaluation.draw import draw, score_all
 from guiderail.server.evaluation.prompts import read_prompts
 from guiderail.server.offline import offline
 from guiderail.server.settings import Settings
@@ -55,8 +55,8 @@ async def pools(args: argparse.Namespace) -> tuple[list[Any], np.ndarray]:
         terms, _ = state.resolver.pipeline(REWARDS, "sum", args.n)
         total = args.n + args.calibration + args.judging
         drawn = await draw(state, prompts, total, SamplingSpec(args.max_tokens, 1.0, seed=args.seed))
-        values = [await score(state, drawn, term) for term in terms]
-    return drawn, np.array(values).transpose(1, 2, 0)
+        whole, values = await score_all(state, drawn, terms)
+    return [drawn[index] for index in whole], np.array(values).transpose(1, 2, 0)
 
 
 def choose(rule: str, candidates: np.ndarray, calibration: np.ndarray) -> int:

@@ -32,7 +32,7 @@ async def choose(state: ServerState, reward: str, prompts: int) -> dict[str, Any
     conversations = [(Message("user", text),) for text in questions(MORE)[:prompts]]
     pools = await draw(state, conversations, N, SamplingSpec(TOKENS, seed=77))
     checkpoints = sorted({at for _, interval in GRID for at in range(interval, TOKENS, interval)})
-    final, partial = await score_beginnings(state, pools, NamedReward({"name": reward}), checkpoints)
+    pools, final, partial = await score_beginnings(state, pools, NamedReward({"name": reward}), checkpoints)
     lengths = np.array([[len(answer.token_ids) for answer in pool.answers] for pool in pools])
     rows = []
     for alpha, every in GRID:

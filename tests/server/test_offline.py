@@ -7,6 +7,11 @@ import sys
 
 import pytest
 
+from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.server.offline import offline
+from guiderail.server.rewards.rules import Length
+from guiderail.server.settings import Settings
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_an_offline_command_in_order(number: int, model_path: str) -> None:
@@ -43,3 +48,11 @@ def test_what_the_process_started_before_goes_on(model_path: str) -> None:
     )
     process = subprocess.run([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ)
     assert process.stdout == "None\n"
+
+
+async def test_no_serving_deadline_holds_offline(model_path: str) -> None:
+    """A batch of scores may take longer than any request would wait for it."""
+    async with offline(Settings(rewards=["length"], guides=["sampling"]), engine=False) as state:
+        assert state.scorer.timeout_s is None
+        group = ScoreGroup((Message("user", "q"),), TokenPrompt((1,)), (Answer("a b"),), Length.Params(target=2))
+        assert (await state.scorer.score("length", group)).values == (0.0,)

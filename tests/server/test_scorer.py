@@ -171,3 +171,19 @@ async def test_a_text_reward_that_gives_no_number_is_a_named_500_over_http() -> 
             error = answer.json()["error"]
             assert (answer.status_code, error["code"], error["param"]) == (500, "reward_failed", "high")
             assert "reward 'high' failed: it returned 'high', which is no number" in error["message"]
+
+
+async def test_without_a_limit_a_slow_reward_is_waited_for() -> None:
+    reward = Faulty()
+    original = reward.score
+
+    async def slow(groups: list[ScoreGroup]) -> list[ScoreResult]:
+        await asyncio.sleep(0.2)
+        return await original(groups)
+
+    reward.score = slow  # type: ignore[method-assign,assignment]
+    queue = scorer(reward, timeout_s=0.05)
+    with pytest.raises(RewardFailed, match="no scores within"):
+        await queue.score("r", group())
+    queue.timeout_s = None
+    assert (await queue.score("r", group())).values == (1.0,)

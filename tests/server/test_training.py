@@ -4,6 +4,7 @@ import argparse
 import gzip
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -466,3 +467,78 @@ def test_the_whole_command(model_path: str, made_up: Path, tmp_path: Path, unfre
     assert (out / "reliability.png").stat().st_size < 60_000
     assert (out / "reliability.png").read_bytes()[:4] == b"\x89PNG"
     assert command.main([*words]) == 1, "it does not overwrite"
+
+
+@pytest.mark.parametrize("unfreeze", [0, 1])
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(
+    unfreeze: int, made_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped again and again after some batches of the backbone, the same command makes the same head."""
+    from safetensors.torch import load_file
+    from tiny_reward import tiny_head
+
+    tiny_head(tmp_path / "tiny")
+    monkeypatch.setattr(features, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(head, "cross_validate", partial(head.cross_validate, grid=(0.1, 1.0)))
+    read, real = [0, 10**9], features.last_states
+
+    def counted(model: Any, sequences: Any) -> torch.Tensor:
+        read[0] += 1
+        if read[0] > read[1]:
+            raise KeyboardInterrupt
+        return real(model, sequences)
+
+    monkeypatch.setattr(features, "last_states", counted)
+    monkeypatch.setattr(head, "last_states", counted)
+    words = ["--pairs", str(made_up), "--base", str(tmp_path / "tiny" / "base"), "--folds", "3", "--max-tokens", "32"]
+    words += ["--unfreeze", str(unfreeze), "--epochs", "3", "--lr", "1e-3"]
+    assert command.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    needed = read[0]
+
+    out, runs = tmp_path / "parts", 0
+    limits = [5] if not unfreeze else []
+    while not out.exists():
+        runs += 1
+        read[:] = [0, limits.pop() if limits else needed * 2 // 3]
+        before = 0 if runs == 1 else len((tmp_path / "parts.progress.jsonl").read_text().splitlines())
+        try:
+            assert command.main([*words, "--out", str(out)]) == 0
+        except KeyboardInterrupt:
+            assert len((tmp_path / "parts.progress.jsonl").read_text().splitlines()) > before or unfreeze
+        assert runs < 20, "it goes on"
+    assert runs > 1
+    assert "going on from" in capsys.readouterr().err
+    whole, parts = (load_file(folder / "head.safetensors") for folder in (tmp_path / "whole", out))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "whole", out)]
+    assert reports[1].pop("seconds") is None
+    assert reports[0].pop("seconds") > 0
+    assert reports[0] == reports[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kind.jsonl", "parts", "tiny", "whole"]
+
+
+def test_what_another_training_kept_is_refused(made_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_reward import tiny_head
+
+    from guiderail.server.journal import JournalError
+
+    tiny_head(tmp_path / "tiny")
+
+    def stopped(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(head, "cross_validate", partial(head.cross_validate, grid=(0.1, 1.0)))
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_write", stopped)
+        words = ["--pairs", str(made_up), "--base", str(tmp_path / "tiny" / "base"), "--folds", "3"]
+        args = TestCommand().parse(*words, "--out", str(tmp_path / "out"))
+        with pytest.raises(KeyboardInterrupt):
+            command.run(args)
+    for more, what in ((["--max-tokens", "32"], "max_tokens"), (["--seed", "1"], "seed")):
+        with pytest.raises(JournalError, match=f"another {what}"):
+            command.run(TestCommand().parse(*words, *more, "--out", str(tmp_path / "out")))
+    config = tmp_path / "tiny" / "base" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(JournalError, match="another base_revision"):
+        command.run(TestCommand().parse(*words, "--out", str(tmp_path / "out")))
