@@ -13,14 +13,9 @@ setup: $(READY)
 	@$(BIN)/guiderail models smollm2-135m-instruct >/dev/null
 
 $(READY): $(LOCK) pyproject.toml
-	@echo "guiderail: installing into $(VENV) (once, about a minute)" >&2
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@# torch first: 2.13.0 is the CPU build where pip is offered one, else the default build with its own needs.
-	@grep -v '^#' $(LOCK) | grep -v '^triton==' > $(VENV)/constraints.txt
-	@$(PIP) --constraint $(VENV)/constraints.txt torch==2.13.0 || { \
-	  echo "guiderail: pip found no torch 2.13.0 for this Python: configure an index or a folder that offers it" \
-	       "(pip config set global.extra-index-url URL, or PIP_FIND_LINKS=FOLDER), then run make again." >&2; exit 1; }
-	@$(PIP) --no-deps --requirement $(LOCK)
+	@echo "guiderail: installing into $(VENV) (once, 5 minutes or more on a small machine)" >&2
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -P deploy/install.py $(LOCK)
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
