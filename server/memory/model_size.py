@@ -27,12 +27,14 @@ class Shape:
     kv_token: int
     work_token: int
     longest: int | None
-    windowed: int = 0  # of kv_token, what layers with a sliding window take
-    window: int = 0  # tokens that those keep
+    windows: tuple[tuple[int, int], ...] = ()  # of kv_token, the bytes of each layer that keeps so many tokens only
+    recurrent: bool = False  # some layers keep a state instead, and the configuration does not say which
 
     def context(self, tokens: int) -> int:
-        """Bytes of keys and values of one sequence of so many tokens, where windows are made use of."""
-        return (self.kv_token - self.windowed) * tokens + self.windowed * min(tokens, self.window)
+        """Bytes of keys and values of one sequence of so many tokens, where windows are made use of; 0 if unknown."""
+        if self.recurrent:
+            return 0
+        return self.kv_token * tokens - sum(size * max(0, tokens - kept) for size, kept in self.windows)
 
 
 def width(dtype: str) -> int:
@@ -47,17 +49,40 @@ def shape(config: Any, width: int) -> Shape:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     dim = getattr(text, "head_dim", None) or hidden // heads
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    inner = inner if isinstance(inner, int) else max(inner)  # one for each layer
     if latent := getattr(text, "kv_lora_rank", None):  # latent attention keeps one short vector for all heads
         layer = (latent + text.qk_rope_head_dim) * width
     else:
         layer = 2 * kv_heads * dim * width
-    window = getattr(text, "sliding_window", None) or 0
-    every = "sliding_attention" if window and getattr(text, "use_sliding_window", True) else "full_attention"
-    kinds = [kind for kind in getattr(text, "layer_types", None) or [every] * layers if "attention" in kind]
-    kinds = [kind for kind in kinds if kind != "linear_attention"]  # keeps a state of fixed size
-    windowed = layer * kinds.count("sliding_attention") if window else 0
+    kept = {
+        "sliding_attention": getattr(text, "sliding_window", None)
+        if getattr(text, "use_sliding_window", True)
+        else None,
+        "chunked_attention": getattr(text, "attention_chunk_size", None),
+    }
+    kinds = getattr(text, "layer_types", None)
+    recurrent = kinds is None and any("mamba" in key for key in text.to_dict())
+    kinds = kinds or ["sliding_attention" if kept["sliding_attention"] else "full_attention"] * layers
+    kinds = kinds[: layers - (getattr(text, "num_kv_shared_layers", None) or 0)]
+    kinds = [kind for kind in kinds if "attention" in kind and kind != "linear_attention"]  # others keep a state
     work = (6 * hidden + 3 * inner + 2 * (heads + 2 * kv_heads) * dim) * width + 3 * heads * (dim + 2) * 4
-    return Shape(layer * len(kinds), work, getattr(text, "max_position_embeddings", None), windowed, window)
+    return Shape(
+        layer * len(kinds),
+        work,
+        getattr(text, "max_position_embeddings", None),
+        tuple((layer, kept[kind]) for kind in kinds if kept.get(kind)),
+        recurrent,
+    )
+
+
+def read_shape(where: str, dtype: str) -> Shape | None:
+    """The shape of a model in a folder or on the Hub, in this dtype; None if transformers does not know its kind."""
+    from transformers import AutoConfig
+
+    try:
+        return shape(AutoConfig.from_pretrained(where), width(dtype))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
 
 
 def weight_bytes(where: str, dtype: str, *, head: bool = True) -> int:

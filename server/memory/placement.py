@@ -7,7 +7,7 @@ from pathlib import Path
 from guiderail.guides.errors import GuiderailError
 from guiderail.server import models
 from guiderail.server.memory.devices import Gpu, gpus
-from guiderail.server.memory.model_size import Shape, shape, weight_bytes, width
+from guiderail.server.memory.model_size import read_shape, weight_bytes
 from guiderail.server.memory.pool import GIB, PASS_TOKENS
 from guiderail.server.memory.shares import EngineNeed, Plan, RewardNeed, RewardShare, plan
 from guiderail.server.rewards.loading import head_card, head_folder
@@ -57,7 +57,7 @@ def place(
 def engine_need(settings: Settings, path: str) -> EngineNeed:
     """What the served model needs. What its configuration does not tell, vLLM finds out."""
     embedded = models.EMBEDDED.get(settings.model)
-    found = _shape(path, settings.dtype)
+    found = read_shape(path, settings.dtype)
     longest = settings.max_model_len or (embedded.max_model_len if embedded else None) or (found and found.longest)
     return EngineNeed(
         weights=_weights(path, settings.dtype, head=True),
@@ -87,7 +87,7 @@ def reward_need(
     """What a reward model needs on `device`, or on any GPU. Raises GuiderailError if its files do not tell."""
     card = head_card(spec.path) or {}
     where = models.resolve(card.get("base", spec.path), cache, say)
-    found = _shape(where, spec.dtype)
+    found = read_shape(where, spec.dtype)
     weights = _weights(where, spec.dtype, head=False)
     if found is None or not weights:
         raise GuiderailError(f"--reward {name}: {spec.path} has no configuration and safetensors that tell its size")
@@ -99,20 +99,11 @@ def reward_need(
         spec.backend,
         weights,
         found.work_token * PASS_TOKENS + (LIBRARIES if spec.backend == "vllm" else 0),
-        found.kv_token,
+        max(1, found.kv_token),  # a model without attention keeps none
         min(limits, default=None),
         device,
         int(spec.kv_gb * GIB) if spec.kv_gb is not None else None,
     )
-
-
-def _shape(where: str, dtype: str) -> Shape | None:
-    from transformers import AutoConfig
-
-    try:
-        return shape(AutoConfig.from_pretrained(where), width(dtype))
-    except (OSError, ValueError, KeyError, AttributeError):  # of a kind that transformers does not know
-        return None
 
 
 def _weights(where: str, dtype: str, *, head: bool) -> int:

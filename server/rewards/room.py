@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from guiderail.server.engines.vllm_args import EngineSettings, on_cpu
-from guiderail.server.memory.model_size import shape, width
+from guiderail.server.memory.model_size import read_shape
 from guiderail.server.memory.pool import GIB, default_pool, host_pool
 from guiderail.server.memory.shares import RewardShare
 from guiderail.server.processor import auto_dtype
@@ -43,18 +43,17 @@ def pooling_settings(
     spec: RewardModelSpec, folder: str, share: RewardShare | None, say: Callable[[str], None]
 ) -> EngineSettings:
     """How a pooling engine is started. One that has memory for less than its model reads gets a shorter context."""
-    from transformers import AutoConfig
-
     cpu = on_cpu()
     dtype = auto_dtype() if cpu and spec.dtype == "auto" else spec.dtype
-    found = shape(AutoConfig.from_pretrained(folder), width(dtype))
-    tokens = pool_tokens(spec, share, found.longest, found.kv_token, say, on_cpu=cpu)
+    found = read_shape(folder, dtype)
+    longest, kv_token = (found.longest, max(1, found.kv_token)) if found else (None, 1)
+    tokens = pool_tokens(spec, share, longest, kv_token, say, on_cpu=cpu)
     whole = tokens // BLOCK * BLOCK - BLOCK  # vLLM shares out whole blocks and keeps one for itself
     return EngineSettings(
         model=folder,
         dtype=spec.dtype,
-        max_model_len=whole if found.longest is not None and whole < found.longest else None,
-        kv_cache_gb=tokens * found.kv_token / GIB if cpu or spec.kv_gb is not None else None,
+        max_model_len=whole if longest is not None and whole < longest else None,
+        kv_cache_gb=tokens * kv_token / GIB if cpu or spec.kv_gb is not None else None,
         gpu_memory_utilization=share.utilization if share is not None and share.utilization is not None else 0.9,
         device=int(share.device.removeprefix("cuda:")) if share is not None and not cpu else None,
     )

@@ -12,8 +12,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
+    JambaConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -80,6 +82,34 @@ def test_a_window_bounds_what_a_long_context_takes() -> None:
     assert mistral.context(100) == 131_072 * 100
     unused = Qwen2Config(**{**QWEN.to_dict(), "sliding_window": 4096, "use_sliding_window": False})
     assert shape(unused, 2).context(32_768) == 28_672 * 32_768
+
+
+def test_layers_that_keep_a_state_take_nothing_of_a_context() -> None:
+    """Told by the configuration, or not, and then vLLM is left to find out."""
+    kinds = ["linear_attention", "linear_attention", "full_attention", "conv"]
+    mixed = LlamaConfig(**{**LLAMA_8B.to_dict(), "num_hidden_layers": 4, "layer_types": kinds})
+    assert shape(mixed, 2).context(1000) == 4096 * 1000
+    jamba = JambaConfig(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096)
+    assert (shape(jamba, 2).context(1000) == 0) == (getattr(jamba, "layer_types", None) is None)
+    assert shape(jamba, 2).context(262_144) <= 32 * 4096 * 262_144 // 8
+
+
+def test_layers_of_different_sizes_and_layers_that_share_keys() -> None:
+    """Gemma 3n: the last 15 of its 35 layers have no keys and values of their own, and four of five a window."""
+    config = Gemma3nTextConfig()
+    found = shape(config, 2)
+    own = config.layer_types[: 35 - 15]
+    layer = 2 * config.num_key_value_heads * config.head_dim * 2
+    assert found.kv_token == layer * len(own)
+    assert found.context(2000) == layer * sum(2000 if kind == "full_attention" else 512 for kind in own)
+
+
+def test_chunks_bound_what_a_context_takes_as_windows_do() -> None:
+    kinds = ["chunked_attention", "full_attention"]
+    config = LlamaConfig(
+        **{**LLAMA_8B.to_dict(), "num_hidden_layers": 2, "layer_types": kinds, "attention_chunk_size": 8192}
+    )
+    assert shape(config, 2).context(10_000) == 4096 * (8192 + 10_000)
 
 
 def test_the_packed_pool_takes_as_much_a_token_as_was_planned() -> None:
