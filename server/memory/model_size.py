@@ -70,7 +70,7 @@ def shape(config: Any, width: int) -> Shape:
         layer * len(kinds),
         work,
         getattr(text, "max_position_embeddings", None),
-        tuple((layer, kept[kind]) for kind in kinds if kept.get(kind)),
+        tuple((layer, size) for kind in kinds if (size := kept.get(kind))),
         recurrent,
     )
 
