@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup serve test check fix bench bench-numerics bench-scoring bench-transforms bench-guides bench-quality bench-load clean
+.PHONY: setup serve test check fix bench bench-numerics bench-scoring bench-transforms bench-infalign bench-guides bench-quality bench-load clean
 
 setup: $(READY)
 	@$(BIN)/guiderail models smollm2-135m-instruct >/dev/null
@@ -48,6 +48,9 @@ bench-scoring: setup
 
 bench-transforms: setup
 	@$(BIN)/python -P tests/bench/bench_transforms.py $(ARGS)
+
+bench-infalign: setup
+	@$(BIN)/python -P tests/bench/bench_infalign.py $(ARGS)
 
 bench-guides: setup
 	@$(BIN)/python -P tests/bench/bench_guides.py $(ARGS)

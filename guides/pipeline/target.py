@@ -74,7 +74,7 @@ def beta_for(scores: Array, weights: Callable[[float], Array], kl: float) -> flo
     gaps = below[below > 0]
     if not gaps.size:
         return 1.0  # all are equal at every beta
-    low = max(float(gaps.min()) * 1e-15, 1e-300)
+    low = max(float(gaps.min()) * 1e-15, 5e-324)
     high = float(gaps.max())
     if selection_kl(weights(low)) <= kl:
         return low

@@ -4,7 +4,10 @@ M answers to each prompt are drawn from the served model and scored by a proxy (
 and by gold (which one cares about). The expected gold of the answer that best-of-N chooses is estimated for each
 N up to M without bias, by the average over all subsets of N answers; beside it stands the selection's KL from the
 served model, at most log N - (N - 1)/N (Beirami et al., arXiv 2401.01879). Where gold falls while proxy rises, the
-proxy is over-optimised (Gao et al., arXiv 2210.10760). Bands are bootstrap intervals over prompts. A prompt that a
+proxy is over-optimised (Gao et al., arXiv 2210.10760). Bands are bootstrap intervals over prompts. From the same
+answers HedgeTune (pipeline/hedge.py) recommends how hard to select: the N of best-of-n and the mu of best_of_poisson
+that give the largest expected gold.
+A prompt that a
 reward fails on is named and left out.
 
 Answers and scores are kept in OUT.progress.jsonl until the report is written; after an interruption the same command
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[np.float64]
 
 RESAMPLES = 2000
+HEDGE_RESAMPLES = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,6 +150,7 @@ async def evaluate_curve(
             np.mean([len(answer.token_ids) for index in whole for answer in pools[index].answers])
         ),
         **curve_figures(proxy, gold, ns, seed),
+        "hedge": hedges(proxy, gold, seed),
     }
 
 
@@ -182,6 +187,31 @@ def curve_figures(proxy: "Array", gold: "Array", ns: Sequence[int], seed: int) -
     }
 
 
+def hedges(proxy: "Array", gold: "Array", seed: int) -> dict[str, Any]:
+    """HedgeTune's N and mu from values [P, M] of both rewards, with 95 % intervals by bootstrap over prompts.
+
+    Gold is averaged over prompts at equal rank of the proxy within its prompt; N goes up to M.
+    """
+    import numpy as np
+
+    from guiderail.guides.pipeline.diagnostics import by_proxy
+    from guiderail.guides.pipeline.hedge import Law, hedge
+
+    picks = np.random.default_rng(seed).integers(len(proxy), size=(HEDGE_RESAMPLES, len(proxy)))
+    ranked = np.array([by_proxy(p, g) for p, g in zip(proxy, gold, strict=True)])
+    ranks, m = np.arange(ranked.shape[1], dtype=np.float64), ranked.shape[1]
+    found: dict[str, Any] = {}
+    laws: tuple[tuple[Law, str], ...] = (("best_of_n", "n"), ("best_of_poisson", "mu"))
+    for law, name in laws:
+        best = hedge(ranks, ranked.mean(axis=0), law, float(m))
+        drawn = [hedge(ranks, ranked[rows].mean(axis=0), law, float(m)).theta for rows in picks]
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        found[law] = {
+            name: best.theta, "low": float(low), "high": float(high), "gold": best.gold, "hacked": best.hacked
+        }  # fmt: skip
+    return found
+
+
 def table(report: dict[str, Any]) -> str:
     """The curve as lines of text."""
     lines = [f"{'N':>6}{'KL <=':>8}{'proxy':>11}  {'95 % interval':22}{'gold':>9}  95 % interval"]
@@ -195,4 +225,14 @@ def table(report: dict[str, Any]) -> str:
         f"gold is largest at N = {best['n']}; from there to N = {report['ns'][-1]} it changes by {change['value']:.4f} "
         f"({change['low']:.4f} to {change['high']:.4f}; the best N was picked on the same answers)"
     )
+    for law, name, guide in (
+        ("best_of_n", "n", '{{"guide": {{"name": "best_of_n", "n": {:.0f}}}}}'),
+        ("best_of_poisson", "mu", '{{"select": {{"name": "best_of_poisson", "mu": {:.2f}}}}}'),
+    ):
+        found = report["hedge"][law]
+        end = "beyond it gold falls" if found["hacked"] else "the most that these answers can tell of: gold still rises"
+        lines.append(
+            f"HedgeTune: {guide.format(found[name])}, {name} = {found[name]:.2f} ({found['low']:.2f} to "
+            f"{found['high']:.2f}), expected gold {found['gold']:.4f}; {end}"
+        )
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from serving import Live
 
 from guiderail.guides import Params, TextReward
 from guiderail.guides.errors import GuiderailError, PluginError
+from guiderail.guides.pipeline.hedge import hedge
 from guiderail.guides.reward import Services
 from guiderail.guides.seeds import Seeds
 from guiderail.guides.types import Message, SamplingSpec
@@ -136,6 +137,19 @@ class TestCurveCommand:
         assert figures["gold_best"]["n"] < 8
         assert figures["gold_best"]["largest_n_minus_best"]["high"] < 0, "chasing the digit costs gold"
 
+    def test_hedgetune_recommends_how_hard_to_select(self) -> None:
+        """Gold u - u^8 / 2 is largest at N = 6 in expectation; the prompts differ in the rewards' scale alone."""
+        u = (np.random.default_rng(0).permuted(np.tile(np.arange(400), (6, 1)), axis=1) + 0.5) / 400
+        scale = np.arange(1, 7)[:, None]
+        found = curve.hedges(np.exp(u) * scale, u - 0.5 * u**8, 0)
+        assert found["best_of_n"]["n"] == pytest.approx(6.0, rel=0.02)
+        assert found["best_of_n"]["low"] <= found["best_of_n"]["n"] <= found["best_of_n"]["high"]
+        assert found["best_of_n"]["hacked"]
+        mu = hedge(np.exp(u[0]), u[0] - 0.5 * u[0] ** 8, "best_of_poisson", 400.0)
+        assert found["best_of_poisson"]["mu"] == pytest.approx(mu.theta, rel=1e-6)
+        honest = curve.hedges(u, u, 0)
+        assert (honest["best_of_n"]["n"], honest["best_of_n"]["hacked"]) == (pytest.approx(400), False)
+
     def test_bands_cover_the_truth(self) -> None:
         """95 % intervals over 40 prompts hold the expected curve about as often as they say."""
         random, hits = np.random.default_rng(0), 0
@@ -168,10 +182,13 @@ class TestCurveCommand:
         assert curve.run(parsed(curve, *words, "--limit", "9", "--out", str(out))) == 0
         report = json.loads((out / "report.json").read_text())
         assert report["ns"] == [1, 2, 4, 8]
+        told = capsys.readouterr().out
+        assert f'"n": {report["hedge"]["best_of_n"]["n"]:.0f}' in told
+        assert f'"mu": {report["hedge"]["best_of_poisson"]["mu"]:.2f}' in told
         assert report["gold_reward"] == {"name": "hump", "top": 6.0}
         assert report["prompts"]["prompts"] == 9
         assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
-        assert "gold is largest at N =" in capsys.readouterr().out
+        assert "gold is largest at N =" in told
 
     @pytest.mark.parametrize("flags", [("--ns", "1,9"), ("--ns", "two"), ("--ns", "0"), ("-m", "1"), ("--limit", "1")])
     def test_numbers_that_make_no_sense(self, flags: tuple[str, str], tmp_path: Path) -> None:
