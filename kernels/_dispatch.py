@@ -8,7 +8,7 @@ stand-ins are never called there, because `use_triton` is then False.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ except ImportError:
     triton = None
     tl = SimpleNamespace(constexpr=object)
 
-__all__ = ["FLOATS", "check", "fail_if", "force", "jit", "next_power_of_2", "tl", "triton", "use_triton"]
+__all__ = ["FLOATS", "check", "fail_if", "force", "jit", "launch", "next_power_of_2", "tl", "triton", "use_triton"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 AVAILABLE = triton is not None
@@ -29,9 +29,30 @@ AVAILABLE = triton is not None
 _forced: Literal["triton", "torch"] | None = None
 
 
-def jit(fn: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the plain function where there is no Triton."""
-    return triton.jit(fn) if AVAILABLE else fn
+def jit(fn: Callable[..., Any] | None = None, *, varying: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Any:
+    """`triton.jit`, or the plain function where there is no Triton.
+
+    Triton compiles a kernel anew for each kind of argument: an integer that is 1 or a multiple of 16, a pointer that
+    is aligned to 16 bytes. varying: integers that change between calls, for which it must not. unaligned: pointers
+    that are read one value at a time, whose alignment is of no use.
+    """
+    if fn is None:
+        return lambda fn: jit(fn, varying=varying, unaligned=unaligned)
+    if not AVAILABLE:
+        return fn
+    return triton.jit(fn, do_not_specialize=list(varying), do_not_specialize_on_alignment=list(unaligned))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launches a kernel on the device of its first tensor, which need not be the current one (Triton takes that)."""
+    first = next(each for each in args if isinstance(each, torch.Tensor))
+    with _current(first):
+        kernel[grid](*args, **options)
+
+
+def _current(tensor: Any) -> AbstractContextManager[Any]:
+    """Makes a CUDA tensor's device the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def use_triton(tensor: Any) -> bool:

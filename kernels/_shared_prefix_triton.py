@@ -1,158 +1,197 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The Triton path of shared_prefix_attention: partial softmaxes by block, then a merge.
+"""The Triton path of shared_prefix_attention: a running softmax for each row, carried on level by level.
 
-One program of the first kernel takes a block of query rows, all query heads of one KV head, and one level of
-the tree: its own segment (causal) or one context. The keys of a context are thus read once for a block of
-rows of all candidates beneath it. The second kernel merges the levels of each row.
+One program takes a tile of query rows with all the query heads of one KV head (m = row, head), and one range of keys:
+a context, or last of all the tile's own segment (causal). It goes on from what the levels before left in `acc` and
+`lse` of its rows, so there is nothing to merge and memory does not grow with the depth of the tree. The keys of a
+context are read once for a tile of rows of all candidates beneath it. Exponentials are of base 2: log2(e) is in the
+scale, and `lse` is log2 of the sum.
+
+Sizes that differ between models and batches are run-time numbers, except for the head size: a model compiles two
+variants (contexts, segments), and one more where it has layers with a window beside layers without.
 """
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 
-from guiderail.kernels._dispatch import jit, next_power_of_2, tl
+from guiderail.kernels._dispatch import jit, launch, next_power_of_2, tl
+from guiderail.kernels.prefix_layout import COLUMNS, Layout, on_device, work_items
 
-BLOCK_N = 32
-ROWS = 16  # query rows of a work item; times the heads of a group, at least tl.dot's 16
-COLUMNS = 7  # of a work item: row start, row end, level, first key, keys, first key position, is own segment
+NO_WINDOW = 2**30  # more than any position
+LARGE_SHARED_MEMORY = 200 << 10  # bytes a program can have: H100 and B200 have 227 KiB, A100 163, others 99
+
+
+class Tile(NamedTuple):
+    """Lanes (rows times heads of a group) and keys of a block, warps of a program, and stages of its loads."""
+
+    lanes: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tile_for(dim: int, element_size: int, shared_memory: int) -> Tile:
+    """The largest tile that spills no register: see the table of registers in BENCHMARKS.md (float32 spills)."""
+    if element_size == 4:
+        return Tile(32, 32, 8, 1 if dim > 128 else 2)
+    large = shared_memory >= LARGE_SHARED_MEMORY
+    if dim > 128:
+        return Tile(64, 64 if large else 32, 8, 2)
+    return Tile(128, 64 if large or dim <= 64 else 32, 8, 3)
 
 
 @jit
-def _partial_kernel(
-    q_ptr, k_ptr, v_ptr, kp_ptr, vp_ptr, slots_ptr, positions_ptr, items_ptr, out_ptr, lse_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, kp_row, kp_head, vp_row, vp_head, T,
-    scale, window, softcap,
-    HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_P: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def _block(
+    q, k_ptr, v_ptr, index, key_row, seen, top, total, acc, scale, softcap,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr,
 ):  # fmt: skip
+    """One block of keys for all lanes: the softmax's new maximum, sum and weighted values."""
+    d = tl.arange(0, D_P)
+    at = index.to(tl.int64)[:, None] * key_row + d[None, :]
+    if D == D_P:
+        k = tl.load(k_ptr + at)
+        v = tl.load(v_ptr + at)
+    else:
+        k = tl.load(k_ptr + at, mask=(d < D)[None, :], other=0.0)
+        v = tl.load(v_ptr + at, mask=(d < D)[None, :], other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if SOFTCAP:
+        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores)))  # tanh: scale has the 2 / softcap
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # lanes that have seen nothing yet
+    p = tl.exp2(scores - safe[:, None])  # a NaN is passed over by the maximum and stays in the sum
+    shrink = tl.exp2(top - safe)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+@jit(varying=("heads", "kv_heads", "window"))
+def _level_kernel(
+    q_ptr, k_ptr, v_ptr, slots_ptr, positions_ptr, items_ptr, acc_ptr, lse_ptr, out_ptr,
+    heads, kv_heads, window, scale, softcap,
+    OWN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr,
+    LANES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program: one work item and one KV head. OWN: k and v are the batch's own rows and `out` is written;
+    else they are the pool, read at the slots, and `acc` and `lse` are written. WINDOW is for contexts alone."""
     item = items_ptr + tl.program_id(0) * COLUMNS
     kv_head = tl.program_id(1)
-    row_start, row_end, level = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-    first_key, n_keys, first_position = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
-    own = tl.load(item + 6) != 0
-    m = tl.arange(0, BLOCK_R * SHARE_P)
-    row = row_start + m // SHARE_P
-    head = kv_head * SHARE + m % SHARE_P
-    valid = (row < row_end) & (m % SHARE_P < SHARE)
+    share = heads // kv_heads
+    row_start, row_end = tl.load(item), tl.load(item + 1)
+    first_key, n_keys, first_position = tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
+    m = tl.arange(0, LANES)
+    row = row_start + m // share
+    valid = row < row_end
+    place = row.to(tl.int64) * heads + kv_head * share + m % share
     d = tl.arange(0, D_P)
-    q_at = q_ptr + row[:, None] * q_row + head[:, None] * q_head + d[None, :]
-    q = tl.load(q_at, mask=valid[:, None] & (d < D)[None, :], other=0.0)
-    at = tl.load(positions_ptr + row, mask=valid, other=0)
-    top = tl.full([BLOCK_R * SHARE_P], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_R * SHARE_P], tl.float32)
-    acc = tl.zeros([BLOCK_R * SHARE_P, D_P], tl.float32)
-    for start in range(0, n_keys, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < n_keys
-        kv_mask = inside[:, None] & (d < D)[None, :]
-        if own:
-            index = first_key + n  # rows of this batch
-            k = tl.load(k_ptr + index[:, None] * k_row + kv_head * k_head + d[None, :], mask=kv_mask, other=0.0)
-            v = tl.load(v_ptr + index[:, None] * v_row + kv_head * v_head + d[None, :], mask=kv_mask, other=0.0)
+    grid = place[:, None] * D + d[None, :]
+    inner = valid[:, None] & (d < D)[None, :]
+    q = tl.load(q_ptr + grid, mask=inner, other=0.0)
+    at = tl.load(positions_ptr + row, mask=valid, other=0) - first_position  # may be in none of these keys
+    top = tl.load(lse_ptr + place, mask=valid, other=float("-inf"))
+    started = top != float("-inf")  # true for NaN
+    total = tl.where(started, 1.0, 0.0)
+    acc = tl.load(acc_ptr + grid, mask=inner & started[:, None], other=0.0)
+    k_ptr += kv_head * D
+    v_ptr += kv_head * D
+    key_row = kv_heads * D
+    whole = 0
+    if WINDOW:  # blocks that all rows of the tile have left behind are passed over
+        lowest = tl.min(tl.where(valid, at, 2147483647), 0) - window + 1
+        whole = tl.maximum(lowest, 0) // KEYS * KEYS
+    elif not OWN:  # blocks that need no mask
+        whole = n_keys // KEYS * KEYS
+        for start in tl.range(0, whole, KEYS, num_stages=STAGES):
+            index = tl.load(slots_ptr + first_key + start + tl.arange(0, KEYS))
+            top, total, acc = _block(
+                q, k_ptr, v_ptr, index, key_row, True, top, total, acc, scale, softcap, False, SOFTCAP, D, D_P
+            )
+    for start in tl.range(whole, n_keys, KEYS, num_stages=STAGES if OWN or WINDOW else 1):
+        n = start + tl.arange(0, KEYS)
+        near = tl.minimum(n, n_keys - 1)  # a load without a mask; what lies beyond is not seen
+        if OWN:
+            index = first_key + near
+            seen = (n[None, :] <= at[:, None]) & (n[None, :] > (at - window)[:, None])
         else:
-            index = tl.load(slots_ptr + first_key + n, mask=inside, other=0)
-            k = tl.load(kp_ptr + index[:, None] * kp_row + kv_head * kp_head + d[None, :], mask=kv_mask, other=0.0)
-            v = tl.load(vp_ptr + index[:, None] * vp_row + kv_head * vp_head + d[None, :], mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if SOFTCAP:
-            x = scores / softcap
-            scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0)  # tanh
-        key_at = first_position + n
-        seen = inside[None, :] & (key_at[None, :] <= at[:, None])
-        if WINDOW:
-            seen = seen & (key_at[None, :] > at[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
-        p = tl.exp(scores - safe[:, None])
-        shrink = tl.exp(top - safe)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        top = new_top
-    place = (level * T + row) * HEADS + head
-    lse = tl.where(total > 0, tl.where(top == float("-inf"), 0.0, top) + tl.log(total), float("-inf"))
-    tl.store(lse_ptr + place, lse, mask=valid)
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out_ptr + place[:, None] * D + d[None, :], out, mask=valid[:, None] & (d < D)[None, :])
+            index = tl.load(slots_ptr + first_key + near)
+            seen = (n < n_keys)[None, :]
+            if WINDOW:
+                seen = seen & (n[None, :] > (at - window)[:, None])
+        top, total, acc = _block(
+            q, k_ptr, v_ptr, index, key_row, seen, top, total, acc, scale, softcap, True, SOFTCAP, D, D_P
+        )
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if OWN:
+        tl.store(out_ptr + grid, out.to(out_ptr.dtype.element_ty), mask=inner)
+    else:
+        tl.store(acc_ptr + grid, out, mask=inner)
+        tl.store(lse_ptr + place, tl.where(total == 0.0, float("-inf"), top + tl.log2(total)), mask=valid)
 
 
-@jit
-def _merge_kernel(
-    parts_ptr, lse_ptr, out_ptr, T, HEADS: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr, LEVELS
-):  # fmt: skip
-    """One program: one row and head; running merge over the levels."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, D_P)
-    lse = tl.load(lse_ptr + row * HEADS + head)
-    acc = tl.load(parts_ptr + (row * HEADS + head) * D + d, mask=d < D, other=0.0)
-    for level in range(1, LEVELS):
-        place = (level * T + row) * HEADS + head
-        other = tl.load(lse_ptr + place)
-        if other > float("-inf"):  # rows without this level hold nothing there
-            part = tl.load(parts_ptr + place * D + d, mask=d < D, other=0.0)
-            top = tl.maximum(lse, other)
-            mine, theirs = tl.exp(lse - top), tl.exp(other - top)
-            acc = (acc * mine + part * theirs) / (mine + theirs)
-            lse = top + tl.log(mine + theirs)
-    tl.store(out_ptr + (row * HEADS + head) * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
+class Tables(NamedTuple):
+    """A layout on a device, for tiles of so many rows: work items of each level, slots and positions, int32."""
+
+    levels: list[Any]
+    slots: Any
+    positions: Any
 
 
-_work: "WeakKeyDictionary[Any, tuple[Any, Any, int]]" = WeakKeyDictionary()
+_placed: "WeakKeyDictionary[Layout, dict[tuple[int, Any], Tables]]" = WeakKeyDictionary()
 
 
-def _work_items(layout: Any) -> tuple[Any, Any, int]:
-    """(items [I, COLUMNS] int64, all contexts' slots [C] int64, number of levels); made once per layout."""
-    if layout in _work:
-        return _work[layout]
-    device = layout.positions.device
-    positions = layout.positions.cpu()
-    items: list[tuple[int, ...]] = []
-    for start, end in layout.segments:
-        for row in range(start, end, ROWS):
-            last = min(row + ROWS, end)
-            items.append((row, last, 0, start, last - start, int(positions[start]), 1))
-    depth = [1] * len(positions)  # next level of each row: contexts come parents first and nest
-    offset, levels = 0, 1
-    for context in layout.contexts:
-        level = depth[context.start]
-        levels = max(levels, level + 1)
-        for row in range(context.start, context.end, ROWS):
-            last = min(row + ROWS, context.end)
-            items.append((row, last, level, offset, len(context.slots), context.first_position, 0))
-        depth[context.start : context.end] = [level + 1] * (context.end - context.start)
-        offset += len(context.slots)
-    slots = [context.slots for context in layout.contexts]
-    empty = torch.zeros(1, dtype=torch.int64, device=device)
-    made = (
-        torch.tensor(items, dtype=torch.int64, device=device),
-        torch.cat(slots) if slots else empty,
-        levels,
-    )
-    _work[layout] = made
-    return made
+def _tile(heads: int, kv_heads: int, dim: int, like: Any) -> tuple[Tile, int]:
+    """The tile, and its query rows."""
+    share = heads // kv_heads
+    shared = torch.cuda.get_device_properties(like.device).shared_memory_per_block_optin if like.is_cuda else 0
+    tile = tile_for(dim, like.element_size(), shared)
+    tile = tile._replace(lanes=max(tile.lanes, next_power_of_2(share)))
+    return tile, tile.lanes // share
+
+
+def place(layout: Layout, heads: int, pool: Any, beside: Sequence[Any] = ()) -> list[Any]:
+    """As shared_prefix_attention.prepare."""
+    _, rows = _tile(heads, pool.shape[1], pool.shape[2], pool)
+    levels, slots = work_items(layout, rows)
+    positions = layout.positions.cpu().numpy().astype("int32")
+    made = on_device([*levels, slots, positions, *beside], pool.device)
+    count = len(levels)
+    _placed.setdefault(layout, {})[rows, pool.device] = Tables(made[:count], made[count], made[count + 1])
+    return made[count + 2 :]
 
 
 def attention(
-    q: Any, k: Any, v: Any, kp: Any, vp: Any, layout: Any, scale: float, window: int | None, softcap: float | None
+    q: Any, k: Any, v: Any, kp: Any, vp: Any, layout: Layout, scale: float, window: int | None, softcap: float | None
 ) -> Any:
     """shared_prefix_attention by Triton; arguments as there, checked already."""
     T, heads, dim = q.shape
     kv_heads = k.shape[1]
-    share = heads // kv_heads
-    q, k, v, kp, vp = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v, kp, vp))
-    items, slots, levels = _work_items(layout)
-    parts = torch.empty((levels, T, heads, dim), dtype=torch.float32, device=q.device)
-    lse = torch.full((levels, T, heads), float("-inf"), dtype=torch.float32, device=q.device)
-    out = torch.empty((T, heads, dim), dtype=q.dtype, device=q.device)
-    d_p = max(16, next_power_of_2(dim))
-    _partial_kernel[(len(items), kv_heads)](
-        q, k, v, kp, vp, slots, layout.positions, items, parts, lse,
-        *(s for each in (q, k, v, kp, vp) for s in each.stride()[:2]), T,
-        float(scale), window or 0, float(softcap or 1.0),
-        HEADS=heads, SHARE=share, SHARE_P=next_power_of_2(share), D=dim, D_P=d_p,
-        WINDOW=window is not None, SOFTCAP=softcap is not None, BLOCK_R=ROWS, BLOCK_N=BLOCK_N, COLUMNS=COLUMNS,
-    )  # fmt: skip
-    _merge_kernel[(T, heads)](parts, lse, out, T, HEADS=heads, D=dim, D_P=d_p, LEVELS=levels)
+    q, k, v, kp, vp = (each.contiguous() for each in (q, k, v, kp, vp))
+    out = torch.empty_like(q)
+    if T == 0:
+        return out
+    tile, rows = _tile(heads, kv_heads, dim, kp)
+    if (rows, kp.device) not in _placed.get(layout, {}):
+        place(layout, heads, kp)
+    tables = _placed[layout][rows, kp.device]
+    acc = torch.empty(q.shape if layout.contexts else (1,), dtype=torch.float32, device=q.device)
+    lse = torch.full((T, heads), float("-inf"), dtype=torch.float32, device=q.device)
+    factor = scale * math.log2(math.e)
+    for level, items in enumerate(tables.levels):
+        own = level == len(tables.levels) - 1
+        launch(
+            _level_kernel, (len(items), kv_heads),
+            q, *((k, v) if own else (kp, vp)), tables.slots, tables.positions, items, acc, lse, out,
+            heads, kv_heads, NO_WINDOW if window is None else min(window, NO_WINDOW),
+            factor if softcap is None else 2 * factor / softcap, (softcap or 0.0) * math.log2(math.e),
+            OWN=own, WINDOW=window is not None and not own, SOFTCAP=softcap is not None,
+            D=dim, D_P=max(16, next_power_of_2(dim)),
+            LANES=tile.lanes, KEYS=tile.keys, STAGES=tile.stages, COLUMNS=COLUMNS, num_warps=tile.warps,
+        )  # fmt: skip
     return out

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from guiderail.kernels._dispatch import FLOATS, check, fail_if, jit, next_power_of_2, tl, use_triton
+from guiderail.kernels._dispatch import FLOATS, check, fail_if, jit, launch, next_power_of_2, tl, use_triton
 
 
-@jit
+@jit(varying=("K",), unaligned=("last_ptr", "bias_ptr"))
 def _reward_head_kernel(
     hidden_ptr,
     hidden_row_stride,
@@ -78,7 +78,9 @@ def _triton_path(hidden, last, norm_weight, eps, head_weight, head_bias, gemma_s
     block_h = min(next_power_of_2(H), max(4096 // block_k, 256))  # the [BLOCK_K, BLOCK_H] sums stay in registers
     norm = hidden if norm_weight is None else norm_weight.contiguous()  # an absent tensor's pointer is never read
     bias = hidden if head_bias is None else head_bias.contiguous()
-    _reward_head_kernel[(S, -(-K // block_k))](
+    launch(
+        _reward_head_kernel,
+        (S, -(-K // block_k)),
         hidden,
         hidden.stride(0),
         hidden.stride(1),

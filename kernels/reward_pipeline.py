@@ -10,7 +10,6 @@
 3. Combine with weights: c = sum_r w_r * transformed_r.
 4. Select: the first of the largest c, or a sample with probability ~ exp(c / beta) by inverse CDF, which is
    soft best-of-N.
-
 The counts of step 1 are two binary searches, since the samples come sorted: log M loads, not M.
 """
 
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from guiderail.kernels._dispatch import FLOATS, check, fail_if, jit, next_power_of_2, tl, use_triton
+from guiderail.kernels._dispatch import FLOATS, check, fail_if, jit, launch, next_power_of_2, tl, use_triton
 
 
 class Transform(IntEnum):
@@ -40,11 +39,11 @@ MAX_EXPONENT = 80.0  # e^80 is still a float32
 
 
 @jit
-def _count_below(samples_ptr, count, value, STEPS: tl.constexpr, OR_EQUAL: tl.constexpr):
-    """How many of `count` sorted samples lie below (or at) each value, by binary search."""
+def _count_below(samples_ptr, count, value, steps, OR_EQUAL: tl.constexpr):
+    """How many of `count` sorted samples lie below (or at) each value, by `steps` halvings."""
     low = tl.zeros_like(value).to(tl.int32)
     high = low + count
-    for _ in range(STEPS):
+    for _ in range(steps):
         middle = (low + high) // 2
         open_ = low < high
         sample = tl.load(samples_ptr + middle, mask=open_, other=0.0).to(tl.float32)
@@ -54,7 +53,7 @@ def _count_below(samples_ptr, count, value, STEPS: tl.constexpr, OR_EQUAL: tl.co
     return low
 
 
-@jit
+@jit(varying=("C", "R", "M", "steps"))
 def _reward_pipeline_kernel(
     rewards_ptr,
     reward_g_stride,
@@ -73,10 +72,10 @@ def _reward_pipeline_kernel(
     C,
     R,
     M,
+    steps,  # of bisection
     beta,
     HAS_SAMPLE_COUNTS: tl.constexpr,
     DRAW: tl.constexpr,
-    STEPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """One program: one group, all its candidates and rewards."""
@@ -97,9 +96,9 @@ def _reward_pipeline_kernel(
                 count = tl.load(sample_counts_ptr + g * R + r).to(tl.int32) + tl.zeros([BLOCK_C], tl.int32)
             else:  # padding is +inf, so the valid samples are those below it
                 infinite = tl.full([BLOCK_C], float("inf"), tl.float32)
-                count = _count_below(samples, M, infinite, STEPS, False)
-            less = _count_below(samples, count, x, STEPS, False)
-            upto = _count_below(samples, count, x, STEPS, True)
+                count = _count_below(samples, M, infinite, steps, False)
+            less = _count_below(samples, count, x, steps, False)
+            upto = _count_below(samples, count, x, steps, True)
             # less + upto = 2 * less + equal; exact in float32 up to 2^23 samples
             u = (less + upto).to(tl.float32) / (2 * count).to(tl.float32)
             if code == 1:
@@ -113,8 +112,8 @@ def _reward_pipeline_kernel(
         elif code == 5:
             d = x - p0
             e = tl.exp(-tl.abs(d))
-            # log1p(e), which Triton lacks: the quotient undoes the rounding of 1 + e
-            log1p = tl.where(1.0 + e == 1.0, e, tl.log(1.0 + e) * (e / tl.maximum((1.0 + e) - 1.0, 1e-38)))
+            # log1p(e), which Triton lacks: the quotient undoes the rounding of 1 + e. Triton 3.7 makes 1e-38 a float64.
+            log1p = tl.where(1.0 + e == 1.0, e, tl.log(1.0 + e) * (e / tl.maximum((1.0 + e) - 1.0, 1.2e-38)))
             y = tl.minimum(d, 0.0) - log1p
         elif code == 6:
             y = tl.minimum(tl.maximum(x, p0), p1)
@@ -145,7 +144,9 @@ def _triton_path(rewards, counts, calibration, cal_counts, codes, params, weight
     choice = torch.empty(G, dtype=torch.int64, device=device)
     combined = torch.empty((G, C), dtype=torch.float32, device=device)
     transformed = torch.empty((G, C, R), dtype=torch.float32, device=device)
-    _reward_pipeline_kernel[(G,)](
+    launch(
+        _reward_pipeline_kernel,
+        (G,),
         rewards,
         rewards.stride(0),
         rewards.stride(1),
@@ -163,10 +164,10 @@ def _triton_path(rewards, counts, calibration, cal_counts, codes, params, weight
         C,
         R,
         M,
+        M.bit_length(),
         float(beta),
         HAS_SAMPLE_COUNTS=cal_counts is not None,
         DRAW=uniform is not None,
-        STEPS=M.bit_length(),  # an interval of M narrows to nothing in that many halvings
         BLOCK_C=next_power_of_2(C),
     )
     return choice, combined, transformed

@@ -13,54 +13,22 @@ Optional: sliding window w (keys at positions > p_i - w) and logit soft-cap c (s
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from guiderail.kernels._dispatch import use_triton
+from guiderail.kernels.prefix_layout import Context, Layout, on_device
+
+__all__ = ["Context", "Layout", "prepare", "shared_prefix_attention"]
 
 SMALLEST_TOTAL, LARGEST_TOTAL = 1e-20, 1e20  # between them exp() of bfloat16 scores and its sums are precise enough
 PRODUCT_SIZE = 65_536  # rows times keys from which the plain products win, on a CPU without matrix tiles
 # torch's fused attention uses matrix tiles (AMX) and then takes half of the plain products' time; without them it
 # takes 2.5 times as long as they.
 PLAIN_PRODUCTS = not torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """Pool rows `slots` [C] int64, at positions first_position.., seen by query rows start..end-1."""
-
-    start: int
-    end: int
-    slots: Any
-    first_position: int
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Where the rows of a batch belong. Make one per batch; all layers use it.
-
-    segments: (start, end) rows of each segment, in order, covering all rows.
-    contexts: what the segments see above themselves.
-    positions: [T] int64, position of each row in its own sequence.
-    """
-
-    segments: tuple[tuple[int, int], ...]
-    contexts: tuple[Context, ...]
-    positions: Any
-
-    def __post_init__(self) -> None:
-        edges = [0]
-        for start, end in self.segments:
-            if start != edges[-1] or end <= start:
-                raise ValueError(f"segments must cover the rows in order, without gaps or empty ones: {self.segments}")
-            edges.append(end)
-        if self.positions.shape != (edges[-1],):
-            raise ValueError(f"positions must have shape ({edges[-1]},), not {tuple(self.positions.shape)}")
-        for context in self.contexts:
-            if not 0 <= context.start < context.end <= edges[-1] or len(context.slots) == 0:
-                raise ValueError(f"context {context.start}..{context.end} lies outside the rows or is empty")
 
 
 def shared_prefix_attention(
@@ -90,6 +58,21 @@ def shared_prefix_attention(
     return _torch(query, key, value, key_pool, value_pool, layout, scale, window, softcap)
 
 
+def prepare(
+    layout: Layout, heads: int, pool: Any, beside: Sequence[np.ndarray[Any, np.dtype[np.int64]]] = ()
+) -> list[Any]:
+    """Moves what attention needs to know of a layout to the device of a pool [P, Hkv, D], once for all layers.
+
+    heads: query heads. beside: arrays that go with it, in the same copy, which nothing waits for; returned as tensors
+    there. Optional: attention that finds a layout unprepared prepares it.
+    """
+    if use_triton(pool):
+        from guiderail.kernels._shared_prefix_triton import place
+
+        return place(layout, heads, pool, beside)
+    return on_device(beside, pool.device)
+
+
 def _check(q: Any, k: Any, v: Any, kp: Any, vp: Any, layout: Layout, window: int | None, softcap: float | None) -> None:
     rows, heads, dim = q.shape if q.dim() == 3 else (0, 0, 0)
     if rows != layout.positions.shape[0]:
@@ -114,26 +97,31 @@ def _torch(
 ) -> Any:
     """The CPU path: fused blocks where there is no mask but causality, explicit scores otherwise."""
     longest = int(layout.positions.max()) + 1
+    positions = layout.positions.to(q.device)
     if window is not None and window >= longest:
         window = None  # nothing is ever out of the window
-    fused = q.device.type == "cpu" and window is None and softcap is None
+    fused = q.device.type == "cpu" and window is None and softcap is None and not (_has_nan(q) or _has_nan(k))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     for length, starts in _by_length(layout.segments).items():
-        _segments(q, k, v, out, lse, length, starts, layout, scale, window, softcap, fused)
+        _segments(q, k, v, out, lse, length, starts, positions, scale, window, softcap, fused)
     for context in layout.contexts:
         rows = slice(context.start, context.end)
-        keys, values = kp.index_select(0, context.slots), vp.index_select(0, context.slots)
-        if fused:
+        slots = context.slots.to(q.device)
+        keys, values = kp.index_select(0, slots), vp.index_select(0, slots)
+        if fused and not _has_nan(keys):
             part, part_lse = _fused_context(q[rows], keys, values, scale)
         else:
             first = context.first_position
             key_positions = torch.arange(first, first + len(context.slots), device=q.device)
-            part, part_lse = _explicit(
-                q[rows], keys, values, layout.positions[rows], key_positions, scale, window, softcap
-            )
+            part, part_lse = _explicit(q[rows], keys, values, positions[rows], key_positions, scale, window, softcap)
         _merge(out[rows], lse[rows], part, part_lse)
     return out
+
+
+def _has_nan(tensor: Any) -> bool:
+    """Whether a tensor may hold a NaN: torch's fused attention takes a row of NaN scores alone for a masked one."""
+    return bool(tensor.sum().isnan())
 
 
 def _by_length(segments: tuple[tuple[int, int], ...]) -> dict[int, list[int]]:
@@ -145,7 +133,7 @@ def _by_length(segments: tuple[tuple[int, int], ...]) -> dict[int, list[int]]:
 
 
 def _segments(
-    q: Any, k: Any, v: Any, out: Any, lse: Any, length: int, starts: list[int], layout: Layout,
+    q: Any, k: Any, v: Any, out: Any, lse: Any, length: int, starts: list[int], positions: Any,
     scale: float, window: int | None, softcap: float | None, fused: bool,
 ) -> None:  # fmt: skip
     """Causal attention of all segments of one length among themselves, into out and lse."""
@@ -168,7 +156,7 @@ def _segments(
         return
     for start in starts:
         own = slice(start, start + length)
-        where = layout.positions[own]
+        where = positions[own]
         out_part, part_lse = _explicit(q[own], k[own], v[own], where, where, scale, window, softcap)
         out[own], lse[own] = out_part.to(out.dtype), part_lse
 
@@ -257,13 +245,13 @@ def _explicit(
     if window is not None:
         hidden = hidden | (k_at[None, :] <= q_at[:, None] - window)
     scores = scores.masked_fill(hidden, -math.inf)
-    lse = torch.logsumexp(scores, -1)  # -inf where a row sees none of these keys
-    weights = torch.exp(scores - lse[..., None]).nan_to_num(0.0)
+    lse = torch.logsumexp(scores, -1)  # -inf where a row sees none of these keys, whose weights are then all 0
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
     return torch.einsum("hnc,chd->nhd", weights, v.float().repeat_interleave(share, 1)), lse.t()
 
 
 def _merge(out: Any, lse: Any, part: Any, part_lse: Any) -> None:
     """Merges a partial softmax into (out, lse), in place."""
-    weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)[..., None]  # of the part; both -inf: nothing seen yet
+    weight = torch.sigmoid(part_lse - lse).masked_fill_(part_lse == -math.inf, 0.0)[..., None]  # of the part
     torch.lerp(out, part.to(out.dtype), weight.to(out.dtype), out=out)  # computes in float32, in a quarter of its time
     torch.logaddexp(lse, part_lse, out=lse)

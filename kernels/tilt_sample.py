@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from guiderail.kernels._dispatch import FLOATS, check, fail_if, jit, next_power_of_2, tl, use_triton
+from guiderail.kernels._dispatch import FLOATS, check, fail_if, jit, launch, next_power_of_2, tl, use_triton
 
 BLOCK_V = 4096
 
@@ -67,7 +67,7 @@ def _tilted(
     return z / tl.where(temperature > 0.0, temperature, 1.0)
 
 
-@jit
+@jit(varying=("K",), unaligned=("ids_ptr", "values_ptr", "beta_ptr", "alpha_ptr", "temperature_ptr"))
 def _block_mass_kernel(
     max_ptr,
     sum_ptr,
@@ -103,7 +103,10 @@ def _block_mass_kernel(
     tl.store(sum_ptr + out, s)
 
 
-@jit
+@jit(
+    varying=("K", "blocks"),
+    unaligned=("ids_ptr", "values_ptr", "beta_ptr", "alpha_ptr", "temperature_ptr", "uniform_ptr"),
+)
 def _draw_kernel(
     max_ptr,
     sum_ptr,
@@ -192,10 +195,21 @@ def _triton_path(logits, tilt_ids, tilt_values, beta, other, alpha, temperature,
         K,
     )
     shared = {"HAS_OTHER": other is not None, "BLOCK_V": block_v}
-    _block_mass_kernel[(B, blocks)](m, s, *inputs, **shared, num_warps=8)
+    launch(_block_mass_kernel, (B, blocks), m, s, *inputs, **shared, num_warps=8)
     block_n = next_power_of_2(blocks)
-    _draw_kernel[(B,)](
-        m, s, uniform.contiguous(), token, logprob, blocks, *inputs, **shared, BLOCK_N=block_n, num_warps=8
+    launch(
+        _draw_kernel,
+        (B,),
+        m,
+        s,
+        uniform.contiguous(),
+        token,
+        logprob,
+        blocks,
+        *inputs,
+        **shared,
+        BLOCK_N=block_n,
+        num_warps=8,
     )
     return token, logprob
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from guiderail.kernels._dispatch import FLOATS, check, fail_if, jit, next_power_of_2, tl, use_triton
+from guiderail.kernels._dispatch import FLOATS, check, fail_if, jit, launch, next_power_of_2, tl, use_triton
 
 CHUNK_ELEMENTS = 1 << 22  # of the torch path's widest temporary: 16 MiB of float32
 PROGRAMS = 512  # about four per processor of a large GPU: enough to hide the tail of the last wave
 
 
-@jit
+@jit(varying=("T", "blocks_per_split"), unaligned=("tokens_ptr",))
 def _token_logprobs_kernel(
     hidden_ptr,
     hidden_row_stride,
@@ -87,7 +87,9 @@ def _triton_path(hidden, weight, tokens, softcap) -> Any:
     splits = -(-vocab_blocks // per_split)  # so that no split is empty
     lse = torch.empty((splits, T), dtype=torch.float32, device=hidden.device)
     picked = torch.empty((splits, T), dtype=torch.float32, device=hidden.device)
-    _token_logprobs_kernel[(row_blocks, splits)](
+    launch(
+        _token_logprobs_kernel,
+        (row_blocks, splits),
         hidden,
         hidden.stride(0),
         hidden.stride(1),

@@ -60,6 +60,7 @@ def neural_reward(
         on_cpu = next(model.decoder.parameters()).device.type == "cpu"
         capacity = pool_tokens(spec, share, reads, size, say, on_cpu=on_cpu)
         runner = PackedRunner(model.decoder, model.heads, capacity=capacity)
+        runner.warm_up()
         longest = min(model.longest or runner.longest, runner.longest)
         return PackedBackend(runner, len(model.heads)), model.tokenizer, longest
 

@@ -1,9 +1,12 @@
 """The packed runner: scores token sequences with a reward model, computing every shared prefix once.
 
-Sequences go into a prefix tree; what the tree lacks is computed in one forward pass without padding, each
+Sequences go into a prefix tree; what the tree lacks is computed in forward passes without padding, each
 segment attending to the ones above it (guiderail.kernels.shared_prefix_attention). Keys and values stay in
 a pool of bounded size, so that scoring a longer answer costs its new tokens only. Works for any
 transformers model that uses the shared attention interface. Not thread-safe: one thread owns a runner.
+
+The host knows all but the weights and the scores: a pass copies its numbers to the device once, from pinned memory,
+and waits for the device when it reads the scores.
 """
 
 import sys
@@ -15,9 +18,9 @@ import numpy as np
 import torch
 
 from guiderail.kernels import reward_head
-from guiderail.kernels.shared_prefix_attention import Context, Layout, shared_prefix_attention
+from guiderail.kernels.shared_prefix_attention import Context, Layout, prepare, shared_prefix_attention
 from guiderail.server.rewards.fast_modules import norm_parts, only_last_rows, speed_up
-from guiderail.server.rewards.prefix_tree import Node, PrefixTree
+from guiderail.server.rewards.prefix_tree import Node, NoRoom, PrefixTree
 from guiderail.server.rewards.stats import RunnerStats
 
 IMPLEMENTATION = "guiderail_packed"
@@ -25,10 +28,13 @@ IMPLEMENTATION = "guiderail_packed"
 
 @dataclass(slots=True)
 class _Pass:
-    """What the attention of one forward pass needs."""
+    """What one forward pass needs; all but the layout on the device."""
 
     layout: Layout
+    ids: Any
+    positions: Any
     self_slots: Any
+    last: Any
 
 
 class PackedRunner:
@@ -37,7 +43,7 @@ class PackedRunner:
     def __init__(self, decoder: Any, heads: Any, *, capacity: int, max_pass_tokens: int = 8192) -> None:
         """decoder: the transformers base model (without head), on its device and in its dtype.
 
-        capacity: tokens whose keys and values are kept. max_pass_tokens: largest forward pass.
+        capacity: tokens whose keys and values are kept. max_pass_tokens: new tokens of the largest forward pass.
         """
         register()
         self._decoder = decoder.eval()
@@ -54,9 +60,11 @@ class PackedRunner:
         decoder.set_attn_implementation(IMPLEMENTATION)
         self._heads = heads.to(self._device, torch.float32)
         layers, kv_heads, dim = _kv_shape(decoder)
-        self._pool = torch.zeros((layers, 2, capacity, kv_heads, dim), dtype=self._dtype, device=self._device)
+        size = (layers, 2, capacity + 1, kv_heads, dim)  # what is not kept goes to the last slot: see PrefixTree
+        self._pool = torch.zeros(size, dtype=self._dtype, device=self._device)
+        self._query_heads = decoder.config.get_text_config().num_attention_heads
         self._tree = PrefixTree(capacity)
-        self._max_pass_tokens = min(max_pass_tokens, capacity)
+        self._max_pass_tokens = max_pass_tokens
         self.stats = RunnerStats()
 
     @property
@@ -73,6 +81,14 @@ class PackedRunner:
         """Forgets all keys and values."""
         self._tree = PrefixTree(self._tree.capacity)
 
+    def warm_up(self) -> None:
+        """Compiles and loads on CUDA all kernels that scoring can need, so that no request waits for that."""
+        if self._device.type != "cuda":
+            return
+        self.score([[0, 0, 0], [0, 0, 1, 0]])  # a shared prefix and segments of their own: every kind of launch
+        self.clear()
+        self.stats.tokens_asked = self.stats.tokens_computed = self.stats.tokens_cached = self.stats.passes = 0
+
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def score(self, sequences: Sequence[Sequence[int]]) -> Any:
         """[S, K] float32 on the CPU: the heads' raw values after the last token of each (non-empty) sequence.
@@ -82,45 +98,44 @@ class PackedRunner:
         for tokens in sequences:
             if not 0 < len(tokens) <= self.longest:
                 raise ValueError(f"a sequence has {len(tokens)} tokens; 1 to {self.longest} can be scored")
+        computed = self.stats.tokens_computed
         scores: list[Any] = []
-        start = 0
-        while start < len(sequences):
-            end, room = start, self._max_pass_tokens
-            while end < len(sequences) and len(sequences[end]) <= room:  # as if nothing were shared: always fits
-                room -= len(sequences[end])
-                end += 1
-            if end == start:
-                for stop in range(self._max_pass_tokens, len(sequences[start]), self._max_pass_tokens):
-                    self._score_batch([sequences[start][:stop]])  # leaves its keys and values in the pool
-                end += 1
-            scores += self._score_batch(sequences[start:end])
-            start = end
+        while len(scores) < len(sequences):
+            first = sequences[len(scores)]
+            while (missing := self._tree.missing(first)) > self._max_pass_tokens:  # its beginning, pass by pass
+                self._score_pass([first[: len(first) - missing + self._max_pass_tokens]])
+            scores += self._score_pass(sequences[len(scores) :])
+        asked = sum(map(len, sequences))
+        self.stats.tokens_asked += asked
+        self.stats.tokens_cached += max(0, asked - (self.stats.tokens_computed - computed))
         return torch.stack(scores)
 
-    def _score_batch(self, sequences: Sequence[Sequence[int]]) -> list[Any]:
+    def _score_pass(self, sequences: Sequence[Sequence[int]]) -> list[Any]:
+        """The scores of the first sequences, as many as one pass takes."""
         tree = self._tree
         try:
-            ends = [tree.insert(tokens) for tokens in sequences]
-            for node in ends:
-                if node.ready and node.score is None:
-                    tree.split_last(node)
-            order, work = self._plan()
-            asked = sum(map(len, sequences))
-            self.stats.tokens_asked += asked
+            ends = self._insert(sequences)
+            order, layout = self._plan()
             if order:
                 wanted = [node for node in dict.fromkeys(ends) if not node.ready]
-                rows = {id(node): end - 1 for node, (_, end) in zip(order, work.layout.segments, strict=True)}
-                last = torch.tensor([rows[id(node)] for node in wanted], device=self._device)
-                hidden = self._forward(order, work, last)
+                rows = {id(node): end - 1 for node, (_, end) in zip(order, layout.segments, strict=True)}
+                arrays = (
+                    np.array([token for node in order for token in node.tokens], np.int64),
+                    layout.positions.numpy(),
+                    np.concatenate([node.slots for node in order]),
+                    np.array([rows[id(node)] for node in wanted], np.int64),
+                )
+                work = _Pass(layout, *prepare(layout, self._query_heads, self._pool[0, 0], arrays))
+                hidden = self._forward(work)
                 values = reward_head(
-                    hidden, last, self._norm_weight, self._eps, self._heads, None,
+                    hidden, work.last, self._norm_weight, self._eps, self._heads, None,
                     gemma_style=self._norm_minus_one, validate=False,
                 ).cpu()  # fmt: skip
+                self.stats.tokens_computed += len(arrays[0])
                 for node, value in zip(wanted, values, strict=True):
                     node.score = value
                 for node in order:
                     node.ready = True
-            self.stats.tokens_cached += asked - sum(len(node.tokens) for node in order)
             return [node.score for node in ends]
         except BaseException:
             tree.drop_unready()
@@ -128,7 +143,27 @@ class PackedRunner:
         finally:
             tree.unpin()
 
-    def _plan(self) -> tuple[list[Node], _Pass]:
+    def _insert(self, sequences: Sequence[Sequence[int]]) -> list[Node]:
+        """The nodes of the first sequences, at least one: as many as have max_pass_tokens new tokens together."""
+        tree, room = self._tree, self._max_pass_tokens
+        ends: list[Node] = []
+        for tokens in sequences:
+            new = max(1, tree.missing(tokens))  # one for a token that must be computed again for its score
+            if ends and new > room:
+                break
+            try:
+                node = tree.insert(tokens, may_pass=True)
+            except NoRoom:
+                if ends:
+                    break
+                raise
+            if node.ready and node.score is None:
+                tree.split_last(node)
+            ends.append(node)
+            room -= new
+        return ends
+
+    def _plan(self) -> tuple[list[Node], Layout]:
         """New nodes in depth-first order, and who attends to what."""
         order: list[Node] = []
         segments: list[tuple[int, int]] = []
@@ -154,7 +189,7 @@ class PackedRunner:
         limit = sys.getrecursionlimit()
         sys.setrecursionlimit(100_000)  # a path has at most as many nodes as tokens
         try:
-            rows = visit(self._tree.root, 0)
+            visit(self._tree.root, 0)
         finally:
             sys.setrecursionlimit(limit)
         merged: list[tuple[int, int, list[Any], int]] = []
@@ -165,26 +200,21 @@ class PackedRunner:
                 merged[-1][2].extend(slots)
             else:
                 merged.append((start, end, slots, position))
-        device = self._device
         contexts = tuple(
-            Context(start, end, torch.from_numpy(np.concatenate(slots)).to(device), position)
+            Context(start, end, torch.from_numpy(np.concatenate(slots)), position)
             for start, end, slots, position in merged
         )
         positions = np.concatenate([np.arange(n.start, n.end) for n in order]) if order else np.empty(0, np.int64)
-        self_slots = np.concatenate([n.slots for n in order]) if order else np.empty(0, np.int64)
-        self.stats.tokens_computed += rows
-        layout = Layout(tuple(segments), contexts, torch.from_numpy(positions).to(device))
-        return order, _Pass(layout, torch.from_numpy(self_slots).to(device))
+        return order, Layout(tuple(segments), contexts, torch.from_numpy(positions))
 
-    def _forward(self, order: Sequence[Node], work: _Pass, last: Any) -> Any:
+    def _forward(self, work: _Pass) -> Any:
         """Hidden states [T, H] of the new tokens before the final norm, right in rows `last`; fills the pool."""
         if self._last_mlp is not None:
-            self._last_mlp.rows = last
-        ids = torch.tensor([token for node in order for token in node.tokens], device=self._device)
+            self._last_mlp.rows = work.last
         self.stats.passes += 1
         output = self._decoder(
-            input_ids=ids[None],
-            position_ids=work.layout.positions[None],
+            input_ids=work.ids[None],
+            position_ids=work.positions[None],
             use_cache=False,
             guiderail_pass=work,
             guiderail_pool=self._pool,
@@ -207,10 +237,10 @@ def _kv_shape(decoder: Any) -> tuple[int, int, int]:
 
 def register() -> None:
     """Makes the packed attention known to transformers."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
+    # Without a mask function transformers makes no mask; with one it reads the positions back from the device first.
     AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
 
 
 def _attention(

@@ -2,6 +2,9 @@
 
 Sequences that begin alike share nodes, whatever the reason: a common prompt, an answer that went on, a
 rollout of a candidate. The tree knows tokens and slots only; the runner computes what is missing.
+
+Where a batch has taken all slots, new leaves are passing: nothing continues them in this batch, so nothing reads
+their keys and values from the pool. They all name one slot past the others, and leave the tree with the batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +22,8 @@ class NoRoom(Exception):
 class Node:
     """Consecutive tokens, the slots of their keys and values, and what was scored after the last of them.
 
-    `ready` is False until the runner has computed the node; `score` is None until asked for.
+    `ready` is False until the runner has computed the node; `score` is None until asked for. The slots of a
+    `passing` node hold nothing afterwards.
     """
 
     tokens: tuple[int, ...]
@@ -30,6 +34,7 @@ class Node:
     score: Any = None
     used: int = 0
     pinned: bool = False
+    passing: bool = False
     children: dict[int, "Node"] = field(default_factory=dict)
 
     @property
@@ -53,10 +58,12 @@ class PrefixTree:
         """Slots that hold tokens now."""
         return self.capacity - self._n_free
 
-    def insert(self, tokens: Sequence[int]) -> Node:
+    def insert(self, tokens: Sequence[int], *, may_pass: bool = False) -> Node:
         """The node that ends with `tokens` (not empty), made and split as needed, and pinned with its ancestors.
 
-        Raises NoRoom if pinned nodes leave too few slots; the tree is then as before, but for evictions.
+        may_pass: where pinned nodes leave too few slots for the new tokens, they become a passing node.
+        Raises NoRoom if they may not, or if a passing node would have to be kept as others go on from it; the tree is
+        then as before, but for nodes that were split, and the sequence belongs into another batch.
         """
         self._clock += 1
         node, at = self.root, 0
@@ -64,14 +71,29 @@ class PrefixTree:
         while at < len(tokens):
             child = node.children.get(tokens[at])
             if child is None:
-                child = self._append(node, tuple(tokens[at:]))
+                child = self._append(node, tuple(tokens[at:]), may_pass)
             else:
                 common = _common(child.tokens, tokens, at)
+                if child.passing and (common < len(child.tokens) or at + common < len(tokens)):
+                    self._keep(child)
                 if common < len(child.tokens):
                     child = self._split(child, common)
             node, at = child, at + len(child.tokens)
             self._touch(node)
         return node
+
+    def missing(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` lie in no node yet."""
+        node, at = self.root, 0
+        while at < len(tokens):
+            child = node.children.get(tokens[at])
+            if child is None:
+                break
+            common = _common(child.tokens, tokens, at)
+            node, at = child, at + common
+            if common < len(child.tokens):
+                break
+        return len(tokens) - at
 
     def split_last(self, node: Node) -> Node:
         """A ready node whose score was never asked for: its last token becomes a node to be computed again."""
@@ -82,15 +104,18 @@ class PrefixTree:
         return node
 
     def unpin(self) -> None:
-        """Ends a batch: every node may be evicted again."""
-        for node in self.walk():
+        """Ends a batch: every node may be evicted again, and passing ones are gone."""
+        for node in list(self.walk()):
             node.pinned = False
+            if node.passing:
+                self._unlink(node)
 
     def drop_unready(self) -> None:
         """Removes nodes that were never computed (their batch failed), with all beneath them."""
         for node in [n for n in self.walk() if not n.ready and n.parent is not None and n.parent.ready]:
             for each in list(_subtree(node)):
-                self._release(each.slots)
+                if not each.passing:
+                    self._release(each.slots)
             self._unlink(node)
 
     def walk(self) -> Iterator[Node]:
@@ -100,10 +125,20 @@ class PrefixTree:
     def _touch(self, node: Node) -> None:
         node.used, node.pinned = self._clock, True
 
-    def _append(self, parent: Node, tokens: tuple[int, ...]) -> Node:
-        node = Node(tokens, self._take(len(tokens)), parent.end, parent)
+    def _append(self, parent: Node, tokens: tuple[int, ...], may_pass: bool) -> Node:
+        try:
+            node = Node(tokens, self._take(len(tokens)), parent.end, parent)
+        except NoRoom:
+            if not may_pass:
+                raise
+            slots = np.full(len(tokens), self.capacity, np.int64)
+            node = Node(tokens, slots, parent.end, parent, passing=True)
         parent.children[tokens[0]] = node
         return node
+
+    def _keep(self, node: Node) -> None:
+        """Gives a passing node slots, as others will read it."""
+        node.slots, node.passing = self._take(len(node.tokens)), False
 
     def _split(self, node: Node, length: int) -> Node:
         """Puts the node's first `length` tokens into a new parent of it, which is returned."""
@@ -126,10 +161,10 @@ class PrefixTree:
         self._n_free += len(slots)
 
     def _evict(self, count: int) -> None:
+        if self._n_free + sum(len(n.slots) for n in self.walk() if not n.pinned) < count:
+            raise NoRoom(f"{count} tokens do not fit beside those that this batch needs, of {self.capacity}")
         leaves = sorted((n for n in self.walk() if not n.children and not n.pinned and n.parent), key=lambda n: n.used)
         while self._n_free < count:
-            if not leaves:
-                raise NoRoom(f"{count} tokens do not fit into the {self._n_free} free slots of {self.capacity}")
             leaf = leaves.pop(0)
             parent = leaf.parent
             assert parent is not None

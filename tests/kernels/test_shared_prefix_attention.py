@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import assert_compiles, on_path
+from kernel_checks import on_path
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from guiderail.kernels._shared_prefix_triton import BLOCK_N, COLUMNS, ROWS, _merge_kernel, _partial_kernel
 from guiderail.kernels.shared_prefix_attention import Context, Layout, shared_prefix_attention
 
+FULL = torch.ops.aten.full.default
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -131,19 +132,6 @@ def test_triton_path_interpreted(name: str, dtype: Any, options: dict[str, Any])
         compare(shapes(dtype)[name], **options)
 
 
-@pytest.mark.parametrize("kind", ["fp16", "bf16", "fp32"])
-def test_compiles_for_a_gpu(kind: str) -> None:
-    """For an H100, with the sizes of SmolLM2 (3 heads share one) and of Llama 3 8B."""
-    tensors = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "kp_ptr", "vp_ptr"), f"*{kind}")
-    indices = dict.fromkeys(("slots_ptr", "positions_ptr", "items_ptr"), "*i64")
-    numbers = {"scale": "fp32", "softcap": "fp32"}
-    for heads, share, dim in ((9, 3, 64), (32, 4, 128)):
-        sizes = {"HEADS": heads, "SHARE": share, "SHARE_P": 4, "D": dim, "D_P": dim, "WINDOW": True, "SOFTCAP": True}
-        blocks = {"BLOCK_R": ROWS, "BLOCK_N": BLOCK_N, "COLUMNS": COLUMNS}
-        assert_compiles(_partial_kernel, {**tensors, **indices, **numbers}, {**sizes, **blocks})
-        assert_compiles(_merge_kernel, {"out_ptr": f"*{kind}"}, {"HEADS": heads, "D": dim, "D_P": dim})
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -186,14 +174,81 @@ def test_a_wrong_prefix_is_noticed() -> None:
     assert (case.run().double() - wanted).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("pool", ["kp", "vp"])
 @pytest.mark.parametrize("path", ["torch", "triton"])
-def test_a_nan_stays_with_the_rows_that_see_it(path: Any) -> None:
+def test_a_nan_reaches_the_rows_that_see_it_and_no_others(path: Any, pool: str, options: dict[str, Any]) -> None:
+    """A NaN among kept keys or values makes the scores NaN, which the finite check then refuses, on both paths."""
     case = shapes(torch.float32)["two groups"]
-    case.vp[case.layout.contexts[1].slots[0]] = math.nan  # the second group's prefix
+    getattr(case, pool)[case.layout.contexts[1].slots[0]] = math.nan  # the second group's prefix
+    with on_path(path):
+        got = case.run(**options)
+    assert torch.isfinite(got[:8]).all()
+    first = got[8]  # the nearest row, which sees it with every window
+    assert torch.isnan(first).all()
+    if not options:
+        assert torch.isnan(got[8:]).all()
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_a_nan_among_the_new_rows_is_kept(path: Any, where: str) -> None:
+    """Also where it is all that a row sees: a segment's first row sees one key."""
+    case = shapes(torch.float32)["no prefix"]
+    getattr(case, where)[1] = math.nan
     with on_path(path):
         got = case.run()
-    assert torch.isfinite(got[:8]).all()
-    assert torch.isnan(got[8:]).all()
+    assert torch.isnan(got[1]).all()
+    assert torch.isfinite(got[0]).all()
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("levels", ["above", "beneath"])
+def test_a_nan_is_kept_by_the_levels_that_follow(path: Any, levels: str) -> None:
+    """A NaN in the first of three contexts, or in the last."""
+    case = shapes(torch.float32)["deep tree"]
+    reached = case.layout.contexts[0 if levels == "above" else 2]
+    case.kp[reached.slots[-1]] = math.nan
+    with on_path(path):
+        got = case.run()
+    assert torch.isnan(got[reached.start : reached.end]).all()
+    others = [i for i in range(len(got)) if not reached.start <= i < reached.end]
+    assert torch.isfinite(got[others]).all()
+
+
+def nested(depth: int, dtype: Any = torch.float32) -> Case:
+    """A path of `depth` cached contexts of 1 to 4 tokens, with two candidates at its end."""
+    lengths = [1 + i % 4 for i in range(depth)]
+    return Case([3, 5], lengths, [(0, 0, list(range(depth)))] * 2, (4, 2), 16, dtype)
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_forty_one_nested_steps(path: Any) -> None:
+    with on_path(path):
+        compare(nested(41))
+
+
+def test_memory_does_not_grow_with_depth() -> None:
+    """Elements that the Triton path allocates, counted at 1, 8 and 41 levels."""
+
+    def allocated(case: Case) -> int:
+        found = 0
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                nonlocal found
+                out = func(*args, **(kwargs or {}))
+                if func in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, FULL):
+                    found += out.numel() if out.is_floating_point() else 0
+                return out
+
+        with on_path("triton"), Count():
+            case.run()
+        return found
+
+    rows, heads, dim = nested(1).q.shape
+    counts = [allocated(nested(depth)) for depth in (1, 8, 41)]
+    assert counts == [2 * rows * heads * dim + rows * heads] * 3  # the output, and running values and sums of each row
 
 
 def test_rows_do_not_depend_on_their_neighbours() -> None:

@@ -196,3 +196,91 @@ def test_a_text_longer_than_a_pass_is_read_in_several(name: str) -> None:
     computed = runner.stats.tokens_computed
     assert error(runner, one, [long[:100] + tokens(n, n) for n in (3, 40, 90)]) < 1e-4
     assert runner.stats.tokens_computed <= computed + 3 + 40 + 90 + 3
+
+
+def counted(runner: PackedRunner) -> list[int]:
+    """New tokens of each pass from now on."""
+    found: list[int] = []
+    forward = runner._forward
+
+    def counting(work: Any) -> Any:
+        found.append(len(work.ids))
+        return forward(work)
+
+    runner._forward = counting  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("capacity", [4096 // 32, 65536 // 32, 10240 // 32])
+def test_passes_are_packed_by_new_tokens(capacity: int) -> None:
+    """[2048 | 64 x 512] at an 8B model's settings, by 32: five passes of 8192 new tokens, and not 64, in any pool."""
+    runner, one = build("llama", capacity=capacity, max_pass_tokens=8192 // 32)
+    prompt = tokens(2048 // 32, 1)
+    sequences = [[*prompt, i, *tokens(512 // 32 - 1, 10 + i)] for i in range(64)]
+    passes = counted(runner)
+    assert error(runner, one, sequences) < 1e-4
+    assert passes == [256, 256, 256, 256, 64]
+    assert runner.stats.tokens_computed == sum(passes) == 64 + 64 * 16
+    assert runner.stats.tokens_cached == 63 * 64
+
+
+def test_a_conversation_longer_than_a_pass_is_computed_in_several() -> None:
+    runner, one = build("llama", capacity=150, max_pass_tokens=40)
+    prompt = tokens(110, 1)
+    passes = counted(runner)
+    assert error(runner, one, [prompt + tokens(n, n) for n in (30, 3, 17)]) < 1e-4
+    assert max(passes) <= 40
+    assert sum(passes) == 110 + 30 + 3 + 17
+
+
+def test_answers_that_go_on_from_one_that_passes() -> None:
+    """A pool that is full of its batch: prefixes, continuations and repetitions of what was not kept."""
+    runner, one = build("llama", capacity=32, max_pass_tokens=200)
+    prompt = tokens(20, 1)
+    long = prompt + tokens(12, 2)
+    sequences = [long, prompt + tokens(11, 3), prompt + tokens(11, 3), (prompt + tokens(11, 3))[:25]]
+    sequences += [prompt + tokens(10, 3 + i) for i in range(6)] + [prompt + tokens(9, 5) + [1, 2], long]
+    assert error(runner, one, sequences) < 1e-4
+    assert error(runner, one, list(reversed(sequences))) < 1e-4
+    assert runner.cached_tokens <= 32
+
+
+def test_a_pass_reads_nothing_back_but_the_scores() -> None:
+    """What the host knows it does not ask the device for: each such question waits for all that was launched."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    runner, _ = build("gemma2 with soft-cap and window")  # its attention has no values to look at, unlike fused blocks
+    read: list[str] = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero"):
+                read.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    prompt = tokens(30, 1)
+    with Reads():
+        runner.score([prompt + tokens(n, n) for n in (3, 8, 20)])
+    assert len(read) <= 3, read  # the longest position, which attention reads on the CPU, once a layer
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_warming_up_compiles_all_that_scoring_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled after it, whatever is scored: shared prefixes, one token, deep trees, one head or two."""
+    from launches import recorded
+
+    runner, _ = build(name)
+    with recorded(monkeypatch) as launches:
+        runner._device = torch.device("cuda")  # as if: everything stays on the CPU, where nothing is launched
+        runner.warm_up()
+        runner._device = torch.device("cpu")
+        warm = set(launches)
+        prompt = tokens(40, 1)
+        runner.score([[5]])
+        runner.score([prompt + tokens(n, n) for n in (1, 16, 17, 40)])
+        runner.score([prompt[:n] + tokens(2, n) for n in range(1, 40)])
+        runner.score([prompt[:16]])
+        assert len(launches) > 3 * len(warm)
+        assert set(launches) - warm == set()
+        assert len(warm) <= 4
+    assert runner.stats.tokens_asked > 0

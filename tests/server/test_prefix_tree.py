@@ -70,3 +70,51 @@ def test_slots_are_conserved(sequences: list[list[int]]) -> None:
                 assert child.tokens[0] == first
                 assert child.start == node.end
                 assert child.parent is node
+
+
+def test_what_a_batch_has_no_slots_for_passes_through() -> None:
+    """A leaf without slots is kept while its batch lasts; what goes on from it needs slots."""
+    tree = PrefixTree(6)
+    tree.insert([1, 2], may_pass=True)
+    tree.insert([1, 2, 3, 4], may_pass=True)
+    leaf = tree.insert([1, 2, 5, 6, 7], may_pass=True)
+    assert leaf.passing
+    assert leaf.slots.tolist() == [6, 6, 6]
+    assert tree.insert([1, 2, 5, 6, 7], may_pass=True) is leaf
+    assert tree.missing([1, 2, 5, 6, 7, 8]) == 1
+    for longer in ([1, 2, 5, 6, 7, 8], [1, 2, 5, 9], [1, 2, 5]):
+        with pytest.raises(NoRoom):
+            tree.insert(longer, may_pass=True)
+    assert tree.used_slots == 4
+    ready(tree)
+    assert {node.tokens for node in tree.walk() if node.tokens} == {(1, 2), (3, 4)}
+    assert not tree.insert([1, 2, 5, 6, 7], may_pass=True).passing  # the oldest leaf made room
+
+
+def test_nothing_is_evicted_in_vain() -> None:
+    tree = PrefixTree(6)
+    tree.insert([1, 2])
+    ready(tree)
+    tree.insert([3, 4])
+    with pytest.raises(NoRoom):
+        tree.insert([5, 6, 7, 8, 9])
+    assert {node.tokens for node in tree.walk() if node.tokens} == {(1, 2), (3, 4)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=6), max_size=12))
+def test_slots_are_conserved_in_batches_that_pass(batches: list[list[list[int]]]) -> None:
+    """No kept node names a slot of another or the spare one, and nothing goes on from a passing node."""
+    tree = PrefixTree(12)
+    for batch in batches:
+        for tokens in batch:
+            try:
+                assert tree.insert(tokens, may_pass=True).end == len(tokens)
+            except NoRoom:
+                break
+            kept = [slot for node in tree.walk() if not node.passing for slot in node.slots.tolist()]
+            assert len(kept) == len(set(kept)) == tree.used_slots
+            assert all(slot < 12 for slot in kept)
+            assert not any(node.children for node in tree.walk() if node.passing)
+        ready(tree)
+        assert not any(node.passing for node in tree.walk())

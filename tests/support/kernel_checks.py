@@ -9,6 +9,7 @@ in our kernels, for the length of a `with`, and touches neither the environment 
 
 import functools
 import importlib
+import pkgutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -57,6 +58,8 @@ def interpreted() -> Iterator[None]:
     import triton.language as tl
     from triton.runtime.jit import JITFunction
 
+    for each in pkgutil.iter_modules(guiderail.kernels.__path__):  # some are imported when they are first called
+        importlib.import_module(f"{guiderail.kernels.__name__}.{each.name}")
     # Triton imports it late, and it rejects exchanged functions.
     importlib.import_module("triton.experimental.gluon.language")
     kernels = [module for name, module in sys.modules.items() if name.startswith(guiderail.kernels.__name__ + ".")]
