@@ -10,7 +10,7 @@ stand-ins are never called there, because `use_triton` is then False.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 
@@ -29,6 +29,14 @@ AVAILABLE = triton is not None
 _forced: Literal["triton", "torch"] | None = None
 
 
+@overload
+def jit(fn: Callable[..., Any]) -> Any: ...
+
+
+@overload
+def jit(*, varying: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]: ...
+
+
 def jit(fn: Callable[..., Any] | None = None, *, varying: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Any:
     """`triton.jit`, or the plain function where there is no Triton.
 
@@ -36,11 +44,13 @@ def jit(fn: Callable[..., Any] | None = None, *, varying: Sequence[str] = (), un
     is aligned to 16 bytes. varying: integers that change between calls, for which it must not. unaligned: pointers
     that are read one value at a time, whose alignment is of no use.
     """
-    if fn is None:
-        return lambda fn: jit(fn, varying=varying, unaligned=unaligned)
-    if not AVAILABLE:
-        return fn
-    return triton.jit(fn, do_not_specialize=list(varying), do_not_specialize_on_alignment=list(unaligned))
+
+    def decorate(fn: Callable[..., Any]) -> Any:
+        if not AVAILABLE:
+            return fn
+        return triton.jit(fn, do_not_specialize=list(varying), do_not_specialize_on_alignment=list(unaligned))
+
+    return decorate if fn is None else decorate(fn)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
