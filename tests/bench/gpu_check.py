@@ -1,0 +1,224 @@
+"""Ten minutes on one GPU with torch and Triton alone (no vLLM): is the GPU path right, and how fast is it?
+
+    PYTHONPATH=.types:tests/support python tests/bench/gpu_check.py [--out gpu.json] [--steps limits,attention,...]
+
+Steps in order of worth, each with JSON written after it, so that a run that is cut off keeps what it has:
+limits (copy, matrix product), correctness (production shapes against float64 on 256 rows), first_call (compilation and
+first launch against the next), attention (against SDPA with the prefix copied), runner (a random Llama of SmolLM2's
+and of 8B's shape: one pass of new tokens), small (tilt_sample, reward_head, token_logprobs against torch).
+The tests marked gpu are run beside it: python -m pytest -m gpu tests/kernels.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH may be set
+from gpu_common import limits, milliseconds, require_cuda
+
+from guiderail.kernels import _dispatch, reward_head, shared_prefix_attention, tilt_sample, token_logprobs
+from guiderail.kernels.shared_prefix_attention import Context, Layout
+
+SHAPES = [(32, 8, 128), (9, 3, 64), (28, 4, 128), (32, 32, 128), (8, 4, 256), (16, 1, 128)]
+BATCHES = [(2048, 6, 512), (2048, 64, 128), (400, 16, 64)]  # prefix, candidates, tokens of each
+POOL = 65_536
+
+
+class Case:
+    """A prefix at permuted places of a large pool, and candidates of one length, bfloat16."""
+
+    def __init__(self, heads: tuple[int, int, int], batch: tuple[int, int, int]) -> None:
+        (self.hq, self.hkv, self.dim), (self.prefix, self.count, self.length) = heads, batch
+        rows = self.count * self.length
+
+        def draw(*shape: int) -> Any:
+            return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
+
+        self.q, self.k, self.v = (draw(rows, h, self.dim) for h in (self.hq, self.hkv, self.hkv))
+        self.kp, self.vp = draw(POOL, self.hkv, self.dim), draw(POOL, self.hkv, self.dim)
+        self.slots = torch.randperm(POOL)[: self.prefix]
+        segments = tuple((i * self.length, (i + 1) * self.length) for i in range(self.count))
+        positions = torch.arange(self.prefix, self.prefix + self.length).repeat(self.count)
+        self.layout = Layout(segments, (Context(0, rows, self.slots, 0),), positions)
+        self.pairs = rows * self.prefix + self.count * self.length * (self.length + 1) // 2
+
+    def run(self, **options: Any) -> Any:
+        return shared_prefix_attention(self.q, self.k, self.v, self.kp, self.vp, self.layout, **options)
+
+    def error(self, window: int | None = None, softcap: float | None = None) -> float:
+        """Largest difference from float64 on up to 256 rows."""
+        got = self.run(window=window, softcap=softcap)
+        slots, worst = self.slots.cuda(), 0.0
+        for row in torch.randperm(len(self.q))[:256].tolist():
+            start = row - row % self.length
+            keys, values = (
+                torch.cat([pool[slots], own[start : row + 1]]).double().repeat_interleave(self.hq // self.hkv, 1)
+                for pool, own in ((self.kp, self.k), (self.vp, self.v))
+            )
+            scores = torch.einsum("hd,chd->hc", self.q[row].double(), keys) * self.dim**-0.5
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if window is not None:
+                scores[:, : max(0, scores.shape[1] - window)] = -math.inf
+            wanted = torch.einsum("hc,chd->hd", scores.softmax(-1), values)
+            worst = max(worst, (got[row].double() - wanted).abs().max().item())
+        return worst
+
+    def sdpa(self) -> Callable[[], Any]:
+        """torch's attention over copies of the prefix, one for each candidate."""
+        from torch.nn.attention.bias import causal_lower_right
+
+        def expand(pool: Any, own: Any) -> Any:
+            copies = pool[self.slots.cuda()].expand(self.count, -1, -1, -1)
+            return torch.cat([copies, own.unflatten(0, (self.count, self.length))], 1).transpose(1, 2)
+
+        keys, values = expand(self.kp, self.k), expand(self.vp, self.v)
+        queries = self.q.unflatten(0, (self.count, self.length)).transpose(1, 2)
+        mask = causal_lower_right(self.length, self.prefix + self.length)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return lambda: attend(queries, keys, values, attn_mask=mask, enable_gqa=True)
+
+
+def step_limits() -> Any:
+    return vars(limits())
+
+
+def step_correctness() -> Any:
+    found = {}
+    for heads in SHAPES:
+        for batch in BATCHES[:2]:
+            case = Case(heads, batch)
+            found[f"{heads} {batch}"] = {
+                "plain": case.error(), "window": case.error(window=512), "cap": case.error(softcap=50.0),
+            }  # fmt: skip
+    return found
+
+
+def step_first_call() -> Any:
+    """Seconds of the first call of a new head size, of the second, and of the first of another batch."""
+    found = {}
+    for name, case in (("first", Case((12, 4, 96), (300, 4, 20))), ("other batch", Case((12, 4, 96), (77, 3, 16)))):
+        times = []
+        for _ in range(2):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            case.run()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        found[name] = times
+    return found
+
+
+def step_attention() -> Any:
+    bound, found = limits(), {}
+    for heads in SHAPES:
+        for batch in BATCHES:
+            case = Case(heads, batch)
+            ours, theirs = milliseconds(case.run), milliseconds(case.sdpa())
+            rate = 4.0 * case.pairs * case.hq * case.dim / ours * 1e3
+            found[f"{heads} {batch}"] = {"ms": ours, "sdpa_ms": theirs, "of_gemm": rate / bound.flops_per_s}
+    return found
+
+
+def step_runner() -> Any:
+    """Milliseconds to score candidates under one prefix, new and with the prefix kept; the model's weights are random."""
+    from transformers import AutoModel, LlamaConfig
+
+    from guiderail.server.rewards.packed import PackedRunner
+
+    small = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    found = {}
+    for name, sizes, kv_heads in (("135M", small, 3), ("8B", large, 8)):
+        with torch.device("cuda"):
+            config = LlamaConfig(**sizes, num_key_value_heads=kv_heads, vocab_size=49152)
+            model = AutoModel.from_config(config, dtype=torch.bfloat16)
+        runner = PackedRunner(model, torch.randn(1, sizes["hidden_size"]), capacity=POOL)
+        started = time.perf_counter()
+        runner.warm_up()
+        warm = time.perf_counter() - started
+        for prefix, count, length in BATCHES:
+            prompt = torch.randint(49152, (prefix,)).tolist()
+            sequences = [prompt + torch.randint(49152, (length,)).tolist() for _ in range(count)]
+            times = []
+            for kept in (False, True):
+                runner.clear()
+                if kept:
+                    runner.score([prompt])
+                started = time.perf_counter()
+                scores = runner.score(sequences)
+                times.append((time.perf_counter() - started) * 1e3)
+            found[f"{name} {(prefix, count, length)}"] = {
+                "new_ms": times[0], "prefix_kept_ms": times[1], "warm_up_s": warm, "finite": bool(scores.isfinite().all()),
+            }  # fmt: skip
+        del runner, model
+        torch.cuda.empty_cache()
+    return found
+
+
+def step_small() -> Any:
+    """Milliseconds of the other kernels by Triton and by torch."""
+    hidden, weight = (torch.randn(n, 4096, dtype=torch.bfloat16, device="cuda") for n in (8192, 128_256))
+    last, norm = torch.randint(8192, (64,), device="cuda"), torch.ones(4096, device="cuda")
+    head = torch.randn(1, 4096, device="cuda")
+    logits, other = torch.randn(64, 128_256, device="cuda"), torch.randn(64, 128_256, device="cuda")
+    none, one = torch.empty((64, 0), dtype=torch.int64, device="cuda"), torch.ones(64, device="cuda")
+    tokens = torch.randint(128_256, (1024,), device="cuda")
+    calls: dict[str, Callable[[], Any]] = {
+        "reward_head": lambda: reward_head(hidden, last, norm, 1e-5, head, validate=False),
+        "tilt_sample": lambda: tilt_sample(
+            logits, none, none.float(), one, other, one, one, one / 2, validate=False
+        ),
+        "token_logprobs": lambda: token_logprobs(hidden[:1024], weight, tokens, validate=False),
+    }  # fmt: skip
+    found: dict[str, dict[str, float]] = {}
+    for name, call in calls.items():
+        for path in ("triton", "torch"):
+            with _dispatch.force("triton" if path == "triton" else "torch"):
+                found.setdefault(name, {})[path] = milliseconds(call, 10)
+    return found
+
+
+STEPS: dict[str, Callable[[], Any]] = {
+    "limits": step_limits, "correctness": step_correctness, "first_call": step_first_call,
+    "attention": step_attention, "runner": step_runner, "small": step_small,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Runs the steps; one that fails is written down with its error, and the others go on."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--steps", default=",".join(STEPS))
+    args = parser.parse_args()
+    require_cuda()
+    import triton
+
+    found: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    for name in args.steps.split(","):
+        started = time.perf_counter()
+        try:
+            found[name] = STEPS[name]()
+        except Exception:  # of many kinds: the other steps are worth running
+            found[name] = {"failed": traceback.format_exc()}
+        found[f"{name}_s"] = round(time.perf_counter() - started, 1)
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        print(name, json.dumps(found[name]), flush=True)
+    if any("failed" in found[name] for name in args.steps.split(",")):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
