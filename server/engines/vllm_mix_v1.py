@@ -12,7 +12,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcess
 from vllm.v1.sample.ops.penalties import apply_all_penalties
 
 from guiderail.server.engines.mixed import Recipe
-from guiderail.server.engines.vllm_mixing import Row, emit
+from guiderail.server.engines.vllm_mixing import Row, emit, warm_up
 
 REMEMBERED = 4096  # groups
 
@@ -39,6 +39,8 @@ class MixedPolicies(LogitsProcessor):  # type: ignore[misc]
         self._rows: dict[int, _Entry] = {}
         # By group and role; kept for a while after the rows left, for partners that come back late.
         self._outputs: OrderedDict[str, dict[int, list[int]]] = OrderedDict()
+        if device.type == "cuda":
+            warm_up(vllm_config.model_config.get_vocab_size(), device)
 
     def is_argmax_invariant(self) -> bool:
         return False

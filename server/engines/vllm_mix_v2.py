@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from guiderail.server.engines.mixed import Recipe
-from guiderail.server.engines.vllm_mixing import Row, emit
+from guiderail.server.engines.vllm_mixing import Row, emit, warm_up
 
 
 class MixedPolicies(LogitsProcessor):  # type: ignore[misc]
@@ -26,6 +26,8 @@ class MixedPolicies(LogitsProcessor):  # type: ignore[misc]
         self._prompt_len: Any = req_states.prompt_len.np
         self._prefill_len: Any = req_states.prefill_len.np
         self._slots: dict[int, Recipe] = {}
+        if req_states.device.type == "cuda":
+            warm_up(req_states.vocab_size, req_states.device)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         self._slots.pop(req_idx, None)

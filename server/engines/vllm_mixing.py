@@ -114,6 +114,15 @@ def _draw(logits: Any, groups: Sequence[Sequence[Row]], cut: bool) -> Any:
     return tilt_sample(main, nothing, nothing.float(), zeros, dense, ones, temperature, uniform, validate=False)[0]
 
 
+def warm_up(vocabulary: int, device: Any) -> None:
+    """Compiles what `draw` launches on CUDA, so that the first mixed request does not compile within vLLM's step."""
+    logits = torch.zeros((1, vocabulary), dtype=torch.float32, device=device)
+    nothing = torch.empty((1, 0), dtype=torch.int64, device=device)
+    one = torch.ones(1, dtype=torch.float32, device=device)
+    for dense in (logits, None):  # without cuts by top_k and the like, and with them
+        tilt_sample(logits, nothing, nothing.float(), one, dense, one, one, one / 2, validate=False)
+
+
 def _cut(z: Any, temperatures: Sequence[float], heads: Sequence[Recipe]) -> Any:
     """z / temperature, with -inf at the tokens that min_p, top_k and top_p forbid. All temperatures are positive."""
     z = z / _tensor(temperatures, torch.float32, z)[:, None]

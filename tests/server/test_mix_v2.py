@@ -1,5 +1,6 @@
 """Mixed policies under vLLM's V2 model runner: the class over stand-ins for the runner's state, and a run on a GPU."""
 
+import itertools
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from kernel_checks import needs_gpu
+from launches import recorded
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
 from guiderail.guides.types import Mixed, SamplingSpec, TokenPrompt
 from guiderail.server.engines.mixed import Recipe
 from guiderail.server.engines.vllm_mix_v2 import MixedPolicies
-from guiderail.server.engines.vllm_mixing import Row, draw
+from guiderail.server.engines.vllm_mixing import Row, draw, warm_up
 
 V, SLOTS = 12, 6
 
@@ -158,3 +160,21 @@ async def test_mixing_on_a_gpu(model_path: str) -> None:
         assert engine.num_running() == 0
     finally:
         await engine.close()
+
+
+def test_warming_up_compiles_all_that_drawing_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One group or three, two policies or three, with cuts and without."""
+    vocabulary = 4099
+    with recorded(monkeypatch) as launches:
+        warm_up(vocabulary, torch.device("cpu"))
+        warm = set(launches)
+        for groups, size, top_k in itertools.product((1, 3), (2, 3), (0, 5)):
+            recipes = [
+                [Recipe(group=str(g), role=role, size=size, weights=(0.5,) * (size - 1), temperature=1.0, seed=1,
+                        top_k=top_k, top_p=1.0, min_p=0.0) for role in range(size)]
+                for g in range(groups)
+            ]  # fmt: skip
+            rows = [[Row(g * size + i, recipe, 0) for i, recipe in enumerate(group)] for g, group in enumerate(recipes)]
+            draw(torch.zeros(groups * size, vocabulary), rows)
+    assert len(launches) == 4 + 2 * 8
+    assert set(launches) == warm
