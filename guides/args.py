@@ -2,7 +2,8 @@
 
 Khanov et al., "ARGS: Alignment as Reward-Guided Search", arXiv 2402.01694, eq. 3:
   score(z) = log pi0(z | x, y_<t) + w r([x, y_<t, z])    for z in the top k of pi0
-ARGS-greedy takes the argmax (select argmax); ARGS-stochastic samples softmax(score / tau) (select softmax, beta tau).
+ARGS-greedy takes the argmax (select argmax, whatever the temperature); ARGS-stochastic samples softmax(score / tau)
+(select softmax, where tau is its beta times the request's temperature).
 
 The reward reads partial answers; one that was trained on whole answers is noisy there. Costs L tokens and k L
 scores of one new token each.
@@ -18,7 +19,7 @@ from guiderail.guides.base import Guide
 from guiderail.guides.context import Context
 from guiderail.guides.lookahead import value
 from guiderail.guides.pipeline import Origin, PoolKind
-from guiderail.guides.steps import MAX_TOP_K, Steps, top_tokens
+from guiderail.guides.steps import MAX_TOP_K, UNKEPT, Steps, top_tokens
 from guiderail.guides.types import Event
 
 
@@ -44,8 +45,7 @@ class Args(Guide):
         return max_tokens
 
     def refuses(self) -> tuple[str, ...]:
-        penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
-        return (*penalties, "top_p", "top_k", "min_p")
+        return UNKEPT
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         steps = Steps(ctx, "tokens")

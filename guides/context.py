@@ -223,6 +223,8 @@ class Context:
         (seed,) = self.seeds(1, self._picks, seeds.PICK)
         self._picks += 1
         texts = [self.begun + self.clean(candidate.text) for candidate in candidates]
+        tokens = origin is not None and origin.kind == "tokens"
+        rule = self.selection.at(self.sampling.temperature) if tokens else self.selection
         try:
             pool = Pool(
                 scores=np.array(scores),
@@ -235,7 +237,7 @@ class Context:
                 ties=np.array([candidate.tie for candidate in candidates]),
                 origin=origin,
             )
-            choice = await self.selection.pick(pool)
+            choice = await rule.pick(pool)
         except ValueError as error:
             raise RequestError(f"'alignment.select': {error}", "alignment.select") from error
         for i, candidate in enumerate(candidates):

@@ -27,7 +27,7 @@ from guiderail.guides.lookahead import Lookahead, roll_forward, successors, valu
 from guiderail.guides.pipeline import Origin, PoolKind
 from guiderail.guides.policy import PolicySpec
 from guiderail.guides.rollout import Piece
-from guiderail.guides.steps import MAX_TOP_K, Steps, top_tokens
+from guiderail.guides.steps import MAX_TOP_K, UNKEPT, Steps, top_tokens
 from guiderail.guides.tasks import together
 from guiderail.guides.transcript import Transcript
 from guiderail.guides.types import Candidate, Event
@@ -91,7 +91,7 @@ class Deal(Guide):
         return int(p.beams * max_tokens * (1 + p.top_k * ahead))
 
     def refuses(self) -> tuple[str, ...]:
-        return ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+        return UNKEPT
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         start = PolicySpec(system=self.params.instruction).policy(ctx, "alignment.guide.instruction").prompt

@@ -5,7 +5,12 @@
 GenARM (Xu et al., arXiv 2410.08193, eq. 7) has autoregressive reward models as pi_i with w_i = 1 / beta_i; a negative
 weight steers away from a policy (contrastive decoding, expert and anti-expert). Weights are not normalised, so the
 temperature divides the whole sum once; dividing the weights as well would sharpen twice. `tilt` adds a value per token,
-a sparse reward. All policies share the served vocabulary and weights: adapters, or the model under another prompt.
+a sparse reward.
+
+With a negative weight a token that both policies find absurd can win, because the other finds it more so. Therefore
+tokens z with pi_0(z | s) < plausibility * max pi_0(. | s) are left out before anything is mixed (Li et al.,
+"Contrastive Decoding", arXiv 2210.15097, eq. 3, where it is alpha = 0.1). All policies share the served vocabulary and
+weights: adapters, or the model under another prompt.
 
 Costs L tokens, and for each of them a forward pass of each mixed policy (`spend.mixed_tokens`); no scores.
 """
@@ -24,6 +29,7 @@ from guiderail.guides.reward import Services
 from guiderail.guides.sampling import Sampling
 from guiderail.guides.types import Event, Mixed
 
+PLAUSIBILITY = 0.1  # contrastive decoding's alpha
 LARGEST_TILT = 100.0  # the engine's bound on a logit bias
 
 
@@ -44,6 +50,12 @@ class LogitMix(Sampling):
     """Logit mixing: adds weighted log-probabilities of other policies, and a tilt per token, inside the engine."""
 
     class Params(base.Params):
+        plausibility: float | None = Field(
+            default=None,
+            ge=0,
+            le=1,
+            description="Least share of the policy's top probability; null: 0.1 with a negative weight, else 0.",
+        )
         policies: tuple[WeightedPolicy, ...] = Field(default=(), max_length=4, description="Policies to mix in.")
         tilt: tuple[TokenTilt, ...] = Field(default=(), max_length=300, description="A sparse reward over tokens.")
 
@@ -71,10 +83,20 @@ class LogitMix(Sampling):
         bias = dict(ctx.sampling.logit_bias)
         for token, value in self._tilts(services).items():
             bias[token] = max(-LARGEST_TILT, min(LARGEST_TILT, bias.get(token, 0.0) + value))
-        mixed = replace(ctx, prompt=replace(ctx.prompt, mix=mix), sampling=replace(ctx.sampling, logit_bias=bias))
+        mixed = replace(
+            ctx,
+            prompt=replace(ctx.prompt, mix=mix, plausibility=self._floor),
+            sampling=replace(ctx.sampling, logit_bias=bias),
+        )
         async with aclosing(super().run(mixed)) as events:
             async for event in events:
                 yield event
+
+    @property
+    def _floor(self) -> float:
+        given = self.params.plausibility
+        steers_away = any(policy.weight < 0 for policy in self.params.policies)
+        return PLAUSIBILITY * steers_away if given is None else float(given)
 
     @staticmethod
     def _mixed(i: int, policy: WeightedPolicy, ctx: Context) -> Mixed:

@@ -12,6 +12,10 @@ from guiderail.guides.types import Candidate, Event, Scored, TokenLogprob
 
 SERVED = 50  # log-probabilities that the engine serves
 MAX_TOP_K = SERVED - 2  # end-of-sequence may have to be left out
+# What a guide cannot keep that chooses tokens itself, from the policy as it is; temperature it can (Selection.at).
+UNKEPT = (
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "top_p", "top_k", "min_p",
+)  # fmt: skip
 
 
 class Steps:

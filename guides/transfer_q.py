@@ -12,7 +12,9 @@ block 1: z runs over the top_k tokens of pi0, and the score is log pi0(z | s) + 
 block M: z runs over top_k continuations of M tokens drawn from pi0, so pi0 is in the draw and the score is TQ / alpha.
 Selection by argmax is the paper's; softmax with beta 1 samples from the policy above as far
 as the candidates and the estimates go: without the tokens beyond top_k, or from the k blocks that were drawn, and by
-exp of an estimate, whose mean is not exp of the mean (Jensen).
+exp of an estimate, whose mean is not exp of the mean (Jensen). The request's temperature divides the whole score.
+Indirect transfer weighs whole answers; on rollouts that `lookahead` cuts, r and r_BL are of beginnings, and the
+weights are a heuristic: the theorem's need `lookahead` null.
 Reused rollouts (`reuse`) helped their candidate to be chosen, so few of them value the path taken a little too high.
 
 Costs per token 1 + k l tokens (k candidates, l of lookahead, R rollouts each: 1 + k R l) and k R scores.
@@ -33,7 +35,7 @@ from guiderail.guides.pipeline import Origin, PoolKind
 from guiderail.guides.policy import PolicySpec
 from guiderail.guides.reward import Services
 from guiderail.guides.rollout import Piece
-from guiderail.guides.steps import MAX_TOP_K, Steps, draw_blocks, top_tokens
+from guiderail.guides.steps import MAX_TOP_K, UNKEPT, Steps, draw_blocks, top_tokens
 from guiderail.guides.types import Candidate, Event
 
 
@@ -73,10 +75,9 @@ class TransferQ(Guide):
         return int(drawn + steps * p.top_k * p.rollouts * ahead)
 
     def refuses(self) -> tuple[str, ...]:
-        penalties = ("presence_penalty", "frequency_penalty")  # the engine would count each step's tokens alone
-        if self.params.block > 1:
-            return penalties
-        return (*penalties, "repetition_penalty", "logit_bias")  # tokens are chosen here, from pi0 as it is
+        if self.params.block == 1:
+            return UNKEPT
+        return ("presence_penalty", "frequency_penalty")  # the engine would count each block's tokens alone
 
     def check(self, services: Services) -> None:
         self.params.baseline.check(services, rolled_out=True)

@@ -40,17 +40,19 @@ class TokenPrompt:
 
     With `mix`, the next token at temperature T has the law  p ~ (pi_0 * prod_i pi_i^{w_i})^{1/T},  where pi_0 is the
     prompt's own policy with the logit bias and penalties of its SamplingSpec, and pi_i are the mixed ones as they are.
+    Tokens with pi_0 < plausibility * max pi_0 are left out first (contrastive decoding, arXiv 2210.15097, eq. 3).
     """
 
     token_ids: tuple[int, ...]
     adapter: str | None = None
     mix: tuple[Mixed, ...] = ()
+    plausibility: float = 0.0
 
     def extended(self, token_ids: Iterable[int]) -> "TokenPrompt":
         """The prompt with these tokens behind it, for every policy in it."""
         more = tuple(token_ids)
         mix = tuple(Mixed(m.token_ids + more, m.adapter, m.weight) for m in self.mix)
-        return TokenPrompt(self.token_ids + more, self.adapter, mix)
+        return TokenPrompt(self.token_ids + more, self.adapter, mix, self.plausibility)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,14 @@ from guiderail.guides.base import Limits
 from guiderail.guides.context import Context
 from guiderail.guides.prompters import Template
 from guiderail.guides.spend import Spend
-from guiderail.guides.types import PROMPT, Event, Final, Message, SamplingSpec, Token, TokenPrompt
+from guiderail.guides.types import PROMPT, Event, Final, Message, Token, TokenPrompt
 from guiderail.server.admission import Admission
 from guiderail.server.alignment import Alignment
 from guiderail.server.delivered import Delivered
 from guiderail.server.errors import ApiError, bad_request
 from guiderail.server.guided import guided
 from guiderail.server.protocol import ChatRequest, CompletionRequest, SamplingFields
+from guiderail.server.sampling import refuse_unkept, sampling_spec
 from guiderail.server.state import ServerState
 
 # Of a deadline, what is kept for the end of work and the way of the answer: this share, at most so many seconds.
@@ -159,18 +160,7 @@ def _job(
             f"candidates; this server allows at most {limits.max_candidates} per request",
             "alignment.guide" if alignment.guide.candidates() > 1 else "n",
         )
-    if (
-        request.response_format is not None
-        and request.response_format.type != "text"
-        and not alignment.guide.keeps_format
-    ):
-        raise bad_request(f"guide '{alignment.guide_name}' cannot keep a response_format", "response_format")
-    defaults = type(request).model_fields
-    for field in alignment.guide.refuses():
-        if getattr(request, field) not in (defaults[field].default, None):
-            raise bad_request(
-                f"guide '{alignment.guide_name}' chooses tokens in steps and cannot keep '{field}'", field
-            )
+    refuse_unkept(alignment.guide_name, alignment.guide, request)
     logprobs = request.num_logprobs
     if logprobs is not None and logprobs > state.engine.max_logprobs:
         field = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
@@ -186,7 +176,7 @@ def _job(
         max_tokens = _max_tokens(state, request, len(prompt.token_ids))
         if request.min_tokens > max_tokens:
             raise bad_request(f"'min_tokens' must not exceed max_tokens, which is {max_tokens}", "min_tokens")
-        sampling = _sampling(request, max_tokens, logprobs, alignment.prompter.stops)
+        sampling = sampling_spec(request, max_tokens, logprobs, alignment.prompter.stops)
         contexts += [
             Context(
                 engine=state.engine,
@@ -216,35 +206,6 @@ def _job(
         model, alignment, tuple(contexts), spend, state.admission, request.priority, rows, tokens,
         state.system_fingerprint,
     )  # fmt: skip
-
-
-def _sampling(request: SamplingFields, max_tokens: int, logprobs: int | None, stops: tuple[str, ...]) -> SamplingSpec:
-    schema = None
-    if request.response_format is not None and request.response_format.type != "text":
-        given = request.response_format.json_schema
-        schema = given.schema_ if given is not None else {"type": "object"}
-    return SamplingSpec(
-        max_tokens=max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=max(0, request.top_k),
-        min_p=request.min_p,
-        seed=request.seed,
-        stop=(*request.stops, *stops),
-        stop_token_ids=tuple(request.stop_token_ids),
-        include_stop_str_in_output=request.include_stop_str_in_output,
-        min_tokens=request.min_tokens,
-        ignore_eos=request.ignore_eos,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=request.logit_bias or {},
-        logprobs=logprobs,
-        skip_special_tokens=request.skip_special_tokens,
-        json_schema=schema,
-        stream=request.stream,
-        priority=request.priority,
-    )
 
 
 def _goes_on(request: SamplingFields) -> bool:

@@ -88,6 +88,10 @@ class Selection(BaseModel, ABC):
         """How many candidates best-of-n is to draw, at most n."""
         return n
 
+    def at(self, temperature: float) -> "Selection":
+        """The rule for tokens of this temperature: p ^ (1 / temperature) of a rule that samples tokens with p."""
+        return self
+
     def check(self, n: int) -> None:
         """Raises ValueError, for people, if the rule cannot work with n candidates."""
 

@@ -50,6 +50,11 @@ class Softmax(Target):
     name: Literal["softmax"] = "softmax"
     valid_for: ClassVar[frozenset[PoolKind]] = frozenset({"answers", "blocks", "tokens"})
 
+    def at(self, temperature: float) -> Selection:
+        if self.beta is None:  # what the choice is to cost was asked for: no temperature changes that
+            return self
+        return self.model_copy(update={"beta": self.beta * temperature}) if temperature else Argmax()
+
     async def pick(self, pool: Pool) -> Choice:
         return self.draw(pool, lambda beta: softmax(pool.scores, beta))
 

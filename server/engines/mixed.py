@@ -38,6 +38,7 @@ class Recipe:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    plausibility: float = 0.0
 
     def extra_args(self) -> dict[str, Any]:
         """For SamplingParams."""
@@ -165,6 +166,7 @@ class MixedRow:
                 top_k=spec.top_k,
                 top_p=spec.top_p,
                 min_p=spec.min_p,
+                plausibility=self._prompts[0].plausibility,
             )
             # The processor draws; the engine has but to take what it is given.
             spec = replace(spec, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)

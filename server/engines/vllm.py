@@ -119,7 +119,7 @@ class VllmEngine:
         wide = len(prompts) > 1
         params = [
             MixedSampling(sampling, seed)
-            if any(m.weight for m in prompt.mix)
+            if prompt.plausibility or any(m.weight for m in prompt.mix)
             else sampling_params(sampling, seed, wide=wide)
             for prompt, seed in zip(prompts, seeds or [sampling.seed] * len(prompts), strict=True)
         ]

@@ -6,7 +6,8 @@ Rows of one group (mixed.py) that are in the batch together, all at the same pla
 
 which is (pi_0 * prod_i pi_i^{w_i})^{1/T} normalised: log pi_i is z_i less a constant, and constants cancel
 (GenARM, arXiv 2410.08193, eq. 7, with weights w_i = 1/beta_i). The weights are not normalised, so the temperature
-divides the whole sum exactly once. min_p, top_k and top_p then cut the tempered mixture, in vLLM's order.
+divides the whole sum exactly once. min_p, top_k and top_p then cut the tempered mixture, in vLLM's order. Before all
+that, tokens whose pi_0 is below `plausibility` times its largest are left out (contrastive decoding).
 """
 
 from collections import defaultdict
@@ -95,6 +96,9 @@ def _is_cut(recipe: Recipe) -> bool:
 def _draw(logits: Any, groups: Sequence[Sequence[Row]], cut: bool) -> Any:
     heads = [group[0].recipe for group in groups]
     main = logits[_tensor([group[0].index for group in groups], torch.int64, logits)]
+    if any(head.plausibility for head in heads):  # log of 0, which leaves all in, is -inf
+        least = _tensor([head.plausibility for head in heads], torch.float32, logits).log()[:, None]
+        main = main.masked_fill(main < main.amax(1, keepdim=True) + least, float("-inf"))
     other = torch.zeros_like(main)
     for i in range(max(len(head.weights) for head in heads)):
         weights = [head.weights[i] if i < len(head.weights) else 0.0 for head in heads]

@@ -72,6 +72,25 @@ async def test_mixing_a_policy_with_itself_halves_the_temperature(live: Live) ->
     assert p > plain_p + 0.02, "the control: one policy alone has another law"
 
 
+async def test_steering_away_keeps_to_what_the_policy_finds_plausible(live: Live) -> None:
+    """Every token has at least 0.1 of the policy's top probability by the policy's own log-probabilities."""
+    least = []
+    for share in (0.1, 0.0):
+        ids = prompt(live)
+        away = TokenPrompt(ids, None, (Mixed(ids, "noise", -0.9),), share)
+        rows = await draw(live, [away] * 3, temperature=1.0, max_tokens=10)
+        gaps = []
+        for row in rows:
+            for place, token in enumerate(row):
+                before = (*ids, *row[:place])
+                top = max((await next_logprobs(live, before, None)).values())
+                ((own,),) = await live.state.engine.answer_logprobs([TokenPrompt(before)], [(token,)])
+                gaps.append(own - top)
+        least.append(min(gaps))
+    assert least[0] >= np.log(0.1) - 0.15  # the grid of bfloat16 logits
+    assert least[1] < np.log(0.1) - 2, "the control: without the mask there are absurd ones among 30 tokens"
+
+
 async def test_mixed_rows_beside_plain_ones_change_nothing(live: Live) -> None:
     ids = prompt(live)
     mixed = TokenPrompt(ids, None, (Mixed(ids, "noise", 1.0),))

@@ -66,6 +66,23 @@ def test_matches_the_reference(shape: tuple[int, int, int], path: str, dtype: An
         compare(args | {"temperature": torch.full_like(args["temperature"], 0.7)})
 
 
+@pytest.mark.parametrize(("path", "dtype"), CASES)
+@pytest.mark.parametrize("shape", [(3, 129, 0), (2, 5000, 0)], ids=str)
+def test_tokens_masked_before_a_negative_mix_are_never_drawn(
+    shape: tuple[int, int, int], path: str, dtype: Any
+) -> None:
+    """Contrastive decoding's mask, as logit_mix sets it: whole blocks may have nothing left."""
+    args = inputs(*shape, dtype)
+    args["alpha"] = -args["alpha"].abs() - 0.5
+    args["temperature"][0] = 0.0
+    kept = args["logits"] >= args["logits"].amax(1, keepdim=True) + math.log(0.1)
+    args["logits"] = args["logits"].masked_fill(~kept, -math.inf)
+    with on_path(path):
+        for uniform in (0.0, 0.999):
+            token, _ = compare(args | {"uniform": torch.full_like(args["uniform"], uniform)})
+            assert kept.cpu().gather(1, token[:, None]).all()
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_many_blocks_are_one_distribution(path: str) -> None:
     """Equal logits over blocks of 4096: the token is floor(V * uniform), wherever it lies."""

@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_checks import on_path
 from mixtures import V, emitted, group, policies
 
 from guiderail.kernels import reference
 from guiderail.server.engines import vllm_mixing
 from guiderail.server.engines.mixed import Recipe
-from guiderail.server.engines.vllm_mixing import Row, draw, emit
+from guiderail.server.engines.vllm_mixing import Row, _uniform, draw, emit
 
 
 def shares(logits: torch.Tensor, n: int = 6000, **recipe: Any) -> torch.Tensor:
@@ -110,6 +111,64 @@ def test_a_group_that_cuts_does_not_round_its_neighbours_otherwise(monkeypatch: 
     assert both[1::2].tolist() == draw(logits, cutting).tolist()
 
 
+def plausible(logits: torch.Tensor, share: float) -> torch.Tensor:
+    p = torch.softmax(logits[0].double(), 0)
+    return p >= share * p.max()
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"temperature": 1.7, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("weights", [[-0.9], [1.0, -2.0]], ids=str)
+def test_implausible_tokens_are_left_out_before_anything_is_mixed(weights: list[float], cut: dict[str, Any]) -> None:
+    """Contrastive decoding: the law over what the policy itself gives at least 0.2 of its top probability."""
+    logits = policies(1 + len(weights), seed=11 if len(weights) == 1 else 14)
+    kept = plausible(logits, 0.2)
+    assert 2 <= kept.sum() < V / 2
+    assert not kept[law(logits, weights).argmax()], "the control: unmasked, an implausible token is the likeliest"
+    p = torch.where(kept, law(logits, weights, cut.get("temperature", 1.0)), 0)
+    p = torch.where(p < cut.get("min_p", 0) * p.max(), 0, p)
+    p[p.argsort(descending=True)[int(cut.get("top_k", V)) :]] = 0
+    p /= p.sum()
+    found = shares(logits, 3000, weights=weights, plausibility=0.2, seed=3, **cut)
+    assert ((found > 0) <= (p > 0)).all()
+    assert (found - p).abs().sum() / 2 < 0.04
+
+
+def test_the_kernel_draws_the_same_masked_tokens() -> None:
+    """In Triton's interpreter: what the kernel draws is the reference's token of the masked mixture."""
+    logits = policies(2, seed=11)
+    groups = [group([0, 1], i, str(i), weights=[-0.9], plausibility=0.2, seed=3) for i in range(16)]
+    with on_path("triton"):
+        tokens = draw(logits, groups)
+    z = torch.where(plausible(logits, 0.2), logits[0].double() - 0.9 * logits[1].double(), -torch.inf)
+    cdf = torch.softmax(z, 0).cumsum(0)
+    for token, (head, _) in zip(tokens.tolist(), groups, strict=True):
+        uniform = _uniform(head)
+        assert (cdf[token - 1] if token else 0) - 1e-5 <= uniform <= cdf[token] + 1e-5
+        assert z[token] > -torch.inf
+    assert len(set(tokens.tolist())) > 1
+
+
+def test_each_group_has_a_mask_of_its_own_or_none() -> None:
+    logits = policies(2, seed=11)
+    for place in range(50):
+        masked, free = (
+            group([0, 1], place, name, weights=[-0.9], plausibility=share, seed=3)
+            for name, share in (("g", 0.2), ("h", 0.0))
+        )
+        assert draw(logits, [masked, free]).tolist() == [
+            *draw(logits, [masked]).tolist(),
+            *draw(logits, [free]).tolist(),
+        ]
+    tops = {int(draw(logits, [group([0, 1], i, weights=[-0.9], plausibility=1.0, seed=3)])[0]) for i in range(20)}
+    assert tops == {int(logits[0].argmax())}
+
+
+def test_a_masked_row_of_no_numbers_still_parts_the_rows() -> None:
+    logits = policies(2)
+    logits[0, 4] = torch.nan
+    assert draw(logits, [group([0, 1], plausibility=0.1)]).tolist() == [-1]
+
+
 def test_a_draw_depends_on_seed_and_place_alone() -> None:
     logits = policies(5)
     mine = group([3, 1], 7, seed=5)
@@ -164,7 +223,7 @@ def test_a_replay_is_emitted_before_anything_is_drawn() -> None:
 def test_recipes_survive_the_way_to_the_engine() -> None:
     import msgspec
 
-    recipe = Recipe("g", 0, 3, [1, 2], [0.5, -1.0], -7, 0.3, 4, 0.9, 0.1)
+    recipe = Recipe("g", 0, 3, [1, 2], [0.5, -1.0], -7, 0.3, 4, 0.9, 0.1, 0.2)
     sent = msgspec.msgpack.decode(msgspec.msgpack.encode(recipe.extra_args()))
     assert Recipe.of(sent) == recipe
     assert Recipe.of(None) is Recipe.of({"other": 1}) is None

@@ -122,7 +122,19 @@ class TabularEngine:
         return self.rows
 
     def law(self, prompt: TokenPrompt) -> np.ndarray:
-        """The law of the token after a prompt."""
+        """The law of the token after a prompt, mixed with that of the prompt's other policies."""
+        law = self._alone(prompt)
+        if not prompt.mix and not prompt.plausibility:
+            return law
+        with np.errstate(divide="ignore"):
+            z = np.log(law) + sum(
+                m.weight * np.log(self._alone(TokenPrompt(m.token_ids, m.adapter))) for m in prompt.mix
+            )
+        z[law < prompt.plausibility * law.max()] = -np.inf
+        p: np.ndarray = np.exp(z - z.max())
+        return p / p.sum()
+
+    def _alone(self, prompt: TokenPrompt) -> np.ndarray:
         at = next((i for i, token in enumerate(prompt.token_ids) if token < FIRST_PROMPT_TOKEN), len(prompt.token_ids))
         policy = self.policies.get(prompt.token_ids[:at])
         law: np.ndarray = (policy or self.policies[prompt.adapter]).law(prompt.token_ids[at:])
