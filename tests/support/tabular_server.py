@@ -63,9 +63,9 @@ class _Helpers(ServerHelpers):
         return await FakeHelpers.prefer(self, messages, criterion, answers, pairs)  # type: ignore[arg-type]
 
 
-def tabular_state(end: float = 0.1, **settings: Any) -> Any:
+def tabular_state(end: float = 0.1, texts: Mapping[int, bytes] | None = None, **settings: Any) -> Any:
     """A state with the rewards "a" and "b", the adapter "adapter", and all built-in guides."""
-    renderer: Any = PromptRenderer()
+    renderer: Any = PromptRenderer(texts)
     policies = {None: Endless(seed=1, end=end), "adapter": Endless(seed=2, end=end)}
     engine = ServedTabular(policies, renderer=renderer)
     services = Services(engine, renderer, frozenset({"adapter"}), "fake")
