@@ -32,6 +32,8 @@ class LocalEngine(Engine, Protocol):
 
     def num_running(self) -> int: ...
 
+    async def cause_of_death(self) -> str: ...
+
     async def close(self) -> None: ...
 
 
@@ -58,6 +60,7 @@ class SupervisedEngine:
         self._backoff_s = backoff_s
         self._inner: LocalEngine | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._cause = ""
         self.max_model_len = self.vocab_size = self.max_logprobs = 0
         self.dtype = ""
 
@@ -119,7 +122,7 @@ class SupervisedEngine:
 
     def _now(self) -> LocalEngine:
         if self._inner is None or self._inner.dead:
-            raise EngineUnavailable("the engine is down")
+            raise EngineUnavailable(f"the engine is down: {self._cause}" if self._cause else "the engine is down")
         return self._inner
 
     async def _adopt(self) -> None:
@@ -137,8 +140,9 @@ class SupervisedEngine:
             await asyncio.sleep(self._poll_s)
             if self._inner is None or not self._inner.dead:
                 continue
-            log.error("the engine died; starting it again")
             dead, self._inner = self._inner, None
+            self._cause = await dead.cause_of_death()
+            log.error("the engine died: %s; starting it again", self._cause)
             with contextlib.suppress(Exception):
                 await dead.close()
             wait = self._backoff_s
@@ -146,8 +150,10 @@ class SupervisedEngine:
                 try:
                     await self._adopt()
                 except Exception as error:
+                    self._cause = str(error)
                     log.error("the engine does not start: %s; next try in %.0f s", error, wait)
                     await asyncio.sleep(wait)
                     wait = min(60.0, wait * 2)
+            self._cause = ""
             self._on_restart()
             log.warning("the engine serves again")

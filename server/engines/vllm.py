@@ -14,6 +14,7 @@ from typing import Any
 from guiderail.guides.base import Rollouts
 from guiderail.guides.errors import EngineUnavailable, RequestError
 from guiderail.guides.types import Delta, SamplingSpec, TokenPrompt
+from guiderail.server.engines.last_words import LastWords
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.mixed import MixedRow, MixedSampling, Recipe
 from guiderail.server.engines.rollouts import EngineRollouts, new_request_id
@@ -32,8 +33,9 @@ async def build(settings: EngineSettings) -> "VllmEngine":
     """
     prepare_environment()
     stats = EngineStats()
-    llm = await asyncio.to_thread(_start, settings, stats)
-    engine = VllmEngine(llm, settings, stats)
+    words = LastWords()
+    llm = await asyncio.to_thread(_start, settings, stats, words)
+    engine = VllmEngine(llm, settings, stats, words)
     try:
         await engine.load_adapters()
         # The first log-probabilities compile a small kernel (about 2 s); no user should wait for that.
@@ -44,13 +46,16 @@ async def build(settings: EngineSettings) -> "VllmEngine":
             if faults:
                 raise EngineUnavailable(f"no batch invariance on this processor: {faults} depend on the batch")
         await llm.collective_rpc("settle")
-    except BaseException:
+    except BaseException as error:
+        cause = await engine.cause_of_death() if engine.dead else None
         await engine.close()
+        if cause is not None:
+            raise EngineUnavailable(f"vLLM does not start with {settings.model}: {cause}") from error
         raise
     return engine
 
 
-def _start(settings: EngineSettings, stats: EngineStats) -> Any:
+def _start(settings: EngineSettings, stats: EngineStats, words: LastWords) -> Any:
     from vllm.platforms import current_platform
 
     from guiderail.server.engines.vllm_stats import Recorder
@@ -58,7 +63,7 @@ def _start(settings: EngineSettings, stats: EngineStats) -> Any:
     mode = invariant_environment(cpu=current_platform.is_cpu()) if settings.batch_invariant else nullcontext()
     try:
         with mode:
-            return start(engine_args(settings), [partial(Recorder, stats=stats)])
+            return start(engine_args(settings), words, [partial(Recorder, stats=stats)])
     except Exception as error:
         raise EngineUnavailable(f"vLLM does not start with {settings.model}: {error}") from error
 
@@ -75,8 +80,9 @@ async def end(llm: Any) -> None:
 class VllmEngine:
     """guiderail.guides.Engine over one AsyncLLM. Use it on the event loop that built it."""
 
-    def __init__(self, llm: Any, settings: EngineSettings, stats: EngineStats) -> None:
+    def __init__(self, llm: Any, settings: EngineSettings, stats: EngineStats, words: LastWords) -> None:
         self.stats = stats
+        self._words = words
         self._llm = llm
         self._settings = settings
         self._lora: dict[str, Any] = {}
@@ -90,6 +96,10 @@ class VllmEngine:
     def dead(self) -> bool:
         """Whether the engine's processes are gone."""
         return self._llm is None or bool(self._llm.errored)
+
+    async def cause_of_death(self) -> str:
+        """Why the engine's processes ended, in one line. May take some seconds."""
+        return await self._words.tell()
 
     def num_running(self) -> int:
         """Rows the engine has not finished: running and waiting."""
@@ -175,7 +185,7 @@ class VllmEngine:
             ):
                 yield output
         except EngineDeadError as error:
-            raise EngineUnavailable("the engine process died") from error
+            raise EngineUnavailable(f"the engine process died: {await self.cause_of_death()}") from error
         except EngineGenerateError as error:
             cause = error.__cause__
             if isinstance(cause, ValueError):  # vLLM wraps late validation in this

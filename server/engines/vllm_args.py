@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
+from guiderail.guides.errors import EngineUnavailable
+from guiderail.server.engines.last_words import LastWords
 from guiderail.server.processor import auto_dtype
 
 IN_SCHEDULERS_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # by its short name vLLM takes it for "mp"
@@ -190,18 +192,30 @@ def engine_args(settings: EngineSettings) -> Any:
     )
 
 
-def start(args: Any, stat_loggers: list[Any] | None = None) -> Any:
-    """An AsyncLLM of these AsyncEngineArgs. Blocks for its start; raises whatever vLLM does."""
+def start(args: Any, words: LastWords, stat_loggers: list[Any] | None = None) -> Any:
+    """An AsyncLLM of these AsyncEngineArgs, whose processes `words` listens to. Blocks for its start.
+
+    Raises EngineUnavailable with their cause if the processes end, else whatever vLLM does.
+    """
     from vllm.utils.ompmultiprocessing import OMPProcessManager
     from vllm.v1.engine.async_llm import AsyncLLM
 
     config = args.create_engine_config(_usage())
     with ExitStack() as stack:
+        stack.enter_context(words.listen())
         if args.distributed_executor_backend == IN_SCHEDULERS_PROCESS:
             stack.enter_context(OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0))
-        return AsyncLLM.from_vllm_config(
-            config,
-            usage_context=_usage(),
-            stat_loggers=stat_loggers,
-            disable_log_stats=bool(args.disable_log_stats),
-        )
+        try:
+            llm = AsyncLLM.from_vllm_config(
+                config,
+                usage_context=_usage(),
+                stat_loggers=stat_loggers,
+                disable_log_stats=bool(args.disable_log_stats),
+            )
+        except RuntimeError as error:
+            if "core proc" not in str(error):
+                raise
+            failure = error
+        else:
+            return llm
+    raise EngineUnavailable(words.cause()) from failure

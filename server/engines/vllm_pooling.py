@@ -5,36 +5,44 @@ itself; activations are off, so that no sigmoid hides the values.
 """
 
 import asyncio
+import logging
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from guiderail.guides.errors import EngineUnavailable
+from guiderail.server.engines.last_words import LastWords
 from guiderail.server.engines.vllm import end
 from guiderail.server.engines.vllm_args import EngineSettings, base_args, on_cpu, prepare_environment, start
 from guiderail.server.memory.pool import PASS_TOKENS
 from guiderail.server.rewards.stats import RunnerStats
 
+log = logging.getLogger("guiderail.engine")
+
 
 async def build_pooling(settings: EngineSettings) -> "VllmPooler":
     """Starts the engine's processes. Raises EngineUnavailable if it does not start."""
     prepare_environment()
-    llm = await asyncio.to_thread(_start, settings)
+    words = LastWords()
+    llm = await asyncio.to_thread(_start, settings, words)
     try:
         await llm.collective_rpc("settle")
-    except BaseException:
+    except BaseException as error:
+        cause = await words.tell() if llm.errored else None
         await end(llm)
+        if cause is not None:
+            raise EngineUnavailable(f"vLLM does not start with reward model {settings.model}: {cause}") from error
         raise
-    return VllmPooler(llm)
+    return VllmPooler(llm, words)
 
 
-def _start(settings: EngineSettings) -> Any:
+def _start(settings: EngineSettings, words: LastWords) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     try:
         # A whole group of candidates should fit into one pass, so that its prefix is shared within it.
         args = base_args(settings, cpu=on_cpu()) | {"runner": "pooling", "max_num_batched_tokens": PASS_TOKENS}
-        return start(AsyncEngineArgs(**args))
+        return start(AsyncEngineArgs(**args), words)
     except Exception as error:
         raise EngineUnavailable(f"vLLM does not start with reward model {settings.model}: {error}") from error
 
@@ -42,8 +50,10 @@ def _start(settings: EngineSettings) -> Any:
 class VllmPooler:
     """guiderail.server.rewards.neural.Backend over one AsyncLLM of pooling kind."""
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, words: LastWords) -> None:
         self._llm = llm
+        self._words = words
+        self._reported = False
         self.heads = int(llm.model_config.hf_config.num_labels)
         self.dtype: Any = llm.model_config.dtype
         self.longest: int = llm.model_config.max_model_len
@@ -65,7 +75,11 @@ class VllmPooler:
                 last = output
         except EngineDeadError as error:
             # Not EngineUnavailable: that is the policy's engine, which is started again.
-            raise RuntimeError("the reward model's engine died") from error
+            cause = await self._words.tell()
+            if not self._reported:
+                self._reported = True
+                log.error("a reward model's engine died: %s", cause)
+            raise RuntimeError(f"the reward model's engine died: {cause}") from error
         cached = last.num_cached_tokens or 0
         self.stats.tokens_asked += len(tokens)
         self.stats.tokens_cached += cached

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -26,15 +27,53 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
         server.kill()
 
 
+SOUR = 13  # max_tokens of a request that the engine of `sour_engine` dies of
+
+
+def plugin(folder: Path, group: str, code: str) -> str:
+    """A folder for PYTHONPATH with an installed distribution `sour`, whose entry point `sour` is sour:entry."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sour.py").write_text(code)
+    info = folder / "sour-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sour\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\nsour = sour:entry\n")
+    return str(folder)
+
+
+def sour_engine(folder: Path) -> str:
+    """A plugin of vLLM that raises in the engine's process once it is to schedule a request of SOUR tokens."""
+    return plugin(
+        folder / "plugin",
+        "vllm.general_plugins",
+        f"""
+def entry():
+    from guiderail.server.engines.vllm_gang import GroupScheduler
+    plain = GroupScheduler.schedule
+    def schedule(self, *args, **options):
+        if any(request.max_tokens == {SOUR} for request in self.requests.values()):
+            raise RuntimeError("sour milk")
+        return plain(self, *args, **options)
+    GroupScheduler.schedule = schedule
+""",
+    )
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
-    started: Callable[..., Serve], model_path: str
+    started: Callable[..., Serve], model_path: str, tmp_path: Path
 ) -> None:
-    server = started()
-    server.wait(lambda: server.health() == 200, 120)
+    server = started(env={"PYTHONPATH": sour_engine(tmp_path)})
+    server.wait(lambda: server.health() == 200, 240)
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
-    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).status_code == 200
+
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json=body | {"max_tokens": SOUR}, timeout=120)
+    assert refused.status_code == 503
+    assert "the engine process died: RuntimeError: sour milk; " in refused.json()["error"]["message"]
+    server.wait(lambda: "the engine died: RuntimeError: sour milk; starting it again" in server.log.read_text(), 60)
+    server.wait(lambda: server.health() == 200, 240)
 
     (core,) = (p for p in server.family() if "EngineCore" in "".join(p.cmdline()))
     assert not [p for p in server.family() if "Worker" in "".join(p.cmdline())], "the model is in the scheduler's"
@@ -44,13 +83,14 @@ def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
         (huge,) = re.findall(r"AnonHugePages: *(\d+)", Path(f"/proc/{core.pid}/smaps_rollup").read_text())
         assert int(huge) * 1024 > 0.25 * 2**30, "the KV cache at least"
     core.kill()
-    server.wait(lambda: server.health() == 503, 10)
-    refused = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+    server.wait(lambda: server.health() == 503, 60)
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
-    server.wait(lambda: server.health() == 200, 120)
-    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+    server.wait(lambda: "the engine died: killed by SIGKILL (out of memory?)" in server.log.read_text(), 60)
+    server.wait(lambda: server.health() == 200, 240)
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).status_code == 200
     assert "guiderail:engine_restarts_total" in (metrics := httpx.get(f"{server.url}/metrics").text)
-    assert 'engine_restarts_total{model_name="smollm2-135m-instruct"} 1.0' in metrics
+    assert 'engine_restarts_total{model_name="smollm2-135m-instruct"} 2.0' in metrics
 
     assert server.end(signal.SIGTERM) == 0
     assert "stopped" in server.log.read_text()
@@ -61,7 +101,7 @@ def test_a_killed_server_takes_its_engines_with_it(
     started: Callable[..., Serve], model_path: str, reward_head: str
 ) -> None:
     server = started("--reward", f"head={reward_head},backend=vllm")
-    server.wait(lambda: server.health() == 200, 120)
+    server.wait(lambda: server.health() == 200, 240)
     family = server.family()
     assert sum("EngineCore" in "".join(p.cmdline()) for p in family) == 2
     server.process.kill()
@@ -72,9 +112,35 @@ def test_a_killed_server_takes_its_engines_with_it(
 @pytest.mark.slow
 def test_ctrl_c_while_starting_leaves_nothing(started: Callable[..., Serve], model_path: str) -> None:
     server = started()
-    server.wait(lambda: any("EngineCore" in "".join(p.cmdline()) for p in server.family()), 60)
+    server.wait(lambda: any("EngineCore" in "".join(p.cmdline()) for p in server.family()), 240)
     assert server.end(signal.SIGINT) == 130
     assert "stopped while starting" in server.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_engine_that_dies_while_starting_says_why(
+    started: Callable[..., Serve], model_path: str, tmp_path: Path
+) -> None:
+    server = started()
+    cores: list[psutil.Process] = []
+    while not cores and server.process.poll() is None:
+        cores = [p for p in server.family() if "EngineCore" in "".join(p.cmdline())]
+    cores[0].kill()
+    assert server.process.wait(240) == 1
+    assert server.log.read_text().strip().splitlines()[-1] == (
+        f"guiderail: vLLM does not start with {model_path}: killed by SIGKILL (out of memory?)"
+    )
+
+    broken = tmp_path / "broken"
+    shutil.copytree(model_path, broken)
+    (broken / "model.safetensors").write_bytes(b"not a header at all")
+    server = started("--model", str(broken))
+    assert server.process.wait(240) == 1
+    said = server.log.read_text()
+    assert said.strip().splitlines()[-1].startswith(f"guiderail: vLLM does not start with {broken}: ")
+    assert "SafetensorError" in said.strip().splitlines()[-1]
+    assert "Traceback" in said, "the log has all"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +156,7 @@ def test_a_start_that_cannot_work_says_why_in_one_line(
     started: Callable[..., Serve], model_path: str, flags: list[str], message: str
 ) -> None:
     server = started(*flags)
-    assert server.process.wait(60) == 1
+    assert server.process.wait(240) == 1
     last = server.log.read_text().strip().splitlines()[-1]
     assert last.startswith("guiderail: ")
     assert message in last
@@ -100,7 +166,7 @@ def test_a_port_in_use_is_told_before_the_engine_starts(started: Callable[..., S
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         server = started("--port", str(port))
-        assert server.process.wait(60) == 1
+        assert server.process.wait(240) == 1
     said = server.log.read_text().strip().splitlines()
     assert said == [
         f"guiderail: cannot listen on http://127.0.0.1:{port}: Address already in use; choose with --host and --port"
@@ -108,12 +174,8 @@ def test_a_port_in_use_is_told_before_the_engine_starts(started: Callable[..., S
 
 
 def test_a_broken_plugin_stops_the_start(started: Callable[..., Serve], model_path: str, tmp_path: Path) -> None:
-    (tmp_path / "sour.py").write_text("raise RuntimeError('sour milk')")
-    info = tmp_path / "sour-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sour\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[guiderail.guides]\nsour = sour:Guide\n")
-    server = started(env={"PYTHONPATH": str(tmp_path)})
-    assert server.process.wait(60) == 1
+    folder = plugin(tmp_path / "plugin", "guiderail.guides", "raise RuntimeError('sour milk')")
+    server = started(env={"PYTHONPATH": folder})
+    assert server.process.wait(240) == 1
     assert "'sour'" in server.log.read_text()
     assert "sour milk" in server.log.read_text()

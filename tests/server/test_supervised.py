@@ -15,11 +15,14 @@ class Mortal(ScriptedEngine):
     dead = False
     closed = False
 
+    async def cause_of_death(self) -> str:
+        return "killed by SIGKILL"
+
     async def close(self) -> None:
         self.closed = True
 
 
-async def test_it_is_built_again_after_death() -> None:
+async def test_it_is_built_again_after_death(caplog: pytest.LogCaptureFixture) -> None:
     built: list[Mortal] = []
     failures = 2
     restarts = 0
@@ -28,6 +31,7 @@ async def test_it_is_built_again_after_death() -> None:
         nonlocal failures
         if built and failures:
             failures -= 1
+            await asyncio.sleep(0.02)
             raise EngineUnavailable("not yet")
         built.append(Mortal())
         return built[-1]
@@ -45,9 +49,14 @@ async def test_it_is_built_again_after_death() -> None:
     assert not engine.up
     with pytest.raises(EngineUnavailable):
         engine.generate([TokenPrompt((1,))], SamplingSpec(1))
-    async with asyncio.timeout(2):
-        while not engine.up:
-            await asyncio.sleep(0.01)
+    reasons = set()
+    while not engine.up:
+        with pytest.raises(EngineUnavailable) as down:
+            engine.generate([TokenPrompt((1,))], SamplingSpec(1))
+        reasons.add(str(down.value))
+        await asyncio.sleep(0)
+    assert {"the engine is down: killed by SIGKILL", "the engine is down: not yet"} <= reasons
+    assert "the engine died: killed by SIGKILL; starting it again" in caplog.messages
     assert built[0].closed
     assert (len(built), failures, restarts) == (2, 0, 1)
     async with engine.generate([TokenPrompt((1,))], SamplingSpec(9)) as rollouts:

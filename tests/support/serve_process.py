@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,8 +34,15 @@ class Serve:
         self._seen: dict[int, psutil.Process] = {}
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [*COMMAND, "--port", str(port), *flags], stdout=file, stderr=file, env={**os.environ, **(env or {})}
+                [*COMMAND, "--port", str(port), *flags], stdout=file, stderr=file, env=self.environment(env or {})
             )
+
+    @staticmethod
+    def environment(more: Mapping[str, str]) -> dict[str, str]:
+        """The present environment with `more`, whose PYTHONPATH comes before the present one."""
+        folders = [more.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]
+        path = {"PYTHONPATH": os.pathsep.join(filter(None, folders))} if any(folders) else {}
+        return {**os.environ, **more, **path}
 
     def family(self) -> list[psutil.Process]:
         """Living processes that are or were descendants."""
