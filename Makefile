@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup serve test check fix bench bench-numerics bench-scoring bench-transforms bench-infalign bench-guides bench-quality bench-load clean
+.PHONY: setup serve test test-avx2 check fix bench bench-dtype bench-numerics bench-scoring bench-transforms bench-infalign bench-guides bench-quality bench-load clean
 
 setup: $(READY)
 	@$(BIN)/guiderail models smollm2-135m-instruct >/dev/null
@@ -25,6 +25,10 @@ serve: setup
 test: setup
 	@$(BIN)/pytest $(ARGS)
 
+# The same tests as on a processor without AVX-512, whatever this one is: see tests/support/avx2/sitecustomize.py.
+test-avx2: setup
+	@PYTHONPATH=tests/support/avx2 $(BIN)/pytest $(ARGS)
+
 check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
@@ -41,6 +45,9 @@ bench: setup
 
 bench-numerics: setup
 	@$(BIN)/python -P tests/bench/bench_numerics.py $(ARGS)
+
+bench-dtype: setup
+	@$(BIN)/python -P tests/bench/bench_dtype.py $(ARGS)
 
 bench-scoring: setup
 	@$(BIN)/python -P tests/bench/bench_scoring.py $(ARGS)

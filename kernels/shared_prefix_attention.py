@@ -25,10 +25,11 @@ from guiderail.kernels.prefix_layout import Context, Layout, on_device
 __all__ = ["Context", "Layout", "prepare", "shared_prefix_attention"]
 
 SMALLEST_TOTAL, LARGEST_TOTAL = 1e-20, 1e20  # between them exp() of bfloat16 scores and its sums are precise enough
-PRODUCT_SIZE = 65_536  # rows times keys from which the plain products win, on a CPU without matrix tiles
-# torch's fused attention uses matrix tiles (AMX) and then takes half of the plain products' time; without them it
-# takes 2.5 times as long as they.
-PLAIN_PRODUCTS = not torch.cpu.get_capabilities().get("amx_bf16", False)
+PRODUCT_SIZE = 65_536  # rows times keys from which the plain products win, on a CPU with bfloat16 vectors
+# torch's fused attention uses matrix tiles (AMX) and then takes half of the plain products' time; with bfloat16 vectors
+# alone (avx512_bf16) it takes 2.5 times as long as they. Without either these are emulated: on AVX2 the products of 9
+# heads of 64 take 9 (64 keys) to 28 (256 keys) times as long as the fused attention.
+PLAIN_PRODUCTS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def shared_prefix_attention(
