@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from loadtest_harness import by_id, kind, load_test
 from timed_server import Scripted
+from virtual_time import in_virtual_time
 
 from guiderail.loadtest.errors import LoadtestError
 from guiderail.loadtest.plan import Cancellation
@@ -80,14 +81,16 @@ async def test_clients_hang_up_after_tokens(server: Scripted) -> None:
     assert [s.gone for s in noted] == [r.outcome is Outcome.CANCELLED for r in run.records]  # the server is told
 
 
-async def test_clients_hang_up_after_a_time_even_if_nothing_came(server: Scripted) -> None:
-    hanging = [TrafficClass(name="w", stream=False, cancellation_rate=1.0, body={"script": {"ttft": 30}})]
-    cancellation = Cancellation(0.0, chunks=None, seconds=(0.05, 0.15))
-    result, (run,) = await load_test(server, hanging, Load(200.0, count=20), cancellation=cancellation)
-    assert result["outcomes"]["cancelled"] == 20
-    assert all(0.05 <= record.e2el_from_send < 0.4 for record in run.records)
-    with pytest.raises(LoadtestError, match=r"class 'w' does not stream.*--cancel-after-s"):
-        await load_test(server, hanging, Load(200.0, count=20))
+@in_virtual_time
+async def test_clients_hang_up_after_a_time_even_if_nothing_came() -> None:
+    async with Scripted().running() as server:
+        hanging = [TrafficClass(name="w", stream=False, cancellation_rate=1.0, body={"script": {"ttft": 30}})]
+        cancellation = Cancellation(0.0, chunks=None, seconds=(0.05, 0.15))
+        result, (run,) = await load_test(server, hanging, Load(200.0, count=20), cancellation=cancellation)
+        assert result["outcomes"]["cancelled"] == 20
+        assert all(0.05 <= record.e2el_from_send < 0.4 for record in run.records)
+        with pytest.raises(LoadtestError, match=r"class 'w' does not stream.*--cancel-after-s"):
+            await load_test(server, hanging, Load(200.0, count=20))
 
 
 async def test_no_server_is_a_connection_error() -> None:
@@ -103,39 +106,45 @@ async def test_no_server_is_a_connection_error() -> None:
         await load_test(url, [kind()], Load(count=2), ready_timeout_s=0.01)
 
 
-async def test_a_rejected_user_of_a_closed_loop_comes_back_when_told(server: Scripted) -> None:
-    result, (run,) = await load_test(server, [kind(fault=429)], Load(max_concurrency=1, count=5))
-    gaps = [b.sent - a.end for a, b in zip(run.records, run.records[1:], strict=False)]
-    assert result["outcomes"]["rejected_429"] == 5
-    assert all(0.05 <= gap < 0.3 for gap in gaps)
+@in_virtual_time
+async def test_a_rejected_user_of_a_closed_loop_comes_back_when_told() -> None:
+    async with Scripted().running() as server:
+        result, (run,) = await load_test(server, [kind(fault=429)], Load(max_concurrency=1, count=5))
+        gaps = [b.sent - a.end for a, b in zip(run.records, run.records[1:], strict=False)]
+        assert result["outcomes"]["rejected_429"] == 5
+        assert all(0.05 <= gap < 0.3 for gap in gaps)
 
 
-async def test_an_interrupted_run_still_balances(server: Scripted) -> None:
-    stop = asyncio.Event()
+@in_virtual_time
+async def test_an_interrupted_run_still_balances() -> None:
+    async with Scripted().running() as server:
+        stop = asyncio.Event()
 
-    async def after_thirty(number: int) -> None:
-        if number == 30:
-            stop.set()
+        async def after_thirty(number: int) -> None:
+            if number == 30:
+                stop.set()
 
-    server.gate = after_thirty
-    mixed = [kind("slow", ttft=30), kind("quick", tokens=3)]
-    result, (run,) = await load_test(server, mixed, Load(50.0, count=10_000), stop=stop)
-    assert result["interrupted"]
-    assert run.duration_s < 20
-    counts = Counter(record.class_name for record in run.records)
-    assert result["classes"]["slow"]["outcomes"]["cancelled"] == counts["slow"] > 2
-    quick = result["classes"]["quick"]["outcomes"]
-    assert quick["completed"] + quick["cancelled"] == counts["quick"]
-    assert quick["completed"] > 2
-    assert sum(result["outcomes"].values()) == len(run.records)
-    await asyncio.sleep(0.05)
-    assert 31 <= len(server.served) <= len(run.records)  # the last may not have reached it
+        server.gate = after_thirty
+        mixed = [kind("slow", ttft=30), kind("quick", tokens=3)]
+        result, (run,) = await load_test(server, mixed, Load(50.0, count=10_000), stop=stop)
+        assert result["interrupted"]
+        assert run.duration_s < 20
+        counts = Counter(record.class_name for record in run.records)
+        assert result["classes"]["slow"]["outcomes"]["cancelled"] == counts["slow"] > 2
+        quick = result["classes"]["quick"]["outcomes"]
+        assert quick["completed"] + quick["cancelled"] == counts["quick"]
+        assert quick["completed"] > 2
+        assert sum(result["outcomes"].values()) == len(run.records)
+        await asyncio.sleep(0.05)
+        assert 31 <= len(server.served) <= len(run.records)  # the last may not have reached it
 
 
-async def test_a_duration_ends_a_closed_loop(server: Scripted) -> None:
-    result, (run,) = await load_test(server, [kind(ttft=0.01)], Load(max_concurrency=2, duration_s=0.5))
-    assert 0.5 <= run.duration_s < 1.0
-    assert result["sent"] == result["completed"] > 20
+@in_virtual_time
+async def test_a_duration_ends_a_closed_loop() -> None:
+    async with Scripted().running() as server:
+        result, (run,) = await load_test(server, [kind(ttft=0.01)], Load(max_concurrency=2, duration_s=0.5))
+        assert 0.5 <= run.duration_s < 1.0
+        assert result["sent"] == result["completed"] > 20
 
 
 async def test_warm_ups_are_sent_but_not_counted(server: Scripted) -> None:

@@ -1,6 +1,5 @@
 """The rule rewards, and that hostile patterns and schemas hurt nobody."""
 
-import time
 from typing import Any
 
 import pytest
@@ -60,10 +59,9 @@ def test_regex() -> None:
 
 
 def test_a_pattern_of_exponential_time_is_stopped() -> None:
-    started = time.monotonic()
-    with pytest.raises(ValueError, match="takes more than"):
-        score(Regex(), "a" * 40 + "b", pattern="(a|aa)+$")
-    assert time.monotonic() - started < 5
+    """It would take hours. The limit is told, and short: the event loop's other requests wait for it."""
+    with pytest.raises(ValueError, match=r"takes more than 0\.1 s"):
+        score(Regex(), "a" * 60 + "b", pattern="(a|aa)+$")
 
 
 def test_json_schema() -> None:
