@@ -22,6 +22,8 @@ from bench_scoring import apart, draw, model_folder
 from bench_server import Raw, Served, messages
 from report import write_section
 
+from guiderail.server.processor import auto_dtype
+
 
 async def batching(folder: str, rounds: int) -> list[tuple[float, float]]:
     """(one by one, at once) seconds for 8 requests x 8 calls of one candidate each, 64 tokens after 64."""
@@ -138,8 +140,8 @@ def report(
         ("p99 inter-token latency of a plain chat: beside scoring / alone", p99, "", None),
     ]
     lines = [
-        "SmolLM2-135M with a scalar head (bfloat16, packed backend) in the server. Medians over rounds of ratios within "
-        "a round, with the smallest and largest.",
+        f"SmolLM2-135M with a scalar head ({auto_dtype()}, packed backend) in the server. Medians over rounds of ratios "
+        "within a round, with the smallest and largest.",
         "",
         "| ratio | median | range | target | |",
         "|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """Scoring with a reward model on CPU, every method in one run: `make bench-scoring`.
 
-One reward model (SmolLM2-135M with a scalar head, bfloat16), prompts of 400 random tokens and 16 candidates
+One reward model (SmolLM2-135M with a scalar head, in the dtype `auto`), prompts of 400 random tokens and 16 candidates
 of 64, all new in every round. Rounds alternate over the methods; a figure is the median over rounds.
 """
 
@@ -20,6 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from report import write_section
 
+from guiderail.server.processor import auto_dtype, packs_bfloat16
+
+DTYPE = getattr(torch, auto_dtype())
 PROMPT, CANDIDATES, LENGTH, EXTENSION = 400, 16, 64, 8
 
 
@@ -36,19 +39,24 @@ def model_folder(where: Path) -> str:
     from guiderail.server.settings import Settings
 
     base = models.resolve(models.DEFAULT_MODEL, Settings().cache)
-    decoder = AutoModel.from_pretrained(base, dtype=torch.bfloat16)
+    decoder = AutoModel.from_pretrained(base, dtype=DTYPE)
     head = torch.randn(1, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.03
     write_classifier(LoadedModel(decoder, head, AutoTokenizer.from_pretrained(base), None), Path(base), where)
     return str(where)
 
 
 def gemm_limit(rows: int) -> float:
-    """Milliseconds of the model's matrix products alone, over weights packed by oneDNN."""
+    """Milliseconds of the model's matrix products alone, over weights that are packed where the runner packs them."""
     from guiderail.server.rewards.fast_modules import PackedLinear
 
+    def product(outputs: int, inputs: int) -> Any:
+        if torch.bfloat16 == DTYPE and packs_bfloat16():
+            return PackedLinear(torch.randn(outputs, inputs, dtype=DTYPE), None)
+        return torch.nn.Linear(inputs, outputs, bias=False, dtype=DTYPE)
+
     shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (3072, 576), (576, 1536)]
-    layers = [[PackedLinear(torch.randn(n, k, dtype=torch.bfloat16), None) for n, k in shapes] for _ in range(30)]
-    inputs = {k: torch.randn(rows, k, dtype=torch.bfloat16) for k in (576, 1536)}
+    layers = [[product(n, k) for n, k in shapes] for _ in range(30)]
+    inputs = {k: torch.randn(rows, k, dtype=DTYPE) for k in (576, 1536)}
     started = time.perf_counter()
     with torch.inference_mode():
         for layer in layers:
@@ -67,9 +75,9 @@ class Methods:
         from guiderail.server.rewards.neural import PackedBackend
         from guiderail.server.rewards.packed import PackedRunner
 
-        self.plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        self.plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=DTYPE).eval()
         self.plain.config.pad_token_id = 2
-        loaded = load_model(folder, Path("/nonexistent"), "bfloat16")
+        loaded = load_model(folder, Path("/nonexistent"))
         self.runner = PackedRunner(loaded.decoder, loaded.heads, capacity=32768)
         self.backend = PackedBackend(self.runner, 1)  # as in the server: one thread owns the runner
         self.vllm: Any = None
@@ -78,9 +86,7 @@ class Methods:
         from guiderail.server.engines.vllm import EngineSettings
         from guiderail.server.engines.vllm_pooling import build_pooling
 
-        self.vllm = await build_pooling(
-            EngineSettings(model=folder, dtype="bfloat16", max_model_len=2048, kv_cache_gb=2)
-        )
+        self.vllm = await build_pooling(EngineSettings(model=folder, max_model_len=2048, kv_cache_gb=2))
 
     def new(self) -> tuple[list[int], list[list[int]]]:
         prompt = draw(PROMPT)
@@ -186,7 +192,7 @@ def report(times: dict[str, list[float]], gaps: dict[str, float], spread: float)
         return statistics.median(ratios), ratios[0], ratios[-1]
 
     lines = [
-        f"Prompt {PROMPT} + {CANDIDATES} candidates x {LENGTH} tokens, SmolLM2-135M with a scalar head, bfloat16. "
+        f"Prompt {PROMPT} + {CANDIDATES} candidates x {LENGTH} tokens, SmolLM2-135M with a scalar head, {auto_dtype()}. "
         "Medians over rounds; a ratio is the median of the ratios within rounds, with the smallest and largest.",
         "",
         "| method | ms |",
@@ -215,7 +221,7 @@ def report(times: dict[str, list[float]], gaps: dict[str, float], spread: float)
         f"| the matrix products' time alone (limit) | {share:.2f} of it reached | {low:.2f}-{high:.2f} | aim 0.7 "
         f"| {'reached' if share >= 0.7 else 'not reached'} |",
         "",
-        f"Largest difference of a score to transformers' padded bfloat16 batch: packed {gaps['packed']:.3f}, "
+        f"Largest difference of a score to transformers' padded batch: packed {gaps['packed']:.3f}, "
         f"vLLM {gaps['vllm']:.3f}; the scores' standard deviation is {spread:.3f}.",
     ]
     write_section("scoring", "Scoring with a reward model on CPU", "make bench-scoring", lines, data)

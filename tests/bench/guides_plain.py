@@ -14,6 +14,7 @@ from plain_search import PlainSearch
 
 from guiderail.guides.types import Message
 from guiderail.server import models
+from guiderail.server.processor import auto_dtype
 from guiderail.server.state import ServerState
 
 TOP_K, LOOKAHEAD, TOGETHER = 10, 20, 8
@@ -125,7 +126,7 @@ def _lines(data: dict[str, Any], tokens: int) -> list[str]:
     first = next(iter(data.values()))["rows"][0]
     lines = [
         f"Answers of {tokens} tokens, k {TOP_K}, lookahead {LOOKAHEAD}, SmolLM2-135M and the bundled reward head on a second "
-        "copy of it, all bfloat16. Plain: tests/bench/plain_search.py, the published loop on transformers (no keys and "
+        f"copy of it, all {auto_dtype()}. Plain: tests/bench/plain_search.py, the published loop on transformers (no keys and "
         "values kept between tokens, one batch of candidates a token, text re-encoded for the reward model) with "
         f"{first['threads']} threads; guided: one request alone, and {TOGETHER} at once, where plain has no such thing. They "
         "take turns. Transfer Q* samples its lookahead, DeAL decodes it greedily; rollouts end where the answer must in both.",

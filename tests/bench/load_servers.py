@@ -68,15 +68,17 @@ def guiderail(folder: Path, *flags: str, context: str = CONTEXT) -> Iterator[Ser
 
 
 @contextmanager
-def vllm(folder: Path, dtype: str = "bfloat16") -> Iterator[Server]:
+def vllm(folder: Path, dtype: str = "auto") -> Iterator[Server]:
     """`vllm serve` with the model, environment and engine settings of `guiderail serve`."""
     from guiderail.server import models
     from guiderail.server.engines.vllm import prepare_environment
     from guiderail.server.engines.vllm_args import CPU_KV_GB
+    from guiderail.server.processor import auto_dtype
     from guiderail.server.settings import Settings
 
     settings = Settings()
     prepare_environment()
+    dtype = auto_dtype() if dtype == "auto" else dtype
     command = [
         sys.executable, "-m", SERVE, "--model", models.resolve(models.DEFAULT_MODEL, settings.cache),
         "--host", "127.0.0.1", "--max-model-len", CONTEXT, "--dtype", dtype, "--block-size", "32",

@@ -27,19 +27,20 @@ class PlainAnswer:
 
 
 class PlainSearch:
-    """The policy and the reward model, each a transformers model in bfloat16. Use it on one thread."""
+    """The policy and the reward model, each a transformers model in the dtype `auto`. Use it on one thread."""
 
     def __init__(self, policy: str, head: str, cache: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from guiderail.server.processor import auto_dtype
         from guiderail.server.rewards.loading import head_card, load_model
 
         self.tokenizer = AutoTokenizer.from_pretrained(policy)
-        self.policy = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16).eval()
+        self.policy = AutoModelForCausalLM.from_pretrained(policy, dtype=getattr(torch, auto_dtype())).eval()
         config = self.policy.generation_config
         config.eos_token_id, config.pad_token_id = None, self.tokenizer.pad_token_id or 0  # every answer has all tokens
         self._end = int(self.tokenizer.eos_token_id)
-        reward = load_model(head, cache, "bfloat16")
+        reward = load_model(head, cache)
         self.reward_model, self.head, self.reward_tokenizer = reward.decoder.eval(), reward.heads, reward.tokenizer
         self.reward_tokenizer.padding_side = "right"
         self._longest = (head_card(head) or {})["max_tokens"]

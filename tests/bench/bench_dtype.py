@@ -1,0 +1,122 @@
+"""Which dtype is the faster on this machine, and whether `auto` is that one: `make bench-dtype`.
+
+Two servers of the same settings live at once, one in float32 and one in bfloat16, each with the bundled reward head in
+its own dtype. They take turns, never working together; a ratio is the median over rounds of bfloat16 / float32 within a
+round. Where bfloat16 is emulated it is slow: `--tokens 8 --rounds 2` is then enough. Writes its part of BENCHMARKS.md.
+
+    plain       16 concurrent clients with one answer each
+    best_of_16  one request, best of 16 by the reward head
+"""
+
+import argparse
+import asyncio
+import statistics
+import sys
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
+from load_servers import guiderail
+from report import write_section
+
+HEAD = "hh-harmless-smollm2-135m"
+DTYPES = ("float32", "bfloat16")
+WIDTH = 16
+CASES = ("plain", "best_of_16")
+
+
+class Served:
+    """One server, asked for answers of `tokens` tokens."""
+
+    def __init__(self, http: httpx.AsyncClient, tokens: int) -> None:
+        self._http = http
+        self._tokens = tokens
+
+    async def _answer(self, number: int, **fields: Any) -> dict[str, Any]:
+        ask = [{"role": "user", "content": f"({number}) Tell me three facts about rivers."}]
+        body = {"messages": ask, "max_tokens": self._tokens, "ignore_eos": True, "seed": number, **fields}
+        response = await self._http.post("/v1/chat/completions", json=body)
+        response.raise_for_status()
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    async def dtype(self) -> str:
+        return str((await self._http.get("/version")).json()["dtype"])
+
+    async def plain(self, first: int) -> float:
+        """Tokens per second."""
+        started = time.perf_counter()
+        answers = await asyncio.gather(*(self._answer(first + i) for i in range(WIDTH)))
+        tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
+        return float(tokens) / (time.perf_counter() - started)
+
+    async def best_of_16(self, first: int) -> float:
+        """Tokens per second that the candidates had together, scoring included."""
+        alignment = {"guide": {"name": "best_of_n", "n": WIDTH}, "rewards": ["harmless"]}
+        started = time.perf_counter()
+        answer = await self._answer(first, alignment=alignment)
+        return float(answer["alignment"]["spend"]["tokens_generated"]) / (time.perf_counter() - started)
+
+
+async def main(rounds: int, tokens: int) -> None:
+    from guiderail.server.processor import auto_dtype, instruction_set
+
+    found: dict[str, list[tuple[float, float]]] = {case: [] for case in CASES}
+    async with AsyncExitStack() as stack:
+        servers = {}
+        for dtype in DTYPES:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            flags = ["--dtype", dtype, "--reward", f"harmless={HEAD},dtype={dtype}", "--kv-cache-gb", "0.5"]
+            print(f"starting a server in {dtype}", file=sys.stderr)
+            server = stack.enter_context(guiderail(folder, *flags))
+            http = await stack.enter_async_context(httpx.AsyncClient(base_url=server.url, timeout=600))
+            servers[dtype] = Served(http, tokens)
+            assert await servers[dtype].dtype() == dtype
+        for number in range(-1, rounds):  # round -1 warms both up
+            for case in CASES:
+                first = 1000 * (number + 2)
+                order = DTYPES if number % 2 else DTYPES[::-1]
+                speed = {dtype: await getattr(servers[dtype], case)(first) for dtype in order}
+                if number >= 0:
+                    found[case].append((speed["float32"], speed["bfloat16"]))
+                    print(f"round {number + 1}, {case}: {speed}", file=sys.stderr)
+    report(found, auto_dtype(), instruction_set(), tokens)
+
+
+def report(found: dict[str, list[tuple[float, float]]], auto: str, instructions: str, tokens: int) -> None:
+    """Writes the section."""
+    lines = [
+        f"SmolLM2-135M and the bundled reward head on it, answers of {tokens} tokens, instruction set {instructions}. "
+        "Medians over rounds; the ratio is the median of bfloat16 / float32 within a round, with the smallest and largest.",
+        "",
+        "| case | float32 | bfloat16 | ratio | range |",
+        "|---|---|---|---|---|",
+    ]
+    data: dict[str, Any] = {"instruction_set": instructions, "auto": auto, "tokens": tokens}
+    for case, pairs in found.items():
+        ratios = [theirs / ours for ours, theirs in pairs]
+        ratio = statistics.median(ratios)
+        plain, half = (statistics.median(column) for column in zip(*pairs, strict=True))
+        lines.append(
+            f"| {case} | {plain:.4g} tokens/s | {half:.4g} tokens/s | {ratio:.3f} | {min(ratios):.3f}-{max(ratios):.3f} |"
+        )
+        data[case] = {"pairs": pairs, "ratio": ratio, "faster": "bfloat16" if ratio > 1 else "float32"}
+    taken = [case for case in found if data[case]["faster"] == auto]
+    missed = [case for case in found if case not in taken]
+    lines += ["", f"`auto` is {auto} here: the faster one for {', '.join(taken) or 'none of these'}" + (
+        f"; **the slower one for {', '.join(missed)}**." if missed else "."
+    )]  # fmt: skip
+    write_section("dtype", "Float32 against bfloat16", "make bench-dtype", lines, data)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64)
+    given = parser.parse_args()
+    asyncio.run(main(given.rounds, given.tokens))
