@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import httpx
 import psutil
 import pytest
-from serve_process import Serve
+from serve_process import START_S, Serve
 
 HOLD = str(Path(__file__).parent.parent / "support" / "avx2")
 HEAD = "hh-harmless-smollm2-135m"
@@ -46,11 +46,11 @@ def test_a_wider_processor_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_server_with_a_reward_model(model_path: str, tmp_path: Path) -> None:
     server = Serve(tmp_path / "log", "--reward", f"harmless={HEAD}", env={"PYTHONPATH": HOLD})
     try:
-        server.wait(lambda: server.health() == 200, 240)
+        server.wait(lambda: server.health() == 200, START_S)
         said = server.log.read_text()
         assert "(avx2): dtype auto is float32 on it" in said
         assert "the engine computes in float32" in said

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from serve_process import Serve
+from serve_process import START_S, Serve
 
 
 @pytest.fixture
@@ -60,12 +60,12 @@ def entry():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
     started: Callable[..., Serve], model_path: str, tmp_path: Path
 ) -> None:
     server = started(env={"PYTHONPATH": sour_engine(tmp_path)})
-    server.wait(lambda: server.health() == 200, 240)
+    server.wait(lambda: server.health() == 200, START_S)
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
     assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).status_code == 200
 
@@ -73,7 +73,7 @@ def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
     assert refused.status_code == 503
     assert "the engine process died: RuntimeError: sour milk; " in refused.json()["error"]["message"]
     server.wait(lambda: "the engine died: RuntimeError: sour milk; starting it again" in server.log.read_text(), 60)
-    server.wait(lambda: server.health() == 200, 240)
+    server.wait(lambda: server.health() == 200, START_S)
 
     (core,) = (p for p in server.family() if "EngineCore" in "".join(p.cmdline()))
     assert not [p for p in server.family() if "Worker" in "".join(p.cmdline())], "the model is in the scheduler's"
@@ -87,7 +87,7 @@ def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
     refused = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
     server.wait(lambda: "the engine died: killed by SIGKILL (out of memory?)" in server.log.read_text(), 60)
-    server.wait(lambda: server.health() == 200, 240)
+    server.wait(lambda: server.health() == 200, START_S)
     assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).status_code == 200
     assert "guiderail:engine_restarts_total" in (metrics := httpx.get(f"{server.url}/metrics").text)
     assert 'engine_restarts_total{model_name="smollm2-135m-instruct"} 2.0' in metrics
@@ -97,11 +97,12 @@ def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_server_takes_its_engines_with_it(
     started: Callable[..., Serve], model_path: str, reward_head: str
 ) -> None:
     server = started("--reward", f"head={reward_head},backend=vllm")
-    server.wait(lambda: server.health() == 200, 240)
+    server.wait(lambda: server.health() == 200, START_S)
     family = server.family()
     assert sum("EngineCore" in "".join(p.cmdline()) for p in family) == 2
     server.process.kill()
@@ -110,15 +111,16 @@ def test_a_killed_server_takes_its_engines_with_it(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ctrl_c_while_starting_leaves_nothing(started: Callable[..., Serve], model_path: str) -> None:
     server = started()
-    server.wait(lambda: any("EngineCore" in "".join(p.cmdline()) for p in server.family()), 240)
+    server.wait(lambda: any("EngineCore" in "".join(p.cmdline()) for p in server.family()), START_S)
     assert server.end(signal.SIGINT) == 130
     assert "stopped while starting" in server.log.read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1300)
 def test_an_engine_that_dies_while_starting_says_why(
     started: Callable[..., Serve], model_path: str, tmp_path: Path
 ) -> None:
@@ -127,7 +129,7 @@ def test_an_engine_that_dies_while_starting_says_why(
     while not cores and server.process.poll() is None:
         cores = [p for p in server.family() if "EngineCore" in "".join(p.cmdline())]
     cores[0].kill()
-    assert server.process.wait(240) == 1
+    assert server.process.wait(START_S) == 1
     assert server.log.read_text().strip().splitlines()[-1] == (
         f"guiderail: vLLM does not start with {model_path}: killed by SIGKILL (out of memory?)"
     )
@@ -136,7 +138,7 @@ def test_an_engine_that_dies_while_starting_says_why(
     shutil.copytree(model_path, broken)
     (broken / "model.safetensors").write_bytes(b"not a header at all")
     server = started("--model", str(broken))
-    assert server.process.wait(240) == 1
+    assert server.process.wait(START_S) == 1
     said = server.log.read_text()
     assert said.strip().splitlines()[-1].startswith(f"guiderail: vLLM does not start with {broken}: ")
     assert "SafetensorError" in said.strip().splitlines()[-1]
@@ -156,7 +158,7 @@ def test_a_start_that_cannot_work_says_why_in_one_line(
     started: Callable[..., Serve], model_path: str, flags: list[str], message: str
 ) -> None:
     server = started(*flags)
-    assert server.process.wait(240) == 1
+    assert server.process.wait(START_S) == 1
     last = server.log.read_text().strip().splitlines()[-1]
     assert last.startswith("guiderail: ")
     assert message in last
@@ -166,7 +168,7 @@ def test_a_port_in_use_is_told_before_the_engine_starts(started: Callable[..., S
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         server = started("--port", str(port))
-        assert server.process.wait(240) == 1
+        assert server.process.wait(START_S) == 1
     said = server.log.read_text().strip().splitlines()
     assert said == [
         f"guiderail: cannot listen on http://127.0.0.1:{port}: Address already in use; choose with --host and --port"
@@ -176,6 +178,6 @@ def test_a_port_in_use_is_told_before_the_engine_starts(started: Callable[..., S
 def test_a_broken_plugin_stops_the_start(started: Callable[..., Serve], model_path: str, tmp_path: Path) -> None:
     folder = plugin(tmp_path / "plugin", "guiderail.guides", "raise RuntimeError('sour milk')")
     server = started(env={"PYTHONPATH": folder})
-    assert server.process.wait(240) == 1
+    assert server.process.wait(START_S) == 1
     assert "'sour'" in server.log.read_text()
     assert "sour milk" in server.log.read_text()

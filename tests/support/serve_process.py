@@ -15,6 +15,8 @@ import psutil
 
 COMMAND = [str(Path(sys.executable).with_name("guiderail")), "serve", "--max-model-len", "512", "--kv-cache-gb", "0.25"]
 
+START_S = 600.0  # longer than any start takes, on a machine that is busy with ten other things: it hangs
+
 
 def free_port() -> int:
     """A port that nothing is given by chance until its server has it: one below those that Linux hands out itself."""
