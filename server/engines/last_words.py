@@ -58,7 +58,7 @@ class LastWords:
                 self.processes.append(process)
                 plain(process)
 
-            BaseProcess.start = start  # type: ignore[method-assign]  # vLLM hands out none that failed to start
+            BaseProcess.start = start  # type: ignore[method-assign,assignment]  # vLLM hands out none that failed to start
             try:
                 yield
             finally:
