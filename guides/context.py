@@ -31,6 +31,10 @@ from guiderail.guides.tasks import together
 from guiderail.guides.types import Answer, Candidate, Message, SamplingSpec, ScoreGroup, TokenPrompt
 
 Transforms = dict[str, Callable[[Any], Any]]
+ALL_ALIKE = (
+    "greedy decoding (temperature 0 or top_k 1) makes all draws after one prompt the same: they cost their tokens, and "
+    "leave nothing to select from"
+)
 
 
 @dataclass(slots=True)
@@ -138,6 +142,8 @@ class Context:
         self._begin()
         if self.limits.max_tokens_generated is not None:  # shared with what else the request has in the engine
             sampling = replace(sampling, stream=True)  # tokens have to be seen to be counted in time
+        if (sampling.temperature == 0 or sampling.top_k == 1) and len(set(prompts)) < len(prompts):
+            self.report.warn(ALL_ALIKE)
         if self.selection.needs_logprobs and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)
         rollouts = self.engine.generate(prompts, sampling, seeds=seeds, deadline=self.limits.deadline)
@@ -190,7 +196,8 @@ class Context:
         values = np.array([[candidate.transformed[label] for label in labels] for candidate in candidates])
         raw = np.array([[candidate.rewards[label] for label in labels] for candidate in candidates])
         try:
-            combined = checked(self.combine.combine(values, weights, labels))
+            with np.errstate(over="ignore", invalid="ignore"):  # checked, and named
+                combined = checked(self.combine.combine(values, weights, labels))
         except ValueError as error:
             raise RequestError(f"'alignment.combine': {error}", "alignment.combine") from error
         ties = self.combine.ties(raw, weights, labels)

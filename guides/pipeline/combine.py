@@ -163,16 +163,19 @@ class Constraints(Combine):
 
     def _combine(self, values: Array, weights: Array, labels: Sequence[str]) -> Array:
         goal = values[:, labels.index(self.objective)]
-        violation = np.zeros(len(values))
-        feasible = np.ones(len(values), dtype=bool)
-        for label, floor in self.floors.items():
-            column = labels.index(label)
-            feasible &= values[:, column] >= floor
-            violation += weights[column] * np.maximum(0.0, floor - values[:, column])
+        floors = [(labels.index(label), floor) for label, floor in self.floors.items()]
+        feasible = np.all([values[:, column] >= floor for column, floor in floors], axis=0)
         scores = goal.copy()
         kept = goal[feasible] if feasible.any() else np.zeros(1)
         step = 1.0 + float(np.ptp(kept)) + float(np.abs(kept).max())
-        keys = np.stack([violation[~feasible], -goal[~feasible]], axis=1)
+        broken = values[~feasible]
+        violation = np.zeros(len(broken))
+        for column, floor in floors:
+            lack = np.maximum(0.0, floor - broken[:, column])
+            if (lack > 0).all():  # then the floor is the same to all of them, and far off it would round the rest away
+                lack = -broken[:, column]
+            violation += weights[column] * lack
+        keys = np.stack([violation, -goal[~feasible]], axis=1)
         _, rank = np.unique(keys, axis=0, return_inverse=True)  # in order of violation, then of objective
         scores[~feasible] = float(kept.min()) - step * (1 + rank.reshape(-1))
         return scores

@@ -142,3 +142,44 @@ def test_what_goes_together_passes() -> None:
 def test_wrong_parameters_are_refused(name: str, fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="validation error"):
         COMBINES[name].model_validate(fields)
+
+
+FAR = [1.0, 1e9, 1e15, 1e60]
+
+
+@pytest.mark.parametrize("floor", FAR)
+@pytest.mark.parametrize("objective", [0.0, 1e9, -1e15])
+def test_floors_that_nobody_keeps_order_by_violation_however_far_off_they_are(floor: float, objective: float) -> None:
+    """To float64 all values in [0, 1] are equally far from 1e16."""
+    rng = np.random.default_rng(0)
+    held = rng.random(12) * 0.9
+    goal = objective + rng.permutation(12)
+    rule = COMBINES["constraints"](objective="goal", floors={"held": floor})
+    scores = rule.combine(np.stack([goal, held], axis=1), np.ones(2), ["goal", "held"])
+    assert np.argsort(-scores).tolist() == np.argsort(-held).tolist()
+
+
+@pytest.mark.parametrize("size", [1e9, 1e15, 1e50])
+def test_who_keeps_the_floors_is_above_who_does_not(size: float) -> None:
+    goal = np.array([-size, size, size, 3 * size, 0.0])
+    held = np.array([1.0, 0.5, -size, 0.4, 1.5])
+    rule = COMBINES["constraints"](objective="goal", floors={"held": 1.0})
+    scores = rule.combine(np.stack([goal, held], axis=1), np.ones(2), ["goal", "held"])
+    assert np.argsort(-scores).tolist() == [4, 0, 1, 3, 2]
+
+
+def test_several_far_floors_add_up_what_is_lacking() -> None:
+    values = np.array([[0.0, 0.3, 0.3], [0.0, 0.5, 0.2], [0.0, 0.2, 0.3], [9.0, 0.1, 0.1]])
+    rule = COMBINES["constraints"](objective="goal", floors={"a": 1e15, "b": 1e15})
+    scores = rule.combine(values, np.array([1.0, 1.0, 2.0]), ["goal", "a", "b"])
+    lacking = [-(a + 2 * b) for _, a, b in values]
+    assert np.argsort(-scores, kind="stable").tolist() == np.argsort(lacking, kind="stable").tolist()
+
+
+def test_raw_values_order_what_a_transform_made_equal() -> None:
+    raw = np.array([[3.0], [7.0], [5.0], [5.0]])
+    for weight in (0.01, 1.0, 1e300):
+        assert COMBINES["sum"](name="sum").ties(raw, np.array([weight]), ["r"]).tolist() == [0, 2, 1, 1]
+        assert COMBINES["sum"](name="sum").ties(raw, np.array([-weight]), ["r"]).tolist() == [0, -2, -1, -1]
+    both = np.array([[1e9, 0.1], [2e9, 0.3], [3e9, 0.2]])  # several: ranks, as their units have nothing in common
+    assert COMBINES["sum"](name="sum").ties(both, np.array([1.0, 1.0]), ["r", "s"]).tolist() == [0, 3, 3]
