@@ -6,9 +6,7 @@ N up to M without bias, by the average over all subsets of N answers; beside it 
 served model, at most log N - (N - 1)/N (Beirami et al., arXiv 2401.01879). Where gold falls while proxy rises, the
 proxy is over-optimised (Gao et al., arXiv 2210.10760). Bands are bootstrap intervals over prompts. From the same
 answers HedgeTune (pipeline/hedge.py) recommends how hard to select: the N of best-of-n and the mu of best_of_poisson
-that give the largest expected gold.
-A prompt that a
-reward fails on is named and left out.
+that give the largest expected gold. A prompt that a reward fails on is named and left out.
 
 Answers and scores are kept in OUT.progress.jsonl until the report is written; after an interruption the same command
 goes on there.

@@ -52,7 +52,7 @@ async def answer_all(state: ServerState, task: Task, name: str, guide: dict[str,
         return {
             "text": response["choices"][0]["message"]["content"],
             "finish": response["choices"][0]["finish_reason"],
-            "kl": report["choices"][0]["diagnostics"]["kl"] if guide["name"] != "logit_mix" else None,
+            "kl": report["choices"][0]["diagnostics"]["kl"],
             "generated": report["spend"]["tokens_generated"] + report["spend"]["mixed_tokens"],
         }
 
@@ -106,8 +106,8 @@ def notes(judged: dict[str, list[int]]) -> list[str]:
     return [
         f"SmolLM2-135M-Instruct. Guides are set to about the tokens of best-of-{BUDGET}; what they took is in the table (ARGS "
         "spends reward calls instead; logit mix only the other policy's tokens). 95 % intervals are bootstraps over prompts, "
-        f"`less {EVEN}` is paired. KL is what the response's diagnostics bound it by, summed over a guide's selections "
-        "(speculative rejection: over the survivors alone, so too small). Distinct: ARGS' product of distinct 2-, 3- and "
+        f"`less {EVEN}` is paired. KL is what the response's diagnostics bound it by, summed over a guide's selections; '-': "
+        "no valid bound is known. Distinct: ARGS' product of distinct 2-, 3- and "
         "4-grams. Seconds: time of all prompts, many at once, over their number; other work may have run beside "
         "(`make bench-guides` measures speed). `plain, instructed` has the system "
         "message that is the baseline policy of Transfer Q* and the other policy of logit mix; token-level guides take the best "
