@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup serve test test-avx2 check fix bench bench-dtype bench-numerics bench-scoring bench-transforms bench-infalign bench-guides bench-quality bench-load clean
+.PHONY: setup serve test test-avx2 check fix bench bench-dtype bench-numerics bench-scoring bench-transforms bench-infalign bench-guides bench-quality bench-load bench-kernels-compile clean
 
 setup: $(READY)
 	@$(BIN)/guiderail models smollm2-135m-instruct >/dev/null
@@ -67,6 +67,9 @@ bench-quality: setup
 
 bench-load: setup
 	@$(BIN)/python -P tests/bench/bench_load.py $(ARGS)
+
+bench-kernels-compile: setup
+	@$(BIN)/python -P tests/bench/bench_kernels_compile.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,44 @@
+"""Registers and spills of every kernel, by card and Triton, without a GPU: `make bench-kernels-compile`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from report import write_section
+from tritons import CAPABILITIES, VERSIONS, NoTriton, kernels
+
+
+def cell(found: dict[str, Any]) -> str:
+    """Registers, with the spilled bytes where there are any."""
+    if "error" in found:
+        return "does not compile"
+    return f"{found['registers']}" + (f" + {found['spilled']} B" if found["spilled"] else "")
+
+
+def main() -> None:
+    """Compiles for every card with every Triton that can be had, and writes the section."""
+    reports: dict[tuple[str, int], dict[str, Any]] = {}
+    missing = []
+    for version in VERSIONS:
+        try:
+            reports |= {(version, each): kernels(version, each) for each in CAPABILITIES}
+        except NoTriton as reason:
+            missing.append(f"{reason}.")
+    names = list(dict.fromkeys(name for found in reports.values() for name in found))
+    lines = [
+        "Registers of a thread, and bytes that are spilled (of 255 registers at most). bfloat16 where nothing else is "
+        "said; one variant of attention serves every number of query and KV heads, as the tile is of rows times heads "
+        "(to 128 lanes, 64 for heads of 256). float32 has no tensor cores and spills. Nothing here was timed.",
+        *missing, "",
+        "| kernel | " + " | ".join(f"{version}, sm_{each}" for version, each in reports) + " |",
+        "|---|" + "---|" * len(reports),
+        *(f"| {name} | " + " | ".join(cell(found[name]) for found in reports.values()) + " |" for name in names),
+    ]  # fmt: skip
+    data = {f"{version} sm_{each}": found for (version, each), found in reports.items()}
+    write_section("kernels_compile", "Kernels: registers and spills", "make bench-kernels-compile", lines, data)
+
+
+if __name__ == "__main__":
+    main()
