@@ -41,6 +41,7 @@ fix: $(READY)
 
 bench: setup
 	@$(BIN)/python -P tests/bench/bench_server.py $(ARGS)
+	@$(BIN)/python -P tests/bench/bench_peers.py $(ARGS)
 	@$(BIN)/python -P tests/bench/bench_numerics.py --part invariance $(ARGS)
 
 bench-numerics: setup

@@ -1,4 +1,4 @@
-"""Guiderail against a plain script over `vllm serve`: `make bench-peers`.
+"""Guiderail against a plain script over `vllm serve`: part of `make bench`.
 
 The script is what a team would write first: one request with `n` answers over HTTP, the same rule reward on what comes
 back, the best one taken. Both servers run with the same model, dtype, context, KV cache and pages, live at once, and
@@ -160,17 +160,17 @@ def report(found: dict[str, list[list[float]]], pairs: int) -> None:
         verdict = "met" if high >= 1 else "**missed**"
         lines.append(f"| {name} | {theirs:.1f} | {ours:.1f} | {ratio:.3f} | {low:.3f}-{high:.3f} | {verdict} |")
         data[name] = {"pairs": rates, "ratio": ratio, "interval": [low, high], "met": high >= 1}
-    write_section("peers", "Against a script over vllm serve", "make bench-peers", lines, data)
+    write_section("peers", "Against a script over vllm serve", "make bench", lines, data)
 
 
-async def main(pairs: int, only: str, alone: tuple[int, ...], dtype: str, write: bool) -> None:
+async def main(pairs: int, only: str, alone: tuple[int, ...], write: bool) -> None:
     turns = {name: turn for name, turn in cases(alone).items() if only in name}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         print("starting vllm serve and guiderail serve", file=sys.stderr)
         script, guided = (
-            Script(stack.enter_context(vllm(folder, dtype)).url),
-            Guided(stack.enter_context(guiderail(folder, "--dtype", dtype)).url),
+            Script(stack.enter_context(vllm(folder)).url),
+            Guided(stack.enter_context(guiderail(folder)).url),
         )
         try:
             found = await compare(script, guided, pairs, turns)
@@ -183,8 +183,7 @@ async def main(pairs: int, only: str, alone: tuple[int, ...], dtype: str, write:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--only", default="", help="cases with this in their name; nothing is written then")
-    parser.add_argument("--dtype", default="float32")
     given = parser.parse_args()
-    asyncio.run(main(given.pairs, given.only, ALONE, given.dtype, not given.only))
+    asyncio.run(main(given.rounds, given.only, ALONE, not given.only))

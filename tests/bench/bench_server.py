@@ -201,5 +201,5 @@ def report(rows: dict[str, list[tuple[float, float]]]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
     asyncio.run(main(parser.parse_args().rounds))
