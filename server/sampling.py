@@ -13,7 +13,7 @@ def refuse_unkept(name: str, guide: Guide, request: SamplingFields) -> None:
         raise bad_request(f"guide '{name}' cannot keep a response_format", "response_format")
     for field in guide.refuses():
         default = type(request).model_fields[field].default
-        off = (default, None, -1) if field == "top_k" else (default, None, {}, [])
+        off: list[object] = [default, None, {}, [], *([-1] if field == "top_k" else [])]
         if getattr(request, field) not in off:
             allowed = "out" if default is None else f"at its default, {default}"
             raise bad_request(
