@@ -55,7 +55,7 @@ def test_a_server_with_a_reward_model(model_path: str, tmp_path: Path) -> None:
         assert "(avx2): dtype auto is float32 on it" in said
         assert "the engine computes in float32" in said
         assert f"reward model {HEAD} computes in float32" in said
-        (core,) = (p for p in server.family() if "EngineCore" in "".join(p.cmdline()))
+        (core,) = server.engines()
         assert extensions(core) == {"_C_AVX2"}
         assert extensions(psutil.Process(server.process.pid)) == {"_C_AVX2"}, "the reward model's norms are vLLM's too"
         with httpx.Client(base_url=server.url, timeout=120) as http:

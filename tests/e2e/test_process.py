@@ -75,7 +75,7 @@ def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
     server.wait(lambda: "the engine died: RuntimeError: sour milk; starting it again" in server.log.read_text(), 60)
     server.wait(lambda: server.health() == 200, START_S)
 
-    (core,) = (p for p in server.family() if "EngineCore" in "".join(p.cmdline()))
+    (core,) = server.engines()
     assert not [p for p in server.family() if "Worker" in "".join(p.cmdline())], "the model is in the scheduler's"
     pinned = [cpu for thread in core.threads() if len(on := os.sched_getaffinity(thread.id)) == 1 for cpu in on]
     assert sorted(pinned) == sorted(os.sched_getaffinity(0)), "OpenMP has a thread for each CPU, nothing else is pinned"
@@ -114,7 +114,7 @@ def test_a_killed_server_takes_its_engines_with_it(
 @pytest.mark.timeout(900)
 def test_ctrl_c_while_starting_leaves_nothing(started: Callable[..., Serve], model_path: str) -> None:
     server = started()
-    server.wait(lambda: any("EngineCore" in "".join(p.cmdline()) for p in server.family()), START_S)
+    server.wait(lambda: bool(server.engines()), START_S)
     assert server.end(signal.SIGINT) == 130
     assert "stopped while starting" in server.log.read_text()
 
@@ -127,7 +127,7 @@ def test_an_engine_that_dies_while_starting_says_why(
     server = started()
     cores: list[psutil.Process] = []
     while not cores and server.process.poll() is None:
-        cores = [p for p in server.family() if "EngineCore" in "".join(p.cmdline())]
+        cores = server.engines()
     cores[0].kill()
     assert server.process.wait(START_S) == 1
     assert server.log.read_text().strip().splitlines()[-1] == (

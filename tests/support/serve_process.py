@@ -53,6 +53,15 @@ class Serve:
                 self._seen[child.pid] = child
         return [p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
+    def engines(self) -> list[psutil.Process]:
+        """Living processes of engines; of others that end meanwhile nothing is known."""
+        found = []
+        for each in self.family():
+            with suppress(psutil.NoSuchProcess):
+                if "EngineCore" in "".join(each.cmdline()):
+                    found.append(each)
+        return found
+
     def wait(self, condition: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
         while not condition():
