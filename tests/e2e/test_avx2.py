@@ -15,7 +15,11 @@ from types import SimpleNamespace
 import httpx
 import psutil
 import pytest
+import torch
 from serve_process import START_S, Serve
+
+from guiderail.server.rewards.loading import load_model
+from guiderail.server.settings import Settings
 
 HOLD = str(Path(__file__).parent.parent / "support" / "avx2")
 HEAD = "hh-harmless-smollm2-135m"
@@ -27,6 +31,16 @@ def extensions(process: psutil.Process) -> set[str]:
     """vLLM's compiled extensions that a process has loaded: one for each instruction set, and no two together."""
     paths = [Path(region.path) for region in process.memory_maps()]
     return {path.name.partition(".")[0] for path in paths if path.parent.name == "vllm" and path.name.startswith("_C")}
+
+
+def reference(ask: list[dict[str, str]], answer: str) -> float:
+    """The bundled head's value, computed by transformers in float32, at the end of the answer's turn."""
+    model = load_model(HEAD, Settings().cache, "float32")
+    turns = [*ask, {"role": "assistant", "content": answer}]
+    text = model.tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+    ids = model.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return float((model.decoder.eval()(ids).last_hidden_state[0, -1] @ model.heads.T)[0])
 
 
 def test_a_wider_processor_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,10 +87,11 @@ def test_a_server_with_a_reward_model(model_path: str, tmp_path: Path) -> None:
             assert len({candidate["rewards"]["harmless"] for candidate in choice["candidates"]}) > 1
             assert choice["chosen"] == max(choice["candidates"], key=lambda c: c["score"])["index"]
 
-            inputs = [{"messages": ask, "answers": ["It is Paris, I think.", "Find out yourself, you idiot."]}]
+            answers = ["It is Paris, I think.", "Find out yourself, you idiot."]
+            inputs = [{"messages": ask, "answers": answers}]
             scored = http.post("/v1/rewards/score", json={"inputs": inputs, "rewards": ["harmless"]}).json()
-            kind, rude = (answer["score"] for answer in scored["data"][0]["answers"])
-            assert kind > rude
+            found = [answer["score"] for answer in scored["data"][0]["answers"]]
+            assert found == pytest.approx([reference(ask, answer) for answer in answers], abs=1e-3)
         assert server.end(signal.SIGTERM) == 0
     finally:
         server.kill()
