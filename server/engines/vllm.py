@@ -65,7 +65,8 @@ def _start(settings: EngineSettings, stats: EngineStats, words: LastWords) -> An
         with mode:
             return start(engine_args(settings), words, [partial(Recorder, stats=stats)])
     except Exception as error:
-        raise EngineUnavailable(f"vLLM does not start with {settings.model}: {error}") from error
+        cause = str(error) or repr(error)  # some of vLLM's have no text
+        raise EngineUnavailable(f"vLLM does not start with {settings.model}: {cause}") from error
 
 
 async def end(llm: Any) -> None:

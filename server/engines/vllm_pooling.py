@@ -44,7 +44,8 @@ def _start(settings: EngineSettings, words: LastWords) -> Any:
         args = base_args(settings, cpu=on_cpu()) | {"runner": "pooling", "max_num_batched_tokens": PASS_TOKENS}
         return start(AsyncEngineArgs(**args), words)
     except Exception as error:
-        raise EngineUnavailable(f"vLLM does not start with reward model {settings.model}: {error}") from error
+        cause = str(error) or repr(error)  # some of vLLM's have no text
+        raise EngineUnavailable(f"vLLM does not start with reward model {settings.model}: {cause}") from error
 
 
 class VllmPooler:
