@@ -85,7 +85,7 @@ async def main(rounds: int, tokens: int) -> None:
                 if number >= 0:
                     found[case].append((speed["float32"], speed["bfloat16"]))
                     print(f"round {number + 1}, {case}: {speed}", file=sys.stderr)
-    report(found, auto_dtype(), instruction_set(), tokens)
+        report(found, auto_dtype(), instruction_set(), tokens)  # before the servers take their time to end
 
 
 def report(found: dict[str, list[tuple[float, float]]], auto: str, instructions: str, tokens: int) -> None:
