@@ -92,16 +92,26 @@ def resolve(model: str, cache: Path, say: Callable[[str], None] = lambda text: N
     """
     if model in EMBEDDED:
         return str(prepare(EMBEDDED[model], cache, say))
+    return check_name(model)
+
+
+def check_name(model: str, flag: str = "--model") -> str:
+    """The folder or Hub id (or embedded name) that `model`, given with this flag, means; nothing is read or prepared.
+
+    Raises ModelError naming the flag and what is allowed.
+    """
+    if model in EMBEDDED:
+        return model
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"--model {model}: the folder has no config.json")
+            raise ModelError(f"{flag} {model}: the folder has no config.json")
         return str(folder.resolve())
     parts = model.split("/")
     if len(parts) == 2 and all(parts) and not model.startswith((".", "~")):
         return model
     raise ModelError(
-        f"--model {model}: not an embedded model ({', '.join(EMBEDDED)}), "
+        f"{flag} {model}: not an embedded model ({', '.join(EMBEDDED)}), "
         "not a folder, and not a Hub id of the form owner/name"
     )
 

@@ -9,26 +9,27 @@ import gc
 import logging
 import os
 import signal
-import sys
 import time
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from guiderail.guides.base import Guide
-from guiderail.guides.errors import PluginError
+from guiderail.guides.errors import EngineUnavailable, PluginError
 from guiderail.guides.prompters import PROMPTERS, load_style, urial_with
 from guiderail.guides.registry import load_guides, load_rewards
 from guiderail.guides.reward import Reward, Services
 from guiderail.server import calibration_store, models, processor
 from guiderail.server.admission import Admission
 from guiderail.server.alignment import Resolver
+from guiderail.server.announce import example, say, steps
 from guiderail.server.app import create_app
 from guiderail.server.calibration import Calibrator
 from guiderail.server.calibration_store import StoredCalibration
 from guiderail.server.encoder import Encoder
+from guiderail.server.engines import vllm_ahead
 from guiderail.server.engines.absent import NoEngine
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.supervised import LocalEngine, SupervisedEngine
@@ -43,15 +44,10 @@ from guiderail.server.memory.shares import EngineShare, Plan
 from guiderail.server.metrics import Metrics
 from guiderail.server.policies.remote import RemotePolicy
 from guiderail.server.renderer import ChatRenderer
-from guiderail.server.rewards.loading import neural_reward
+from guiderail.server.rewards.loading import check_source, neural_reward
 from guiderail.server.scorer import BatchingScorer
 from guiderail.server.settings import Settings, SettingsError
 from guiderail.server.state import ServedEngine, ServerState
-
-
-def say(text: str) -> None:
-    """Tells the operator what is going on."""
-    print(f"guiderail: {text}", file=sys.stderr, flush=True)
 
 
 def serve(settings: Settings) -> int:
@@ -74,6 +70,7 @@ async def _serve(settings: Settings) -> int:
             gc.collect()
             gc.freeze()  # a full collection walks all that was imported and holds up every stream meanwhile
             say(f"ready after {time.monotonic() - began:.0f} s on {listener.url}")
+            say(f"try: {example(settings, listener.url, chat=state.renderer.has_chat_template)}")
             await listener.run(app, stop, settings.drain_timeout_s, say)
             gc.unfreeze()  # else the interpreter's exit leaves extension modules' objects, and nanobind lists them
     say("stopped")
@@ -102,8 +99,13 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
     GuiderailError if something does not start.
     """
     before = frozenset(_children())
+    for name, spec in settings.reward.items():
+        check_source(name, spec)
+    if engine and not settings.batch_invariant:  # whose environment vLLM reads when it is imported
+        vllm_ahead.begin()
+    step = steps()
     metrics = Metrics(settings.model_name)
-    say(f"preparing {settings.model}")
+    step(f"preparing {settings.model}")
     path = await asyncio.to_thread(models.resolve, settings.model, settings.cache, say)
     say(await asyncio.to_thread(processor.report))
     plan = await asyncio.to_thread(place, settings, path if engine else None, say, engine_on_cpu=on_cpu)
@@ -114,12 +116,11 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
         settings = settings.model_copy(update={"max_num_seqs": rows})
     remote = {name: RemotePolicy(name, spec) for name, spec in settings.policy.items()} if engine else {}
     served = (
-        SupervisedEngine(lambda: _build(settings, path, plan.engine), on_restart=metrics.restarted, remote=remote)
+        SupervisedEngine(lambda: _build(settings, path, plan.engine, step), on_restart=metrics.restarted, remote=remote)
         if engine
         else NoEngine()
     )
-    say("starting the engine and loading rewards (about 20 s on a small CPU)" if engine else "loading rewards")
-    starting = asyncio.create_task(_prepare(settings, path, plan, served, metrics, remote))
+    starting = asyncio.create_task(_prepare(settings, path, plan, served, metrics, remote, step))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -140,10 +141,12 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
         await served.close()
         for policy in remote.values():
             await policy.close()
+        if engine:
+            vllm_ahead.end()
         _end(processes)
 
 
-async def _build(settings: Settings, path: str, share: EngineShare | None) -> LocalEngine:
+async def _build(settings: Settings, path: str, share: EngineShare | None, step: Callable[[str], None]) -> LocalEngine:
     embedded = models.EMBEDDED.get(settings.model)
     return await build(
         EngineSettings(
@@ -158,8 +161,13 @@ async def _build(settings: Settings, path: str, share: EngineShare | None) -> Lo
             tensor_parallel_size=settings.tensor_parallel_size,
             adapters=tuple(settings.lora.items()),
             max_lora_rank=settings.max_lora_rank,
+<<<<<<< HEAD
             batch_invariant=settings.batch_invariant,
         )
+=======
+        ),
+        step,
+>>>>>>> fc49c5c (wip start)
     )
 
 
@@ -170,6 +178,7 @@ async def _prepare(
     engine: SupervisedEngine | NoEngine,
     metrics: Metrics,
     remote: Mapping[str, RemotePolicy],
+    step: Callable[[str], None],
 ) -> ServerState:
     # What can be wrong in the configuration is found before the engine takes its time.
     guides = load_guides(settings.guides)
@@ -188,10 +197,18 @@ async def _prepare(
     state = assemble(settings, engine, renderer, guides, rewards, services, metrics, list(stored.values()), plan.beside)
     for policy in remote.values():
         await policy.start(renderer)
+    engine_comes = isinstance(engine, SupervisedEngine)
+    if plan.engine is None:  # on CPU; on GPUs the engine takes its share of the memory first
+        step("loading rewards")
+        rewards_left: Mapping[str, Reward] = await start_rewards(rewards, services, engine_comes=engine_comes)
+    else:
+        rewards_left = rewards
     await engine.start()
     if engine.dtype:
         say(f"the engine computes in {engine.dtype}")
-    await start_rewards(rewards, services)
+    if rewards_left:
+        step(f"loading rewards: {', '.join(rewards_left)}")
+        await start_rewards(rewards_left, services)
     if stored:
         revision = await asyncio.to_thread(fingerprint, path)
         for file, each in stored.items():
@@ -200,15 +217,25 @@ async def _prepare(
     return state
 
 
-async def start_rewards(rewards: Mapping[str, Reward], services: Services) -> None:
-    """Starts every reward. Raises PluginError naming the one that does not."""
+async def start_rewards(
+    rewards: Mapping[str, Reward], services: Services, *, engine_comes: bool = False
+) -> dict[str, Reward]:
+    """Starts every reward. Raises PluginError naming the one that does not.
+
+    engine_comes: the engine is yet to start; what asks for it is returned, to be started then.
+    """
+    waiting: dict[str, Reward] = {}
     for name, reward in rewards.items():
         try:
             await reward.start(services)
         except Exception as error:
+            if engine_comes and isinstance(error, EngineUnavailable):
+                waiting[name] = reward
+                continue
             raise PluginError(
                 f"reward '{name}' does not start: {error!r}; mend it, or leave it out with --rewards"
             ) from error
+    return waiting
 
 
 def assemble(

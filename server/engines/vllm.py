@@ -6,7 +6,7 @@ so that a row can be dropped alone; prefixes are shared by vLLM's cache.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, nullcontext
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from guiderail.server.engines.vllm_params import forced_params, refusal, row_pri
 __all__ = ["EngineSettings", "VllmEngine", "build", "end", "prepare_environment"]
 
 
-async def build(settings: EngineSettings) -> "VllmEngine":
+async def build(settings: EngineSettings, say: Callable[[str], None] = lambda text: None) -> "VllmEngine":
     """Starts the engine's processes, loads and checks the adapters, and runs one warm-up request.
 
     Raises EngineUnavailable when it does not start and RequestError for a bad adapter (param is its name).
@@ -34,8 +34,9 @@ async def build(settings: EngineSettings) -> "VllmEngine":
     prepare_environment()
     stats = EngineStats()
     words = LastWords()
-    llm = await asyncio.to_thread(_start, settings, stats, words)
+    llm = await asyncio.to_thread(_start, settings, stats, words, say)
     engine = VllmEngine(llm, settings, stats, words)
+    say("warming the engine up")
     try:
         await engine.load_adapters()
         # The first log-probabilities compile a small kernel (about 2 s); no user should wait for that.
@@ -55,7 +56,8 @@ async def build(settings: EngineSettings) -> "VllmEngine":
     return engine
 
 
-def _start(settings: EngineSettings, stats: EngineStats, words: LastWords) -> Any:
+def _start(settings: EngineSettings, stats: EngineStats, words: LastWords, say: Callable[[str], None]) -> Any:
+    say("importing vLLM")
     from vllm.platforms import current_platform
 
     from guiderail.server.engines.vllm_stats import Recorder
@@ -63,7 +65,9 @@ def _start(settings: EngineSettings, stats: EngineStats, words: LastWords) -> An
     mode = invariant_environment(cpu=current_platform.is_cpu()) if settings.batch_invariant else nullcontext()
     try:
         with mode:
-            return start(engine_args(settings), words, [partial(Recorder, stats=stats)])
+            args = engine_args(settings)
+            say("starting the engine's process, which loads the model")
+            return start(args, words, [partial(Recorder, stats=stats)])
     except Exception as error:
         cause = str(error) or repr(error)  # some of vLLM's have no text
         raise EngineUnavailable(f"vLLM does not start with {settings.model}: {cause}") from error

@@ -200,11 +200,14 @@ def start(args: Any, words: LastWords, stat_loggers: list[Any] | None = None) ->
     from vllm.utils.ompmultiprocessing import OMPProcessManager
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from guiderail.server.engines.vllm_ahead import forked_engine
+
     config = args.create_engine_config(_usage())
     with ExitStack() as stack:
         stack.enter_context(words.listen())
         if args.distributed_executor_backend == IN_SCHEDULERS_PROCESS:
             stack.enter_context(OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0))
+            stack.enter_context(forked_engine())
         try:
             llm = AsyncLLM.from_vllm_config(
                 config,

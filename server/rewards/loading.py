@@ -89,6 +89,23 @@ def neural_reward(
     )  # fmt: skip
 
 
+def check_source(name: str, spec: RewardModelSpec) -> None:
+    """Refuses a `--reward NAME=PATH` that can be seen to lead nowhere, before anything takes its time.
+
+    Raises GuiderailError naming the reward.
+    """
+    flag = f"--reward {name}:"
+    card = head_card(spec.path)
+    if card is not None:
+        models.check_name(str(card.get("base")), f"{flag} its base")
+        if not spec.urls and not (head_folder(spec.path) / "head.safetensors").is_file():
+            raise GuiderailError(f"{flag} {spec.path} has no head.safetensors")
+        return
+    where = Path(models.check_name(spec.path, flag))
+    if where.is_dir() and not spec.urls and not any(where.glob("*.safetensors")):
+        raise GuiderailError(f"{flag} {spec.path} has no weights in safetensors")
+
+
 def _computes_in(spec: RewardModelSpec, dtype: Any) -> str:
     return f"reward model {spec.path} computes in {str(dtype).removeprefix('torch.')}"
 
