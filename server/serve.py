@@ -161,13 +161,9 @@ async def _build(settings: Settings, path: str, share: EngineShare | None, step:
             tensor_parallel_size=settings.tensor_parallel_size,
             adapters=tuple(settings.lora.items()),
             max_lora_rank=settings.max_lora_rank,
-<<<<<<< HEAD
             batch_invariant=settings.batch_invariant,
-        )
-=======
         ),
         step,
->>>>>>> fc49c5c (wip start)
     )
 
 

@@ -1,8 +1,10 @@
 """What a start finds before the engine, what it says, and the engine's imports ahead of time."""
 
+import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ from fakes import Faulty, LetterRenderer, ScriptedEngine
 from guiderail.guides import Reward
 from guiderail.guides.errors import EngineUnavailable, GuiderailError, PluginError
 from guiderail.guides.reward import Services
-from guiderail.server import cli
+from guiderail.server import cli, serve
 from guiderail.server.announce import example, steps
 from guiderail.server.rewards.loading import check_source
+from guiderail.server.rewards.rules import Length
 from guiderail.server.rewards.spec import RewardModelSpec
 from guiderail.server.serve import start_rewards
 from guiderail.server.settings import Settings
@@ -86,3 +89,39 @@ class TestWords:
         assert ("messages" in body) == chat == ("/v1/chat/completions" in text)
         assert ("alignment" in body) == (rewards != ["regex"])
         assert "$KEY" in example(Settings(api_key=["k"]), "http://h:1", chat=chat)
+
+
+async def test_a_start_says_what_it_waits_for_and_takes_the_rewards_first(
+    model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole start, but with a scripted engine in place of vLLM's."""
+
+    class Local(ScriptedEngine):
+        """A scripted engine that can be ended."""
+
+        dead = False
+
+        async def close(self) -> None:
+            self.dead = True
+
+    order: list[str] = []
+
+    async def build(settings: object, say: Callable[[str], None]) -> Local:
+        say("importing vLLM")
+        order.append("engine")
+        return Local()
+
+    async def started(self: Length, services: Services) -> None:
+        order.append("reward")
+
+    monkeypatch.setattr(serve, "build", build)
+    monkeypatch.setattr(serve.vllm_ahead, "begin", lambda: order.append("imports"))
+    monkeypatch.setattr(Length, "start", started)
+    settings = Settings(guides=["sampling"], rewards=["length"])
+    async with serve.running(settings, asyncio.Event()) as state:
+        assert state.engine.up
+    assert order == ["imports", "reward", "engine"]
+    said = capsys.readouterr().err
+    assert [line.split(" s  ")[1] for line in said.splitlines() if " s  " in line] == [
+        "preparing smollm2-135m-instruct", "loading rewards", "importing vLLM",
+    ]  # fmt: skip
