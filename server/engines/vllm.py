@@ -39,7 +39,8 @@ async def build(settings: EngineSettings, say: Callable[[str], None] = lambda te
     say("warming the engine up")
     try:
         await engine.load_adapters()
-        # The first log-probabilities compile a small kernel (about 2 s); no user should wait for that.
+        await llm.collective_rpc("leave_uncompiled")
+        # The first log-probabilities load code, and compile a small kernel on a GPU; no user should wait for that.
         await engine.next_token_logprobs([TokenPrompt((0,))], top_k=1)
         await llm.collective_rpc("pad_steps")
         if settings.batch_invariant:

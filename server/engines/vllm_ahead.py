@@ -70,7 +70,8 @@ class _EngineProcess(ForkServerProcess):
         super().start()
 
     def run(self) -> None:
-        os.environ.update(self._environment)
+        # Those alone that differ: the library that names processes looks for their memory behind the others.
+        os.environ.update({k: v for k, v in self._environment.items() if os.environ.get(k) != v})
         os.dup2(self._stderr, 2)
         os.close(self._stderr)
         super().run()

@@ -37,6 +37,17 @@ def padded_rows(rows: int, limit: int) -> int:
 class WorkerExtension:
     """Methods that the engine's client can call in a worker by name (collective_rpc)."""
 
+    def leave_uncompiled(self) -> None:
+        """On CPU, where the model is not compiled, runs what else vLLM would compile as it stands.
+
+        That is one sum in the sampler, for ranks of log-probabilities: its compiler takes longer to load than it saves.
+        """
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        if runner.device.type == "cpu" and runner.model_config.enforce_eager:
+            import torch
+
+            torch.compiler.set_stance("force_eager")
+
     def settle(self) -> None:
         """Once everything is loaded: what vLLM leaves to be done for a process that serves for long."""
         end_with_parent()  # a pooling engine has no scheduler of ours to do it (vllm_gang.py)
