@@ -32,7 +32,7 @@ async def next_logprobs(live: Live, ids: tuple[int, ...], adapter: str | None) -
 
 @pytest.mark.parametrize("weight", [1.0, -0.5])
 async def test_greedy_mixing_follows_the_two_policies(live: Live, weight: float) -> None:
-    """Each token is the best by both policies' own log-probabilities, within the grid of bfloat16 logits."""
+    """Each token is the best by both policies' own log-probabilities."""
     ids = prompt(live)
     (got,) = await draw(live, [TokenPrompt(ids, None, (Mixed(ids, "noise", weight),))])
     assert len(got) == TOKENS
@@ -43,7 +43,7 @@ async def test_greedy_mixing_follows_the_two_policies(live: Live, weight: float)
         other = await live.state.engine.answer_logprobs(prompts, [(token,) for token in base])
         mixed = {t: p + weight * q[0] for (t, p), q in zip(base.items(), other, strict=True)}
         assert token in mixed
-        assert mixed[token] >= max(mixed.values()) - 0.3
+        assert mixed[token] >= max(mixed.values()) - 1e-3
     (alone,) = await draw(live, [TokenPrompt(ids)])
     (noise,) = await draw(live, [TokenPrompt(ids, "noise")])
     assert noise != alone

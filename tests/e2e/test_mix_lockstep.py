@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from serving import Live, engine_dtype
+from serving import Live
 
 from guiderail.guides.base import Engine
 from guiderail.guides.errors import RequestError
@@ -75,7 +75,7 @@ async def test_a_killed_partner_costs_time_and_nothing_else(
     assert 9 <= attempts[1][1] < 25 <= attempts[2][1]
     assert disturbed[0][:2] == undisturbed[0][:2]
     together: list[tuple[TokenLogprob, TokenLogprob]] = list(zip(disturbed[0][2], undisturbed[0][2], strict=True))
-    assert max(abs(a.logprob - b.logprob) for a, b in together) < 0.3, "bfloat16 logits"
+    assert max(abs(a.logprob - b.logprob) for a, b in together) < 1e-3
     assert engine.num_running() == 0
 
 
@@ -122,10 +122,13 @@ async def test_more_rows_than_places_are_served_in_turn(live: Live, attempts: li
 async def test_preempted_rows_end_with_the_answers_they_have_alone(
     model_path: str, live: Live, attempts: list[tuple[int, int]]
 ) -> None:
-    """A KV cache for some 550 tokens, and six rows that would grow to 900."""
-    dtype = engine_dtype()
-    cache = 0.024 if dtype == "float32" else 0.012
-    engine = await build(EngineSettings(model=model_path, dtype=dtype, max_model_len=256, kv_cache_gb=cache))
+    """A KV cache for some 550 tokens, and six rows that would grow to 900.
+
+    In the batch-invariant mode, which alone promises it: a preempted row computes its keys anew, in one step and beside
+    others. In bfloat16 that rounds otherwise on any processor; in float32 what differed was attention alone, which
+    vLLM splits over the keys of a row that has the threads for itself from 96 tokens on.
+    """
+    engine = await build(EngineSettings(model=model_path, max_model_len=256, kv_cache_gb=0.024, batch_invariant=True))
     try:
         spec = SamplingSpec(100, 0.8, ignore_eos=True)
         prompt = mixture(live)
@@ -136,11 +139,8 @@ async def test_preempted_rows_end_with_the_answers_they_have_alone(
         assert {attempt for attempt, _ in attempts} == {0}
         rows = await read(engine, [prompt] * 3, spec)
         assert any(attempt for attempt, _ in attempts), "nothing was preempted: the test is void"
-        assert all(len(tokens) == 100 for _, tokens, _ in rows)
-        # bfloat16 may turn a near-tie in another batch; from there on an answer is another.
-        pairs = [zip(row[1], one, strict=True) for row, one in zip(rows, alone, strict=True)]
-        shared = [next((i for i, (a, b) in enumerate(pair) if a != b), 100) for pair in pairs]
-        assert sum(shared) > 3 * 100 * 0.6
+        assert {len(tokens) for tokens in alone} == {100}
+        assert [tokens for _, tokens, _ in rows] == alone
         assert engine.num_running() == 0
     finally:
         await engine.close()
