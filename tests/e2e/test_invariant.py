@@ -20,7 +20,7 @@ async def test_seeded_requests_answer_alike_alone_again_and_beside_others(model_
     try:
         assert engine.dtype == "float32" or not live.state.engine.dtype
         settings = live.state.settings.model_copy(update={"batch_invariant": True})
-        asked = requests(tokens=14)
+        asked = requests(tokens=10)
         assert len(asked) == 30
         async with (
             serving(replace(live.state, engine=engine, settings=settings)) as url,
