@@ -12,6 +12,7 @@ from guiderail.server.engines.vllm import EngineSettings, build
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # 90 requests, 60 of them one after the other
 async def test_seeded_requests_answer_alike_alone_again_and_beside_others(model_path: str, live: Live) -> None:
     """Thirty requests of all kinds of guides, on a cache that is too small for them at once."""
     engine = await build(
