@@ -1,5 +1,6 @@
 """Registers and spills of every kernel, by card and Triton, without a GPU: `make bench-kernels-compile`."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from report import write_section
-from tritons import CAPABILITIES, VERSIONS, NoTriton, kernels
+from tritons import CAPABILITIES, VERSIONS, NoTriton, reports
 
 
 def cell(found: dict[str, Any]) -> str:
@@ -19,24 +20,25 @@ def cell(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Compiles for every card with every Triton that can be had, and writes the section."""
-    reports: dict[tuple[str, int], dict[str, Any]] = {}
-    missing = []
-    for version in VERSIONS:
+    found = reports(itertools.product(VERSIONS, CAPABILITIES), every=True)
+    made: dict[tuple[str, int], dict[str, Any]] = {}
+    missing: dict[str, None] = {}
+    for case, report in found.items():
         try:
-            reports |= {(version, each): kernels(version, each) for each in CAPABILITIES}
+            made[case] = report.result()
         except NoTriton as reason:
-            missing.append(f"{reason}.")
-    names = list(dict.fromkeys(name for found in reports.values() for name in found))
+            missing[f"{reason}."] = None
+    names = list(dict.fromkeys(name for each in made.values() for name in each))
     lines = [
         "Registers of a thread, and bytes that are spilled (of 255 registers at most). bfloat16 where nothing else is "
         "said; one variant of attention serves every number of query and KV heads, as the tile is of rows times heads "
         "(to 128 lanes, 64 for heads of 256). float32 has no tensor cores and spills. Nothing here was timed.",
         *missing, "",
-        "| kernel | " + " | ".join(f"{version}, sm_{each}" for version, each in reports) + " |",
-        "|---|" + "---|" * len(reports),
-        *(f"| {name} | " + " | ".join(cell(found[name]) for found in reports.values()) + " |" for name in names),
+        "| kernel | " + " | ".join(f"{version}, sm_{each}" for version, each in made) + " |",
+        "|---|" + "---|" * len(made),
+        *(f"| {name} | " + " | ".join(cell(each[name]) for each in made.values()) + " |" for name in names),
     ]  # fmt: skip
-    data = {f"{version} sm_{each}": found for (version, each), found in reports.items()}
+    data = {f"{version} sm_{each}": variants for (version, each), variants in made.items()}
     write_section("kernels_compile", "Kernels: registers and spills", "make bench-kernels-compile", lines, data)
 
 

@@ -157,12 +157,12 @@ def test_the_ends_of_the_uniform_number(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_draws_have_the_probabilities_asked_for(path: str) -> None:
-    G = 400
+    G = 40
     args = inputs(G, 3, 0, codes=torch.tensor([0])) | {"counts": torch.full((G,), 3), "weights": torch.ones(1)}
     args["rewards"] = torch.tensor([0.5, 0.3, 0.2]).log().repeat(G, 1)[:, :, None]
     with on_path(path):
         choice, _, _ = reward_pipeline(**args, uniform=(torch.arange(G) + 0.5) / G)
-    assert torch.bincount(choice).tolist() == [200, 120, 80]
+    assert torch.bincount(choice).tolist() == [20, 12, 8]
 
 
 @pytest.mark.parametrize("path", PATHS)

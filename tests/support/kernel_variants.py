@@ -1,9 +1,10 @@
 """Compiles the variants of our kernels that serving meets, for cards that need not be there: a program that writes JSON.
 
-    python -P tests/support/kernel_variants.py 90        (the compute capability, times ten)
+    python -P tests/support/kernel_variants.py 90 [--every]        (the compute capability, times ten)
 
 Run with the Triton to be tried first on PYTHONPATH (tritons.py does). A variant of attention stands for all numbers
-of heads and of rows, which are run-time arguments; `bfloat16` where nothing else is said.
+of heads and of rows, which are run-time arguments; `bfloat16` where nothing else is said. The usual variants are each
+kernel once, and attention at bfloat16 for every size of head; --every adds soft-caps, windows and float32.
 """
 
 import json
@@ -24,6 +25,7 @@ class Variant(NamedTuple):
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
+    usual: bool = True
 
 
 def attention_variants(capability: int) -> dict[str, Variant]:
@@ -44,7 +46,8 @@ def attention_variants(capability: int) -> dict[str, Variant]:
             extra = (", soft-cap" if own else ", window and soft-cap") if cap else ""
             name = f"attention to {'own segment' if own else 'contexts'}, heads of {dim}{extra}"
             name += "" if kind == "bf16" else ", float32"
-            found[name] = Variant(triton_path._level_kernel, types, constants, {"num_warps": tile.warps})
+            usual = kind == "bf16" and not cap
+            found[name] = Variant(triton_path._level_kernel, types, constants, {"num_warps": tile.warps}, usual)
     return found
 
 
@@ -71,6 +74,12 @@ def other_variants() -> dict[str, Variant]:
         "token_logprobs": Variant(_token_logprobs_kernel, tokens, logprobs, {"num_warps": 8, "num_stages": 3}),
         "reward_pipeline": Variant(_reward_pipeline_kernel, pipeline, groups, {"num_warps": 4}),
     }
+
+
+def variants(capability: int, every: bool) -> dict[str, Variant]:
+    """All variants by name, or the usual ones."""
+    found = attention_variants(capability) | other_variants()
+    return {name: variant for name, variant in found.items() if every or variant.usual}
 
 
 def compiled(variant: Variant, capability: int) -> dict[str, int]:
@@ -101,9 +110,9 @@ def compiled(variant: Variant, capability: int) -> dict[str, int]:
 
 def main() -> None:
     warnings.simplefilter("ignore")  # Triton announces a default of its next release
-    capability = int(sys.argv[1])
+    capability, every = int(sys.argv[1]), "--every" in sys.argv
     found: dict[str, Any] = {}
-    for name, variant in (attention_variants(capability) | other_variants()).items():
+    for name, variant in variants(capability, every).items():
         try:
             found[name] = compiled(variant, capability)
         except Exception as error:  # of many kinds: what is reported is the variant
