@@ -4,14 +4,17 @@
 
 Steps in order of worth, each with JSON written after it, so that a run that is cut off keeps what it has:
 limits (copy, matrix product), correctness (production shapes against float64 on 256 rows), first_call (compilation and
-first launch against the next), attention (against SDPA with the prefix copied), runner (a random Llama of SmolLM2's
-and of 8B's shape: one pass of new tokens), small (tilt_sample, reward_head, token_logprobs against torch).
+first launch against the next), attention (against FlashAttention in a cascade and SDPA with the prefix copied), runner (a
+random Llama of SmolLM2's and of 8B's shape, against transformers with whole sequences and with the prefix's keys
+copied), small (tilt_sample, reward_head, token_logprobs against torch), beside (a decode of 8B's shape in a CUDA graph
+beside scoring by another 8B).
 The tests marked gpu are run beside it: python -m pytest -m gpu tests/kernels.
 """
 
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 import traceback
@@ -23,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH may be set
 from gpu_common import limits, milliseconds, require_cuda
+from gpu_peers import Decode, GraphedDecode, cascade, expanded, padded
 
 from guiderail.kernels import _dispatch, reward_head, shared_prefix_attention, tilt_sample, token_logprobs
 from guiderail.kernels.shared_prefix_attention import Context, Layout
@@ -52,6 +56,10 @@ class Case:
 
     def run(self, **options: Any) -> Any:
         return shared_prefix_attention(self.q, self.k, self.v, self.kp, self.vp, self.layout, **options)
+
+    def cascade(self) -> Any:
+        """The same by FlashAttention."""
+        return cascade(self.q, self.k, self.v, self.kp, self.vp, self.layout)
 
     def error(self, window: int | None = None, softcap: float | None = None) -> float:
         """Largest difference from float64 on up to 256 rows."""
@@ -122,45 +130,99 @@ def step_attention() -> Any:
     for heads in SHAPES:
         for batch in BATCHES:
             case = Case(heads, batch)
-            ours, theirs = milliseconds(case.run), milliseconds(case.sdpa())
+            ours, flash, sdpa = (milliseconds(call) for call in (case.run, case.cascade, case.sdpa()))
             rate = 4.0 * case.pairs * case.hq * case.dim / ours * 1e3
-            found[f"{heads} {batch}"] = {"ms": ours, "sdpa_ms": theirs, "of_gemm": rate / bound.flops_per_s}
+            found[f"{heads} {batch}"] = {
+                "ms": ours, "flash_cascade_ms": flash, "sdpa_ms": sdpa, "of_gemm": rate / bound.flops_per_s,
+                "from_flash_cascade": (case.run().float() - case.cascade().float()).abs().max().item(),
+            }  # fmt: skip
     return found
 
 
-def step_runner() -> Any:
-    """Milliseconds to score candidates under one prefix, new and with the prefix kept; the model's weights are random."""
+def llama(name: str) -> Any:
+    """A decoder with random weights, of SmolLM2-135M's shape or of Llama-8B's."""
     from transformers import AutoModel, LlamaConfig
-
-    from guiderail.server.rewards.packed import PackedRunner
 
     small = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
     large = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-    found = {}
-    for name, sizes, kv_heads in (("135M", small, 3), ("8B", large, 8)):
-        with torch.device("cuda"):
-            config = LlamaConfig(**sizes, num_key_value_heads=kv_heads, vocab_size=49152)
-            model = AutoModel.from_config(config, dtype=torch.bfloat16)
-        runner = PackedRunner(model, torch.randn(1, sizes["hidden_size"]), capacity=POOL)
-        started = time.perf_counter()
-        runner.warm_up()
-        warm = time.perf_counter() - started
-        for prefix, count, length in BATCHES:
-            prompt = torch.randint(49152, (prefix,)).tolist()
-            sequences = [prompt + torch.randint(49152, (length,)).tolist() for _ in range(count)]
-            times = []
-            for kept in (False, True):
-                runner.clear()
-                if kept:
-                    runner.score([prompt])
-                started = time.perf_counter()
-                scores = runner.score(sequences)
-                times.append((time.perf_counter() - started) * 1e3)
-            found[f"{name} {(prefix, count, length)}"] = {
-                "new_ms": times[0], "prefix_kept_ms": times[1], "warm_up_s": warm, "finite": bool(scores.isfinite().all()),
+    sizes, kv_heads = {"135M": (small, 3), "8B": (large, 8)}[name]
+    with torch.device("cuda"):
+        config = LlamaConfig(**sizes, num_key_value_heads=kv_heads, vocab_size=49152)
+        return AutoModel.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def timed(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """Milliseconds of a call that ends on the CPU, and what it returns."""
+    started = time.perf_counter()
+    returned = call(*args)
+    return (time.perf_counter() - started) * 1e3, returned
+
+
+def texts(batch: tuple[int, int, int]) -> tuple[list[int], list[list[int]]]:
+    """A prompt, and what follows it in each candidate."""
+    prefix, count, length = batch
+    return torch.randint(49152, (prefix,)).tolist(), torch.randint(49152, (count, length)).tolist()
+
+
+def step_runner() -> Any:
+    """Milliseconds to score candidates under one prefix, new and with the prefix kept, by transformers and by us."""
+    from guiderail.server.rewards.packed import PackedRunner
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("135M", "8B"):
+        model = llama(name)
+        heads = torch.randn(1, model.config.hidden_size, device="cuda")
+        cases = {batch: texts(batch) for batch in BATCHES}
+        theirs = {}
+        for batch, (prompt, ends) in cases.items():  # before the runner takes the model's attention
+            after = expanded(model, heads, prompt, ends)
+            whole = [prompt + end for end in ends]
+            after(), padded(model, heads, whole[:1])
+            (kept_ms, _), (padded_ms, scores) = timed(after), timed(padded, model, heads, whole)
+            theirs[batch] = scores
+            found[f"{name} {batch}"] = {"transformers_padded_ms": padded_ms, "transformers_prefix_kept_ms": kept_ms}
+        runner = PackedRunner(model, heads, capacity=POOL)
+        warm, _ = timed(runner.warm_up)
+        for batch, (prompt, ends) in cases.items():
+            whole = [prompt + end for end in ends]
+            runner.score(whole)  # as theirs had a first time
+            runner.clear()
+            new_ms, scores = timed(runner.score, whole)
+            runner.clear()
+            runner.score([prompt])
+            kept_ms, _ = timed(runner.score, whole)
+            found[f"{name} {batch}"] |= {
+                "new_ms": new_ms, "prefix_kept_ms": kept_ms, "warm_up_s": warm / 1e3,
+                "finite": bool(scores.isfinite().all()), "spread": scores.std().item(),
+                "from_transformers": (scores - theirs[batch]).abs().max().item(),
             }  # fmt: skip
-        del runner, model
+        del runner, model, after
         torch.cuda.empty_cache()
+    return found
+
+
+def step_beside() -> Any:
+    """Milliseconds of a decoding step of 16 sequences of 2,048 tokens and of a scoring pass, alone and together."""
+    from guiderail.server.rewards.packed import PackedRunner
+
+    model = llama("8B")
+    runner = PackedRunner(model, torch.randn(1, model.config.hidden_size), capacity=POOL)
+    runner.warm_up()
+    decode = GraphedDecode(Decode(16, 2048))
+    found = {}
+    for batch in BATCHES:
+        prompt, ends = texts(batch)
+        whole = [prompt + end for end in ends]
+
+        def score(whole: list[list[int]] = whole) -> None:
+            runner.clear()
+            runner.score(whole)
+
+        score()
+        alone = statistics.median(decode.step() for _ in range(50))
+        scoring, _ = timed(score)
+        step, work = decode.beside(score)
+        found[str(batch)] = {"step_ms": alone, "step_beside_ms": step, "score_ms": scoring, "score_beside_ms": work}
     return found
 
 
@@ -189,7 +251,7 @@ def step_small() -> Any:
 
 STEPS: dict[str, Callable[[], Any]] = {
     "limits": step_limits, "correctness": step_correctness, "first_call": step_first_call,
-    "attention": step_attention, "runner": step_runner, "small": step_small,
+    "attention": step_attention, "runner": step_runner, "small": step_small, "beside": step_beside,
 }  # fmt: skip
 
 

@@ -85,6 +85,7 @@ def variants(capability: int, every: bool) -> dict[str, Variant]:
 def compiled(variant: Variant, capability: int) -> dict[str, int]:
     """Registers of a thread, bytes of them that are spilled, and shared memory of a program.
 
+    Matrices are contiguous, and their sizes multiples of 16, which Triton's code depends on.
     Raises what Triton raises where it cannot compile.
     """
     import triton
@@ -92,10 +93,15 @@ def compiled(variant: Variant, capability: int) -> dict[str, int]:
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
+    constants = dict.fromkeys((name for name in names if name.endswith("_col_stride")), 1) | variant.constants
     signature = {n: variant.types.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in names}
-    signature |= dict.fromkeys(variant.constants, "constexpr")
-    fixed = {(names.index(name),): value for name, value in variant.constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith(("_ptr", "_row_stride"))}
+    signature |= dict.fromkeys(constants, "constexpr")
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, each in enumerate(variant.kernel.params)
+        if each.name.endswith(("_ptr", "_row_stride")) or each.name in ("V", "H")
+        if not (each.do_not_specialize or each.do_not_specialize_on_alignment)
+    }  # fmt: skip
     source = ASTSource(variant.kernel, signature, fixed, aligned)
     made = triton.compile(source, GPUTarget("cuda", capability, 32), variant.options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
