@@ -21,8 +21,12 @@ except ImportError:
     triton = None
     tl = SimpleNamespace(constexpr=object)
 
-__all__ = ["FLOATS", "check", "fail_if", "force", "jit", "launch", "next_power_of_2", "tl", "triton", "use_triton"]
+__all__ = [
+    "FLOATS", "LARGE_SHARED_MEMORY", "check", "fail_if", "force", "jit", "launch", "next_power_of_2",
+    "shared_memory_of", "tl", "triton", "use_triton",
+]  # fmt: skip
 
+LARGE_SHARED_MEMORY = 200 << 10  # bytes a program can have: H100 and B200 have 227 KiB, A100 163, others 99
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 AVAILABLE = triton is not None
 
@@ -63,6 +67,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 def _current(tensor: Any) -> AbstractContextManager[Any]:
     """Makes a CUDA tensor's device the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def shared_memory_of(tensor: Any) -> int:
+    """Bytes of shared memory that one program can have on the tensor's device; 0 on the CPU."""
+    if not tensor.is_cuda:
+        return 0
+    return int(torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin)
 
 
 def use_triton(tensor: Any) -> bool:

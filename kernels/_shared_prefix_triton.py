@@ -18,11 +18,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from guiderail.kernels._dispatch import jit, launch, next_power_of_2, tl
+from guiderail.kernels._dispatch import LARGE_SHARED_MEMORY, jit, launch, next_power_of_2, shared_memory_of, tl
 from guiderail.kernels.prefix_layout import COLUMNS, Layout, on_device, work_items
 
 NO_WINDOW = 2**30  # more than any position
-LARGE_SHARED_MEMORY = 200 << 10  # bytes a program can have: H100 and B200 have 227 KiB, A100 163, others 99
 
 
 class Tile(NamedTuple):
@@ -149,8 +148,7 @@ _placed: "WeakKeyDictionary[Layout, dict[tuple[int, Any], Tables]]" = WeakKeyDic
 def _tile(heads: int, kv_heads: int, dim: int, like: Any) -> tuple[Tile, int]:
     """The tile, and its query rows."""
     share = heads // kv_heads
-    shared = torch.cuda.get_device_properties(like.device).shared_memory_per_block_optin if like.is_cuda else 0
-    tile = tile_for(dim, like.element_size(), shared)
+    tile = tile_for(dim, like.element_size(), shared_memory_of(like))
     tile = tile._replace(lanes=max(tile.lanes, next_power_of_2(share)))
     return tile, tile.lanes // share
 

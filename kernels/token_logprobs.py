@@ -15,7 +15,18 @@ from typing import Any
 
 import torch
 
-from guiderail.kernels._dispatch import FLOATS, check, fail_if, jit, launch, next_power_of_2, tl, use_triton
+from guiderail.kernels._dispatch import (
+    FLOATS,
+    LARGE_SHARED_MEMORY,
+    check,
+    fail_if,
+    jit,
+    launch,
+    next_power_of_2,
+    shared_memory_of,
+    tl,
+    use_triton,
+)
 
 CHUNK_ELEMENTS = 1 << 22  # of the torch path's widest temporary: 16 MiB of float32
 PROGRAMS = 512  # about four per processor of a large GPU: enough to hide the tail of the last wave
@@ -77,11 +88,21 @@ def _token_logprobs_kernel(
     tl.store(picked_ptr + out, picked, mask=row)
 
 
+def largest_blocks(element_size: int, shared_memory: int) -> tuple[int, int, int]:
+    """Rows, tokens of the vocabulary and hidden sizes of a block that spills no register, given many rows.
+
+    Where there is no wgmma (and so less shared memory), both operands of a product pass through registers.
+    """
+    if element_size == 4:
+        return 64, 128, 32
+    return 128, 128, 64 if shared_memory >= LARGE_SHARED_MEMORY else 32
+
+
 def _triton_path(hidden, weight, tokens, softcap) -> Any:
     (T, H), V = hidden.shape, weight.shape[0]
     half = hidden.element_size() == 2
-    block_t = min(max(next_power_of_2(T), 16), 128 if half else 64)  # tl.dot needs 16; 128 rows of float32 spill
-    block_v, block_h = 128, min(max(next_power_of_2(H), 16), 64 if half else 32)
+    most_t, block_v, most_h = largest_blocks(hidden.element_size(), shared_memory_of(hidden))
+    block_t, block_h = (min(max(next_power_of_2(n), 16), most) for n, most in ((T, most_t), (H, most_h)))  # tl.dot: 16
     row_blocks, vocab_blocks = -(-T // block_t), -(-V // block_v)
     per_split = -(-vocab_blocks // max(1, min(vocab_blocks, PROGRAMS // row_blocks)))
     splits = -(-vocab_blocks // per_split)  # so that no split is empty

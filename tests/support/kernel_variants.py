@@ -51,18 +51,19 @@ def attention_variants(capability: int) -> dict[str, Variant]:
     return found
 
 
-def other_variants() -> dict[str, Variant]:
+def other_variants(capability: int) -> dict[str, Variant]:
     """The other kernels, at the sizes of an 8B model with a vocabulary of 128k."""
     from guiderail.kernels.reward_head import _reward_head_kernel
     from guiderail.kernels.reward_pipeline import _reward_pipeline_kernel
     from guiderail.kernels.tilt_sample import BLOCK_V, _block_mass_kernel, _draw_kernel
-    from guiderail.kernels.token_logprobs import _token_logprobs_kernel
+    from guiderail.kernels.token_logprobs import _token_logprobs_kernel, largest_blocks
 
     tilt = {"ids_ptr": "*i64", "token_ptr": "*i64"}
     dense = {"HAS_OTHER": True, "BLOCK_V": BLOCK_V}
     integers = ("counts_ptr", "sample_counts_ptr", "codes_ptr", "choice_ptr")
     head = {"HAS_NORM": True, "GEMMA": True, "HAS_BIAS": True, "BLOCK_K": 1, "BLOCK_H": 4096}
-    logprobs = {"HAS_CAP": True, "BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_H": 64}
+    blocks = zip(("BLOCK_T", "BLOCK_V", "BLOCK_H"), largest_blocks(2, SHARED_MEMORY[capability]), strict=True)
+    logprobs = {"HAS_CAP": True, **dict(blocks)}
     hidden = {"hidden_ptr": "*bf16", "eps": "fp32", "last_ptr": "*i64", "norm_ptr": "*bf16"}
     tokens = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "tokens_ptr": "*i64", "softcap": "fp32"}
     pipeline = dict.fromkeys(integers, "*i64") | {"beta": "fp32"}
@@ -78,7 +79,7 @@ def other_variants() -> dict[str, Variant]:
 
 def variants(capability: int, every: bool) -> dict[str, Variant]:
     """All variants by name, or the usual ones."""
-    found = attention_variants(capability) | other_variants()
+    found = attention_variants(capability) | other_variants(capability)
     return {name: variant for name, variant in found.items() if every or variant.usual}
 
 
