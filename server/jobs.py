@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from guiderail.guides.base import Limits
@@ -99,7 +99,7 @@ class Job:
                     text, logprobs = cleaner.push(event.text), None  # log-probabilities may be for selection alone
                     if delivered is not None:
                         logprobs = delivered.take(event.logprobs or (), event.text, text) or None
-                    event = replace(event, text=text, logprobs=logprobs)
+                    event = Token(text, event.token_ids, logprobs)
                 elif isinstance(event, Final):
                     if rest := cleaner.finish():
                         yield Token(rest, (), None if delivered is None else delivered.take((), "", rest) or None)
