@@ -35,6 +35,9 @@ class Dying(ScriptedEngine):
     async def close(self) -> None:
         pass
 
+    async def cause_of_death(self) -> str:
+        return "it was told to"
+
 
 @asynccontextmanager
 async def started(settings: Settings) -> AsyncIterator[ServerState]:
@@ -47,7 +50,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineSettings, Dying]]
     """What engines were built with, and they."""
     made: list[tuple[EngineSettings, Dying]] = []
 
-    async def build(settings: EngineSettings) -> Any:
+    async def build(settings: EngineSettings, say: Callable[[str], None]) -> Any:
         made.append((settings, Dying()))
         return made[-1][1]
 
@@ -142,7 +145,7 @@ async def test_graphs_are_left_to_the_device(
     flags: dict[str, bool], eager: bool | None, built: list[tuple[EngineSettings, Dying]], tmp_path: Path
 ) -> None:
     """Also of the embedded default, which was eager on a GPU."""
-    await serve._build(load(flags, None), str(tmp_path), None)
+    await serve._build(load(flags, None), str(tmp_path), None, print)
     assert built[0][0].enforce_eager is eager
 
 

@@ -66,7 +66,8 @@ def test_each_rule_goes_with_the_guides_whose_pools_it_is_valid_for(
 
 
 def test_every_guide_that_selects_says_what_from() -> None:
-    for name, cls in load_guides().items():
+    built_in = {name: cls for name, cls in load_guides().items() if cls.__module__.startswith("guiderail.guides.")}
+    for name, cls in built_in.items():
         pools = cls(cls.Params()).pools()
         assert bool(pools) == (name not in ("sampling", "logit_mix")), name
         assert set(pools) <= set(POOL_KINDS)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from guiderail.server.engines import vllm_args
+from guiderail.server.engines.last_words import LastWords
 from guiderail.server.engines.vllm_args import (
     CPU_KV_GB,
     EngineSettings,
@@ -142,7 +143,7 @@ def test_the_configuration_is_made_for_a_server(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(AsyncLLM, "from_vllm_config", lambda config, **options: options["usage_context"])
     args = vllm_args.engine_args(PLAIN)
     assert args.said["scheduler_cls"].endswith("AsyncGroupScheduler")
-    assert vllm_args.start(args) == UsageContext.OPENAI_API_SERVER
+    assert vllm_args.start(args, LastWords()) == UsageContext.OPENAI_API_SERVER
     assert asked == [UsageContext.OPENAI_API_SERVER] * 2
 
 
