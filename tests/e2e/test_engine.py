@@ -198,7 +198,7 @@ async def test_the_judge_reads_yes_against_no(live: Live, reference: torch.nn.Mo
     )
     assert all(0 < value < 1 for value in values)
     text = (
-        f"Question:\n{ASK[0].content}\n\nAnswer:\nI like trains.\n\n"
+        f"Question:\n> {ASK[0].content}\n\nAnswer:\n> I like trains.\n\n"
         "Does the answer talk about trains? Reply with Yes or No only."
     )
     ids = live.state.renderer.render((Message("user", text),)).token_ids
