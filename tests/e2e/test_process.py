@@ -59,6 +59,17 @@ def entry():
     )
 
 
+def pinned(process: psutil.Process) -> list[int]:
+    """The CPUs to which threads of a process are held that may run on one alone."""
+    return sorted(cpu for thread in process.threads() if len(on := os.sched_getaffinity(thread.id)) == 1 for cpu in on)
+
+
+def huge_bytes(process: psutil.Process) -> int:
+    """Memory of a process in huge pages."""
+    (found,) = re.findall(r"AnonHugePages: *(\d+)", Path(f"/proc/{process.pid}/smaps_rollup").read_text())
+    return int(found) * 1024
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
@@ -77,11 +88,11 @@ def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
 
     (core,) = server.engines()
     assert not [p for p in server.family() if "Worker" in "".join(p.cmdline())], "the model is in the scheduler's"
-    pinned = [cpu for thread in core.threads() if len(on := os.sched_getaffinity(thread.id)) == 1 for cpu in on]
-    assert sorted(pinned) == sorted(os.sched_getaffinity(0)), "OpenMP has a thread for each CPU, nothing else is pinned"
+    # OpenMP has a thread for each CPU, and nothing else is pinned.
+    server.wait(lambda: pinned(core) == sorted(os.sched_getaffinity(0)), 60)
     if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
-        (huge,) = re.findall(r"AnonHugePages: *(\d+)", Path(f"/proc/{core.pid}/smaps_rollup").read_text())
-        assert int(huge) * 1024 > 0.25 * 2**30, "the KV cache at least"
+        # The KV cache at least; where memory is in pieces Linux gives them later.
+        server.wait(lambda: huge_bytes(core) > 0.25 * 2**30, 300)
     core.kill()
     server.wait(lambda: server.health() == 503, 60)
     refused = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)

@@ -34,7 +34,7 @@ class Follow(Selection):
         tokens = [_last_token(text, length) for text, length in zip(pool.texts, pool.lengths, strict=True)]
         self.laws.append(dict(zip(tokens, weights.tolist(), strict=True)))
         index = tokens.index(self.path[len(self.laws) - 1])
-        return Choice(index, 0.0, weights=weights)
+        return Choice(index, pool.kl(weights), weights=weights)
 
 
 def _last_token(text: str, length: int) -> int:

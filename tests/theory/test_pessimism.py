@@ -62,7 +62,7 @@ async def test_it_tends_to_the_chi_squared_regularised_optimum() -> None:
     assert law == pytest.approx(target, abs=0.03)
     held = target > 0
     exact = float((target[held] * np.log(target[held] / base[held])).sum())
-    assert np.mean(nats) == pytest.approx(exact, abs=0.02)
+    assert exact < np.mean(nats) < exact + 0.15, "a bound, and near"
 
 
 async def test_beta_spans_from_the_maximum_to_a_plain_sample() -> None:
