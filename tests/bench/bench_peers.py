@@ -53,23 +53,20 @@ class Script:
     async def best_of(self, i: int, n: int) -> int:
         """Answers the i-th question; returns the tokens that were generated for it."""
         messages = question(i)
-        body = await self._post({"messages": messages, "n": n, **self._fields()})
+        body = await self._post({"messages": messages, "n": n, **ASKED})
         texts = [choice["message"]["content"] for choice in body["choices"]]
         max(texts, key=lambda text: self._reward.score_text(messages[-1]["content"], text, self._params))
         return int(body["usage"]["completion_tokens"])
 
     async def streamed(self, i: int) -> int:
         """Streams one chat to its end; returns its tokens."""
-        body = {"messages": question(i), "stream": True, "stream_options": {"include_usage": True}, **self._fields()}
+        body = {"messages": question(i), "stream": True, "stream_options": {"include_usage": True}, **ASKED}
         tail = b""
         async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
             response.raise_for_status()
             async for part in response.aiter_raw():
                 tail = (tail + part)[-4096:]
         return TOKENS if b'"usage":{' in tail.replace(b" ", b"") else 0
-
-    def _fields(self) -> dict[str, Any]:
-        return dict(ASKED)
 
     async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         response = await self._http.post("/v1/chat/completions", json=body)
@@ -86,7 +83,7 @@ class Guided(Script):
 
     async def best_of(self, i: int, n: int) -> int:
         alignment = {"guide": {"name": "best_of_n", "n": n}, "rewards": [{"name": "length"}]}
-        body = await self._post({"messages": question(i), "alignment": alignment, **self._fields()})
+        body = await self._post({"messages": question(i), "alignment": alignment, **ASKED})
         return int(body["alignment"]["spend"]["tokens_generated"])
 
 
@@ -103,7 +100,7 @@ async def rate(work: Awaitable[list[int]], expected: int) -> float:
 Turn = Callable[[Script, int], Awaitable[float]]
 
 
-def cases(alone: tuple[int, ...]) -> dict[str, Turn]:
+def cases() -> dict[str, Turn]:
     """A turn of each case: tokens per second of one side, with questions from a number on."""
 
     def many(side: Script, first: int) -> Awaitable[float]:
@@ -123,7 +120,7 @@ def cases(alone: tuple[int, ...]) -> dict[str, Turn]:
         return lambda side, first: rate(one(side, first), times * n * TOKENS)
 
     found: dict[str, Turn] = {f"best of {N}, {PROMPTS} prompts, {AT_ONCE} at once": many}
-    found |= {f"best of {n}, alone": single(n) for n in alone}
+    found |= {f"best of {n}, alone": single(n) for n in ALONE}
     return found | {f"streamed chats, {CLIENTS} at once": streams}
 
 
@@ -163,8 +160,8 @@ def report(found: dict[str, list[list[float]]], pairs: int) -> None:
     write_section("peers", "Against a script over vllm serve", "make bench", lines, data)
 
 
-async def main(pairs: int, only: str, alone: tuple[int, ...], write: bool) -> None:
-    turns = {name: turn for name, turn in cases(alone).items() if only in name}
+async def main(pairs: int, only: str) -> None:
+    turns = {name: turn for name, turn in cases().items() if only in name}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         print("starting vllm serve and guiderail serve", file=sys.stderr)
@@ -177,7 +174,7 @@ async def main(pairs: int, only: str, alone: tuple[int, ...], write: bool) -> No
         finally:
             await script.close()
             await guided.close()
-    if write:
+    if not only:
         report(found, pairs)
 
 
@@ -186,4 +183,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--only", default="", help="cases with this in their name; nothing is written then")
     given = parser.parse_args()
-    asyncio.run(main(given.rounds, given.only, ALONE, not given.only))
+    asyncio.run(main(given.rounds, given.only))
