@@ -76,10 +76,14 @@ class WorkerExtension:
         """
         mine = os.sched_getaffinity(0)
         everywhere = os.sched_getaffinity(os.getppid())
-        for thread in map(int, os.listdir("/proc/self/task")):
-            with suppress(ProcessLookupError):  # it has ended meanwhile
-                if thread != threading.get_native_id() and os.sched_getaffinity(thread) == mine:
-                    os.sched_setaffinity(thread, everywhere)
+        found = True
+        while found:  # what a pinned one starts while it is listed here is pinned as well
+            found = False
+            for thread in map(int, os.listdir("/proc/self/task")):
+                with suppress(ProcessLookupError):  # it has ended meanwhile
+                    if thread != threading.get_native_id() and os.sched_getaffinity(thread) == mine != everywhere:
+                        os.sched_setaffinity(thread, everywhere)
+                        found = True
 
     def _use_huge_pages(self) -> None:
         """On CPU, asks Linux to keep weights and KV cache in huge pages.

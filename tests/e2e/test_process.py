@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -59,9 +60,14 @@ def entry():
     )
 
 
-def pinned(process: psutil.Process) -> list[int]:
-    """The CPUs to which threads of a process are held that may run on one alone."""
-    return sorted(cpu for thread in process.threads() if len(on := os.sched_getaffinity(thread.id)) == 1 for cpu in on)
+def pinned(process: psutil.Process) -> list[tuple[int, str]]:
+    """The CPUs to which threads of a process are held that may run on one alone, each with its thread's name."""
+    found = []
+    for thread in process.threads():
+        with suppress(ProcessLookupError, FileNotFoundError):  # it has ended meanwhile
+            if len(on := os.sched_getaffinity(thread.id)) == 1:
+                found.append((*on, Path(f"/proc/{process.pid}/task/{thread.id}/comm").read_text().strip()))
+    return sorted(found)
 
 
 def huge_bytes(process: psutil.Process) -> int:
@@ -89,7 +95,8 @@ def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
     (core,) = server.engines()
     assert not [p for p in server.family() if "Worker" in "".join(p.cmdline())], "the model is in the scheduler's"
     # OpenMP has a thread for each CPU, and nothing else is pinned.
-    server.wait(lambda: pinned(core) == sorted(os.sched_getaffinity(0)), 60)
+    held = pinned(core)
+    assert [cpu for cpu, _ in held] == sorted(os.sched_getaffinity(0)), held
     if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         # The KV cache at least; where memory is in pieces Linux gives them later.
         server.wait(lambda: huge_bytes(core) > 0.25 * 2**30, 300)
