@@ -3,12 +3,12 @@
 Importing this needs neither vllm nor torch.
 """
 
-from guiderail.guides.base import Engine, Guide, Helpers, Params, Rollouts, Scorer, ScoreResult, answer_events
 from guiderail.guides.best_of_n import draw_scored
-from guiderail.guides.context import Context
-from guiderail.guides.errors import DeadlinePassed, GuiderailError, RewardFailed
-from guiderail.guides.reward import Reward, Services, TextReward, answer_texts
-from guiderail.guides.types import Answer, Candidate, Delta, Event, Final, Message, Scored, ScoreGroup, Token
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.errors import DeadlinePassed, GuiderailError, RewardFailed
+from guiderail.guides.core.guide import Engine, Guide, Helpers, Params, Rollouts, Scorer, ScoreResult, answer_events
+from guiderail.guides.core.reward import Reward, Services, TextReward, answer_texts
+from guiderail.guides.core.types import Answer, Candidate, Delta, Event, Final, Message, Scored, ScoreGroup, Token
 
 __all__ = [
     "Answer",

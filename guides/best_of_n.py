@@ -14,15 +14,15 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from guiderail.guides import base
-from guiderail.guides.base import Guide, answer_events
-from guiderail.guides.context import Context
-from guiderail.guides.errors import DeadlinePassed
-from guiderail.guides.pipeline import Origin, PoolKind
-from guiderail.guides.rollout import Piece, roll_out
-from guiderail.guides.seeds import POOL_SIZE
-from guiderail.guides.tasks import task_group
-from guiderail.guides.types import Candidate, Event, Scored
+from guiderail.guides.core import guide as base
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.errors import DeadlinePassed
+from guiderail.guides.core.guide import Guide, answer_events
+from guiderail.guides.core.seeds import POOL_SIZE
+from guiderail.guides.core.tasks import task_group
+from guiderail.guides.core.types import Candidate, Event, Scored
+from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.search.sequence import Piece, roll_out
 
 
 class BestOfN(Guide):

@@ -14,13 +14,13 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from guiderail.guides import base
-from guiderail.guides.base import Guide
-from guiderail.guides.context import Context
-from guiderail.guides.lookahead import Lookahead, roll_forward, value
-from guiderail.guides.pipeline import Origin, PoolKind
-from guiderail.guides.steps import Steps, draw_blocks
-from guiderail.guides.types import Event
+from guiderail.guides.core import guide as base
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.types import Event
+from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.search.lookahead import Lookahead, roll_forward, value
+from guiderail.guides.search.stepwise import Steps, draw_blocks
 
 
 class ControlledDecoding(Guide):

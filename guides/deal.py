@@ -20,17 +20,17 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from guiderail.guides import base
-from guiderail.guides.base import Guide
-from guiderail.guides.context import Context
-from guiderail.guides.lookahead import Lookahead, roll_forward, successors, value
-from guiderail.guides.pipeline import Origin, PoolKind
-from guiderail.guides.policy import PolicySpec
-from guiderail.guides.rollout import Piece
-from guiderail.guides.steps import MAX_TOP_K, UNKEPT, Steps, top_tokens
-from guiderail.guides.tasks import together
-from guiderail.guides.transcript import Transcript
-from guiderail.guides.types import Candidate, Event
+from guiderail.guides.core import guide as base
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.policy import PolicySpec
+from guiderail.guides.core.tasks import together
+from guiderail.guides.core.types import Candidate, Event
+from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.search.lookahead import Lookahead, roll_forward, successors, value
+from guiderail.guides.search.sequence import Piece
+from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, top_tokens
+from guiderail.guides.search.transcript import Transcript
 
 
 @dataclass(slots=True)

@@ -22,12 +22,12 @@ from typing import ClassVar
 
 from pydantic import Field, StrictInt
 
-from guiderail.guides import base
-from guiderail.guides.context import Context
-from guiderail.guides.policy import PolicySpec
-from guiderail.guides.reward import Services
+from guiderail.guides.core import guide as base
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.policy import PolicySpec
+from guiderail.guides.core.reward import Services
+from guiderail.guides.core.types import Event, Mixed
 from guiderail.guides.sampling import Sampling
-from guiderail.guides.types import Event, Mixed
 
 PLAUSIBILITY = 0.1  # contrastive decoding's alpha
 LARGEST_TILT = 100.0  # the engine's bound on a logit bias

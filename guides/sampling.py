@@ -6,10 +6,10 @@ Rewards named in the request are computed for the finished answer and reported; 
 from collections.abc import AsyncGenerator
 from typing import ClassVar
 
-from guiderail.guides.base import Guide
-from guiderail.guides.context import Context
-from guiderail.guides.errors import DeadlinePassed
-from guiderail.guides.types import Candidate, Event, Final, Scored, Token, TokenLogprob
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.errors import DeadlinePassed
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.types import Candidate, Event, Final, Scored, Token, TokenLogprob
 
 
 class Sampling(Guide):

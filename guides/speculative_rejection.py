@@ -21,15 +21,15 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from guiderail.guides import base
-from guiderail.guides.base import Guide, Rollouts, answer_events
-from guiderail.guides.context import Context
-from guiderail.guides.errors import DeadlinePassed
-from guiderail.guides.pipeline import Origin, PoolKind
-from guiderail.guides.reward import Services
-from guiderail.guides.rollout import Piece
-from guiderail.guides.transcript import Transcript
-from guiderail.guides.types import Candidate, Delta, Event, Scored
+from guiderail.guides.core import guide as base
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.errors import DeadlinePassed
+from guiderail.guides.core.guide import Guide, Rollouts, answer_events
+from guiderail.guides.core.reward import Services
+from guiderail.guides.core.types import Candidate, Delta, Event, Scored
+from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.search.sequence import Piece
+from guiderail.guides.search.transcript import Transcript
 
 
 class SpeculativeRejection(Guide):

@@ -26,17 +26,17 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from guiderail.guides import base
-from guiderail.guides.base import Guide
-from guiderail.guides.context import Context
-from guiderail.guides.errors import RequestError
-from guiderail.guides.lookahead import Lookahead, Weigh, roll_forward, successors, value
-from guiderail.guides.pipeline import Origin, PoolKind
-from guiderail.guides.policy import PolicySpec
-from guiderail.guides.reward import Services
-from guiderail.guides.rollout import Piece
-from guiderail.guides.steps import MAX_TOP_K, UNKEPT, Steps, draw_blocks, top_tokens
-from guiderail.guides.types import Candidate, Event
+from guiderail.guides.core import guide as base
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.policy import PolicySpec
+from guiderail.guides.core.reward import Services
+from guiderail.guides.core.types import Candidate, Event
+from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.search.lookahead import Lookahead, Weigh, roll_forward, successors, value
+from guiderail.guides.search.sequence import Piece
+from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, draw_blocks, top_tokens
 
 
 class TransferQ(Guide):

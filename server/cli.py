@@ -73,12 +73,12 @@ SERVE_FLAGS: list[tuple[str, dict[str, Any]]] = [
 
 # Commands in modules of their own, with add_arguments and run; importing them is cheap.
 TASKS = {
-    "rewards train": ("server.training.command", "fit a Bradley-Terry head on preference pairs"),
-    "rewards evaluate": ("server.evaluation.rewards", "how well rewards rank preference pairs"),
-    "rewards calibrate": ("server.evaluation.calibrate", "store a reward's quantiles under the served model"),
+    "rewards train": ("server.offline.train.train_head", "fit a Bradley-Terry head on preference pairs"),
+    "rewards evaluate": ("server.offline.evaluate.reward_pairs", "how well rewards rank preference pairs"),
+    "rewards calibrate": ("server.offline.calibrate", "store a reward's quantiles under the served model"),
     "loadtest": ("loadtest.command", "load-test any OpenAI-compatible server"),
-    "evaluate curve": ("server.evaluation.curve", "gold reward of best-of-N against N and KL"),
-    "evaluate partial-correlation": ("server.evaluation.partial", "how well partial rewards tell final ones"),
+    "evaluate curve": ("server.offline.evaluate.curve", "gold reward of best-of-N against N and KL"),
+    "evaluate partial-correlation": ("server.offline.evaluate.partial", "how well partial rewards tell final ones"),
 }
 
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Errors that Guiderail knows are one line on stderr."""
     _leave_source_folder()
     args = _parser().parse_args(argv)
-    from guiderail.guides.errors import GuiderailError
+    from guiderail.guides.core.errors import GuiderailError
     from guiderail.server.settings import load
 
     try:
@@ -96,10 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = _flags(args)
         settings = load(flags, getattr(args, "config", None))
         if args.command == "serve":
-            from guiderail.server.serve import serve
+            from guiderail.server.runtime import serve
 
             return serve(settings)
-        from guiderail.server import listing
+        from guiderail.server.offline import listing
 
         if args.command == "models":
             return listing.models(settings, args.prepare)

@@ -12,10 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from guiderail.guides.errors import GuiderailError
-from guiderail.server.models import DEFAULT_MODEL
-from guiderail.server.policies.spec import RemotePolicySpec
-from guiderail.server.rewards.spec import RewardModelSpec
+from guiderail.guides.core.errors import GuiderailError
+from guiderail.server.engines.remote.policy_spec import RemotePolicySpec
+from guiderail.server.models.catalogue import DEFAULT_MODEL
+from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 
 ROWS = 128  # sequences decoded at once on CPU, as `vllm serve` does; on a GPU vLLM knows its own number
 

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from guiderail.guides.base import Engine, Guide, Helpers
-from guiderail.guides.reward import Reward
-from guiderail.server.admission import Admission
-from guiderail.server.alignment import Resolver
-from guiderail.server.engines.stats import EngineStats
+from guiderail.guides.core.guide import Engine, Guide, Helpers
+from guiderail.guides.core.reward import Reward
+from guiderail.server.engines.engine_stats import EngineStats
 from guiderail.server.metrics import Metrics
-from guiderail.server.renderer import ChatRenderer
-from guiderail.server.scorer import BatchingScorer
+from guiderail.server.models.renderer import ChatRenderer
+from guiderail.server.requests.admission import Admission
+from guiderail.server.requests.resolve import Resolver
+from guiderail.server.scoring.batcher import BatchingScorer
 from guiderail.server.settings import Settings
 from guiderail.server.system_fingerprint import system_fingerprint
 

@@ -9,16 +9,16 @@ import pytest
 import pytest_asyncio
 from serving import Live, engine_dtype, serving
 
-from guiderail.guides.registry import load_guides, load_rewards
-from guiderail.guides.reward import Reward, Services
-from guiderail.server import models
+from guiderail.guides.core.registry import load_guides, load_rewards
+from guiderail.guides.core.reward import Reward, Services
 from guiderail.server.engines.supervised import SupervisedEngine
-from guiderail.server.engines.vllm import EngineSettings, build
+from guiderail.server.engines.vllm.engine import EngineSettings, build
 from guiderail.server.metrics import Metrics
-from guiderail.server.renderer import ChatRenderer
-from guiderail.server.rewards.loading import neural_reward
-from guiderail.server.rewards.spec import RewardModelSpec
-from guiderail.server.serve import assemble, start_rewards
+from guiderail.server.models import catalogue as models
+from guiderail.server.models.renderer import ChatRenderer
+from guiderail.server.rewards.models.loading import neural_reward
+from guiderail.server.rewards.models.reward_spec import RewardModelSpec
+from guiderail.server.runtime import assemble, start_rewards
 from guiderail.server.settings import OperatorLimits, Settings
 
 ROOT = Path(__file__).resolve().parent.parent

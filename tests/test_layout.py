@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def test_file_keeps_the_rules(path: Path) -> None:
     for later in PACKAGES[rank + 1 :]:
         assert not any(n == f"guiderail.{later}" or n.startswith(f"guiderail.{later}.") for n in names)
     keeps_the_common_rules(path, names)
-    if path.parent != ROOT / "server" / "engines" or not path.stem.startswith("vllm"):
-        assert not any(n.split(".")[0] == "vllm" for n in names), "vLLM is imported in server/engines/vllm*.py alone"
+    if not path.is_relative_to(ROOT / "server" / "engines" / "vllm"):
+        assert not any(n.split(".")[0] == "vllm" for n in names), "vLLM is imported in server/engines/vllm alone"
 
 
 def keeps_the_common_rules(path: Path, names: set[str]) -> None:
@@ -51,17 +52,28 @@ def test_the_load_test_knows_servers_by_http_alone(path: Path) -> None:
     names = imports(path)
     keeps_the_common_rules(path, names)
     ours = {n for n in names if n.startswith("guiderail.") and not n.startswith("guiderail.loadtest")}
-    assert all(n.startswith("guiderail.guides.errors") for n in ours)
+    assert all(n.startswith("guiderail.guides.core.errors") for n in ours)
     assert not any(n.split(".")[0] in ("torch", "vllm", "transformers", "fastapi") for n in names)
 
 
 def test_every_package_is_distributed() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(config["tool"]["setuptools"]["packages"])
-    there = {
-        ".".join(["guiderail", *path.parent.relative_to(ROOT).parts]) for path in FILES if path.name == "__init__.py"
-    }
-    assert listed == there | {"guiderail.loadtest"}
+    folders = [path.parent.relative_to(ROOT) for path in FILES]
+    folders += [path.parent.relative_to(ROOT / "deploy") for path in LOADTEST]
+    assert listed == {".".join(["guiderail", *folder.parts]) for folder in folders}
+
+
+def test_a_file_name_occurs_once() -> None:
+    names = Counter(path.name for path in (*FILES, *LOADTEST) if path.name != "__init__.py")
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_every_package_says_what_it_is() -> None:
+    folders = {path.parent for path in (*FILES, *LOADTEST)}
+    assert [
+        folder for folder in folders if not ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    ] == []
 
 
 def test_helpers_of_tests_lie_in_one_folder() -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from guiderail.loadtest.flags import add_run_arguments, options_of
 
 if TYPE_CHECKING:
-    from guiderail.loadtest.runner import Load, Run, Watcher
-    from guiderail.loadtest.session import Options
+    from guiderail.loadtest.client.session import Options
+    from guiderail.loadtest.load.runner import Load, Run, Watcher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command. Returns 0, or 1 if no request completed. Raises LoadtestError for what cannot be run."""
     if args.loadtest_task == "compare":
-        from guiderail.loadtest.compare import compare
+        from guiderail.loadtest.report.compare import compare
 
         compare(args.a, args.b, args.html)
         return 0
     import uvloop
 
-    from guiderail.loadtest.table import show
+    from guiderail.loadtest.report.table import show
 
     options = options_of(args)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _measure(options: "Options", show_progress: bool) -> "tuple[dict[str, Any], list[Run]]":
-    from guiderail.loadtest.progress import watcher
-    from guiderail.loadtest.session import measure
+    from guiderail.loadtest.client.session import measure
+    from guiderail.loadtest.load.progress import watcher
 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -66,7 +66,7 @@ async def _measure(options: "Options", show_progress: bool) -> "tuple[dict[str, 
 def _save(args: argparse.Namespace, options: "Options", result: dict[str, Any], runs: "list[Run]") -> None:
     from dataclasses import replace
 
-    from guiderail.loadtest.result import result_path, save_json, save_requests
+    from guiderail.loadtest.report.result import result_path, save_json, save_requests
 
     if not (args.save_result or args.save_requests or args.save_report):
         return
@@ -80,7 +80,7 @@ def _save(args: argparse.Namespace, options: "Options", result: dict[str, Any], 
         saved.append(path.with_suffix(".requests.jsonl"))
         save_requests(saved[-1], runs)
     if args.save_report:
-        from guiderail.loadtest.report import page
+        from guiderail.loadtest.report.page import page
 
         saved.append(path.with_suffix(".html"))
         saved[-1].write_text(page(result, runs))

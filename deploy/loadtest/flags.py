@@ -8,12 +8,12 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guiderail.loadtest.errors import LoadtestError
+from guiderail.loadtest.loadtest_error import LoadtestError
 
 if TYPE_CHECKING:
-    from guiderail.loadtest.runner import Load
-    from guiderail.loadtest.session import Options
-    from guiderail.loadtest.sweep import Sweep
+    from guiderail.loadtest.client.session import Options
+    from guiderail.loadtest.load.runner import Load
+    from guiderail.loadtest.load.sweep import Sweep
 
 ENDPOINTS = {"openai-chat": "/v1/chat/completions", "openai": "/v1/completions", "vllm": "/v1/completions"}
 SAMPLING: dict[str, type] = {
@@ -84,10 +84,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def options_of(args: argparse.Namespace) -> "Options":
     """The options that the flags ask for. Raises LoadtestError that names the flag or field at fault."""
-    from guiderail.loadtest import prompts, traffic
-    from guiderail.loadtest.plan import Requests
-    from guiderail.loadtest.result import METRICS, QUEUE_INCLUSIVE, Reporting
-    from guiderail.loadtest.session import Options
+    from guiderail.loadtest.client.session import Options
+    from guiderail.loadtest.load import prompts, traffic
+    from guiderail.loadtest.load.plan import Requests
+    from guiderail.loadtest.report.result import METRICS, QUEUE_INCLUSIVE, Reporting
 
     base_url = (args.base_url or f"http://{args.host}:{args.port}").rstrip("/").removesuffix("/v1")
     endpoint = args.endpoint or ENDPOINTS[args.backend]
@@ -141,8 +141,8 @@ def options_of(args: argparse.Namespace) -> "Options":
 
 
 def _load(args: argparse.Namespace) -> "Load":
-    from guiderail.loadtest.arrivals import Ramp
-    from guiderail.loadtest.runner import Load
+    from guiderail.loadtest.load.arrivals import Ramp
+    from guiderail.loadtest.load.runner import Load
 
     rate: float | Ramp = _positive(args.request_rate, "--request-rate")
     ends = (args.ramp_up_start_rps, args.ramp_up_end_rps)
@@ -172,7 +172,7 @@ def _load(args: argparse.Namespace) -> "Load":
 
 
 def _sweep(args: argparse.Namespace) -> "Sweep | None":
-    from guiderail.loadtest.sweep import Sweep
+    from guiderail.loadtest.load.sweep import Sweep
 
     if not args.sweep_rates:
         return None
@@ -183,7 +183,7 @@ def _sweep(args: argparse.Namespace) -> "Sweep | None":
 
 
 def _cancellation(args: argparse.Namespace) -> Any:
-    from guiderail.loadtest.plan import Cancellation
+    from guiderail.loadtest.load.plan import Cancellation
 
     if not 0 <= args.cancellation_rate <= 1:
         raise LoadtestError("--cancellation-rate: expected a share from 0 to 1")

@@ -1,10 +1,10 @@
 """Prompters: how a conversation becomes the prompt of the served model, and what of its output is the answer."""
 
-from guiderail.guides.prompters.base import Cleaner, Prompter, with_system
-from guiderail.guides.prompters.styles import Style, load_style
+from guiderail.guides.prompters.prompter import Cleaner, Prompter, with_system
 from guiderail.guides.prompters.system_message import SystemMessage
 from guiderail.guides.prompters.template import Template
-from guiderail.guides.prompters.urial import Urial, urial_with
+from guiderail.guides.prompters.urial.styles import Style, load_style
+from guiderail.guides.prompters.urial.urial import Urial, urial_with
 
 PROMPTERS: dict[str, type[Prompter]] = {cls.name: cls for cls in (Template, Urial, SystemMessage)}
 

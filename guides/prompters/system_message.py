@@ -19,9 +19,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
-from guiderail.guides.prompters.base import Prompter, with_system
-from guiderail.guides.reward import Renderer, Services
-from guiderail.guides.types import Message, TokenPrompt
+from guiderail.guides.core.reward import Renderer, Services
+from guiderail.guides.core.types import Message, TokenPrompt
+from guiderail.guides.prompters.prompter import Prompter, with_system
 
 RULE = "Every answer follows these preferences. Where two of them conflict, the one further up decides."
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from guiderail.guides.prompters.base import Prompter
-from guiderail.guides.reward import Renderer
-from guiderail.guides.types import Message, TokenPrompt
+from guiderail.guides.core.reward import Renderer
+from guiderail.guides.core.types import Message, TokenPrompt
+from guiderail.guides.prompters.prompter import Prompter
 
 
 class Template(Prompter):

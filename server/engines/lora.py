@@ -3,7 +3,7 @@
 import json
 import os
 
-from guiderail.guides.errors import RequestError
+from guiderail.guides.core.errors import RequestError
 
 
 def check_adapter(name: str, path: str, max_rank: int) -> None:

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-from guiderail.guides.base import Engine, Rollouts
-from guiderail.guides.errors import EngineUnavailable, RequestError
-from guiderail.guides.types import SamplingSpec, TokenPrompt
-from guiderail.server.engines.stats import EngineStats
+from guiderail.guides.core.errors import EngineUnavailable, RequestError
+from guiderail.guides.core.guide import Engine, Rollouts
+from guiderail.guides.core.types import SamplingSpec, TokenPrompt
+from guiderail.server.engines.engine_stats import EngineStats
 
 log = logging.getLogger("guiderail.engine")
 

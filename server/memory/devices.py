@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from guiderail.guides.errors import GuiderailError
+from guiderail.guides.core.errors import GuiderailError
 
 PROBE = """
 import json, torch

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from guiderail.guides.errors import GuiderailError
-from guiderail.server import models
+from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.memory.devices import Gpu, gpus
 from guiderail.server.memory.model_size import read_shape, weight_bytes
 from guiderail.server.memory.pool import GIB, PASS_TOKENS
 from guiderail.server.memory.shares import EngineNeed, Plan, RewardNeed, RewardShare, plan
-from guiderail.server.rewards.loading import head_card, head_folder
-from guiderail.server.rewards.spec import RewardModelSpec
+from guiderail.server.models import catalogue as models
+from guiderail.server.rewards.models.loading import head_card, head_folder
+from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 from guiderail.server.settings import Settings, SettingsError
 
 ENGINE_TOKENS = (

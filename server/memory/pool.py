@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import psutil
 
-from guiderail.guides.errors import GuiderailError
+from guiderail.guides.core.errors import GuiderailError
 
 GIB = 2**30
 PASS_TOKENS = 8192  # of one forward pass of a reward model

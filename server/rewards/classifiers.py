@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from guiderail.guides.base import ScoreResult
-from guiderail.guides.reward import Services, TextReward, answer_texts
-from guiderail.guides.types import ScoreGroup
+from guiderail.guides.core.guide import ScoreResult
+from guiderail.guides.core.reward import Services, TextReward, answer_texts
+from guiderail.guides.core.types import ScoreGroup
 
 PROFANITY_VERSION = "1.9.1"
 

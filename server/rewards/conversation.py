@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from guiderail.guides.errors import RequestError
-from guiderail.guides.types import PROMPT, Message
+from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.types import PROMPT, Message
 
 PRIVATE = range(0xF0000, 0xFFFFE)  # characters that no text has a meaning for: marks for content within a template
 

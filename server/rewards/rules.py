@@ -16,8 +16,8 @@ from pydantic import Field
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-from guiderail.guides import base
-from guiderail.guides.reward import Services, TextReward
+from guiderail.guides.core import guide as base
+from guiderail.guides.core.reward import Services, TextReward
 
 PATTERN_TIMEOUT_S = 0.1  # per search; a pattern can take exponential time
 STOP_WORDS = frozenset(

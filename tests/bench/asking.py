@@ -11,13 +11,13 @@ from typing import Any
 
 from report import ROOT, write_section
 
-from guiderail.server.evaluation.prompts import read_prompts
-from guiderail.server.jobs import chat_job, completion_job
-from guiderail.server.protocol import ChatRequest, CompletionRequest
+from guiderail.server.api.fold import whole
+from guiderail.server.api.responses import ChatWire, TextWire
+from guiderail.server.api.schemas import ChatRequest, CompletionRequest
+from guiderail.server.offline.prompt_file import read_prompts
+from guiderail.server.requests.build import chat_job, completion_job
 from guiderail.server.settings import OperatorLimits
-from guiderail.server.sse import whole
 from guiderail.server.state import ServerState
-from guiderail.server.wire import ChatWire, TextWire
 
 HEAD = "hh-harmless-smollm2-135m"  # the bundled reward head, served as `harmless`
 EVERYDAY = ROOT / "deploy" / "prompts" / "everyday.jsonl"

@@ -23,7 +23,7 @@ from guides_plain import LENGTHS, against_plain
 from guides_rejection import rejection
 from guides_speed import blocks, speed
 
-from guiderail.server.offline import offline
+from guiderail.server.offline.offline_state import offline
 from guiderail.server.settings import Settings
 from guiderail.server.state import ServerState
 

@@ -25,16 +25,16 @@ from report import write_section
 from seeded import KINDS, answers, requests
 from serving import serving
 
-from guiderail.guides.registry import load_guides, load_rewards
-from guiderail.guides.reward import Services
-from guiderail.guides.types import Message, SamplingSpec, TokenPrompt
-from guiderail.server import models
-from guiderail.server.engines.rollouts import new_request_id
-from guiderail.server.engines.vllm import EngineSettings, build
-from guiderail.server.engines.vllm_params import FORCED, token_logprobs
+from guiderail.guides.core.registry import load_guides, load_rewards
+from guiderail.guides.core.reward import Services
+from guiderail.guides.core.types import Message, SamplingSpec, TokenPrompt
+from guiderail.server.engines.sequences import new_request_id
+from guiderail.server.engines.vllm.engine import EngineSettings, build
+from guiderail.server.engines.vllm.params import FORCED, token_logprobs
 from guiderail.server.metrics import Metrics
-from guiderail.server.renderer import ChatRenderer
-from guiderail.server.serve import assemble, start_rewards
+from guiderail.server.models import catalogue as models
+from guiderail.server.models.renderer import ChatRenderer
+from guiderail.server.runtime import assemble, start_rewards
 from guiderail.server.settings import OperatorLimits, Settings
 
 ROWS, TOKENS, TOP = 20, 50, 20

@@ -28,9 +28,9 @@ from quality_tasks import BUDGET, GRID, ROWS, Task, body, guides, rows, tasks
 from quality_urial import urial
 from report import ROOT
 
-from guiderail.server.offline import offline
-from guiderail.server.protocol import ScoreRequest
-from guiderail.server.scoring import score_request
+from guiderail.server.api.schemas import ScoreRequest
+from guiderail.server.offline.offline_state import offline
+from guiderail.server.requests.score import score_request
 from guiderail.server.settings import Settings
 from guiderail.server.state import ServerState
 

@@ -22,18 +22,18 @@ from bench_scoring import apart, draw, model_folder
 from bench_server import Raw, Served, messages
 from report import write_section
 
-from guiderail.server.processor import auto_dtype
+from guiderail.server.models.processor import auto_dtype
 
 
 async def batching(folder: str, rounds: int) -> list[tuple[float, float]]:
     """(one by one, at once) seconds for 8 requests x 8 calls of one candidate each, 64 tokens after 64."""
     from transformers import AutoTokenizer
 
-    from guiderail.guides.types import PROMPT, Answer, Message, ScoreGroup, TokenPrompt
+    from guiderail.guides.core.types import PROMPT, Answer, Message, ScoreGroup, TokenPrompt
     from guiderail.server.metrics import Metrics
-    from guiderail.server.rewards.loading import neural_reward
-    from guiderail.server.rewards.spec import RewardModelSpec
-    from guiderail.server.scorer import BatchingScorer
+    from guiderail.server.rewards.models.loading import neural_reward
+    from guiderail.server.rewards.models.reward_spec import RewardModelSpec
+    from guiderail.server.scoring.batcher import BatchingScorer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reward = neural_reward(RewardModelSpec(path=folder), Path("/nonexistent"), print)

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from report import write_section
 
-from guiderail.server.processor import auto_dtype, packs_bfloat16
+from guiderail.server.models.processor import auto_dtype, packs_bfloat16
 
 DTYPE = getattr(torch, auto_dtype())
 PROMPT, CANDIDATES, LENGTH, EXTENSION = 400, 16, 64, 8
@@ -34,8 +34,8 @@ def model_folder(where: Path) -> str:
     """The base model with a random scalar head, as a sequence classifier."""
     from transformers import AutoModel, AutoTokenizer
 
-    from guiderail.server import models
-    from guiderail.server.rewards.loading import LoadedModel, write_classifier
+    from guiderail.server.models import catalogue as models
+    from guiderail.server.rewards.models.loading import LoadedModel, write_classifier
     from guiderail.server.settings import Settings
 
     base = models.resolve(models.DEFAULT_MODEL, Settings().cache)
@@ -47,7 +47,7 @@ def model_folder(where: Path) -> str:
 
 def gemm_limit(rows: int) -> float:
     """Milliseconds of the model's matrix products alone, over weights that are packed where the runner packs them."""
-    from guiderail.server.rewards.fast_modules import PackedLinear
+    from guiderail.server.rewards.models.cpu_modules import PackedLinear
 
     def product(outputs: int, inputs: int) -> Any:
         if torch.bfloat16 == DTYPE and packs_bfloat16():
@@ -71,9 +71,9 @@ class Methods:
     def __init__(self, folder: str) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        from guiderail.server.rewards.loading import load_model
-        from guiderail.server.rewards.neural import PackedBackend
-        from guiderail.server.rewards.packed import PackedRunner
+        from guiderail.server.rewards.models.loading import load_model
+        from guiderail.server.rewards.models.neural import PackedBackend
+        from guiderail.server.rewards.models.packed import PackedRunner
 
         self.plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=DTYPE).eval()
         self.plain.config.pad_token_id = 2
@@ -83,8 +83,8 @@ class Methods:
         self.vllm: Any = None
 
     async def start(self, folder: str) -> None:
-        from guiderail.server.engines.vllm import EngineSettings
-        from guiderail.server.engines.vllm_pooling import build_pooling
+        from guiderail.server.engines.vllm.engine import EngineSettings
+        from guiderail.server.engines.vllm.pooling import build_pooling
 
         self.vllm = await build_pooling(EngineSettings(model=folder, max_model_len=2048, kv_cache_gb=2))
 
@@ -142,7 +142,7 @@ class Methods:
 
 async def apart(work: Callable[..., Any], *args: Any) -> Any:
     """Runs torch work in the thread that does all of it in the server, too (see scoring_thread)."""
-    from guiderail.server.rewards.neural import scoring_thread
+    from guiderail.server.rewards.models.neural import scoring_thread
 
     return await asyncio.get_running_loop().run_in_executor(scoring_thread(), work, *args)
 

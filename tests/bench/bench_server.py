@@ -46,9 +46,9 @@ class Raw:
     async def start(self) -> None:
         from vllm.sampling_params import RequestOutputKind
 
-        from guiderail.server import models
-        from guiderail.server.engines.vllm import EngineSettings, build
-        from guiderail.server.renderer import ChatRenderer
+        from guiderail.server.engines.vllm.engine import EngineSettings, build
+        from guiderail.server.models import catalogue as models
+        from guiderail.server.models.renderer import ChatRenderer
         from guiderail.server.settings import Settings
 
         path = models.resolve(models.DEFAULT_MODEL, Settings().cache)
@@ -70,7 +70,7 @@ class Raw:
         return count
 
     def ids(self, i: int) -> tuple[int, ...]:
-        from guiderail.guides.types import Message
+        from guiderail.guides.core.types import Message
 
         return self._renderer.render([Message(m["role"], m["content"]) for m in messages(i)]).token_ids
 

@@ -17,11 +17,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from guiderail.guides.pipeline import COMBINES, parse_chain
-from guiderail.guides.types import SamplingSpec
-from guiderail.server.evaluation.draw import draw, score_all
-from guiderail.server.evaluation.prompts import read_prompts
-from guiderail.server.offline import offline
+from guiderail.guides.core.types import SamplingSpec
+from guiderail.guides.scoring import COMBINES, parse_chain
+from guiderail.server.offline.evaluate.draw import draw, score_all
+from guiderail.server.offline.offline_state import offline
+from guiderail.server.offline.prompt_file import read_prompts
 from guiderail.server.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set

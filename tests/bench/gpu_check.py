@@ -166,7 +166,7 @@ def texts(batch: tuple[int, int, int]) -> tuple[list[int], list[list[int]]]:
 
 def step_runner() -> Any:
     """Milliseconds to score candidates under one prefix, new and with the prefix kept, by transformers and by us."""
-    from guiderail.server.rewards.packed import PackedRunner
+    from guiderail.server.rewards.models.packed import PackedRunner
 
     found: dict[str, dict[str, Any]] = {}
     for name in ("135M", "8B"):
@@ -203,7 +203,7 @@ def step_runner() -> Any:
 
 def step_beside() -> Any:
     """Milliseconds of a decoding step of 16 sequences of 2,048 tokens and of a scoring pass, alone and together."""
-    from guiderail.server.rewards.packed import PackedRunner
+    from guiderail.server.rewards.models.packed import PackedRunner
 
     model = llama("8B")
     runner = PackedRunner(model, torch.randn(1, model.config.hidden_size), capacity=POOL)

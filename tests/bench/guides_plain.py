@@ -12,9 +12,9 @@ from bench_scoring import apart
 from figures import verdict
 from plain_search import PlainSearch
 
-from guiderail.guides.types import Message
-from guiderail.server import models
-from guiderail.server.processor import auto_dtype
+from guiderail.guides.core.types import Message
+from guiderail.server.models import catalogue as models
+from guiderail.server.models.processor import auto_dtype
 from guiderail.server.state import ServerState
 
 TOP_K, LOOKAHEAD, TOGETHER = 10, 20, 8

@@ -1,7 +1,7 @@
 """Part of bench_guides.py: speculative rejection against best-of-n with the same seeds.
 
 Alpha and interval of the second setting are chosen by replaying rejections over pools drawn for other prompts
-(server/evaluation/partial_figures.py): the largest mean reward that keeps to a share of best-of-n's tokens.
+(server/offline/evaluate/partial_metrics.py): the largest mean reward that keeps to a share of best-of-n's tokens.
 """
 
 from itertools import product
@@ -11,11 +11,11 @@ import numpy as np
 from asking import EVERYDAY, MORE, Raw, ask, questions, user
 from figures import interval, verdict
 
-from guiderail.guides.types import Message, SamplingSpec
-from guiderail.server.evaluation.draw import draw
-from guiderail.server.evaluation.options import NamedReward
-from guiderail.server.evaluation.partial import score_beginnings
-from guiderail.server.evaluation.partial_figures import reject
+from guiderail.guides.core.types import Message, SamplingSpec
+from guiderail.server.offline.evaluate.draw import draw
+from guiderail.server.offline.evaluate.partial import score_beginnings
+from guiderail.server.offline.evaluate.partial_metrics import reject
+from guiderail.server.offline.options import NamedReward
 from guiderail.server.state import ServerState
 
 N, TOKENS = 32, 64

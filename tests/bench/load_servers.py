@@ -70,10 +70,10 @@ def guiderail(folder: Path, *flags: str, context: str = CONTEXT) -> Iterator[Ser
 @contextmanager
 def vllm(folder: Path, dtype: str = "auto") -> Iterator[Server]:
     """`vllm serve` with the model, environment and engine settings of `guiderail serve`."""
-    from guiderail.server import models
-    from guiderail.server.engines.vllm import prepare_environment
-    from guiderail.server.engines.vllm_args import CPU_KV_GB
-    from guiderail.server.processor import auto_dtype
+    from guiderail.server.engines.vllm.engine import prepare_environment
+    from guiderail.server.engines.vllm.launch import CPU_KV_GB
+    from guiderail.server.models import catalogue as models
+    from guiderail.server.models.processor import auto_dtype
     from guiderail.server.settings import Settings
 
     settings = Settings()

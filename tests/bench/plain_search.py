@@ -32,8 +32,8 @@ class PlainSearch:
     def __init__(self, policy: str, head: str, cache: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from guiderail.server.processor import auto_dtype
-        from guiderail.server.rewards.loading import head_card, load_model
+        from guiderail.server.models.processor import auto_dtype
+        from guiderail.server.rewards.models.loading import head_card, load_model
 
         self.tokenizer = AutoTokenizer.from_pretrained(policy)
         self.policy = AutoModelForCausalLM.from_pretrained(policy, dtype=getattr(torch, auto_dtype())).eval()

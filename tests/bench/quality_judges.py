@@ -9,8 +9,8 @@ from typing import Any
 
 from asking import user
 
-from guiderail.server.protocol import ScoreRequest
-from guiderail.server.scoring import score_request
+from guiderail.server.api.schemas import ScoreRequest
+from guiderail.server.requests.score import score_request
 from guiderail.server.state import ServerState
 
 

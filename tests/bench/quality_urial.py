@@ -14,9 +14,9 @@ from figures import interval
 from quality_figures import diversity
 from quality_judges import CLEAR
 
-from guiderail.server.offline import offline
-from guiderail.server.protocol import ScoreRequest
-from guiderail.server.scoring import score_request
+from guiderail.server.api.schemas import ScoreRequest
+from guiderail.server.offline.offline_state import offline
+from guiderail.server.requests.score import score_request
 from guiderail.server.settings import Settings
 
 BASE = "gemma3-270m"

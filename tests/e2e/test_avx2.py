@@ -18,7 +18,7 @@ import pytest
 import torch
 from serve_process import START_S, Serve
 
-from guiderail.server.rewards.loading import load_model
+from guiderail.server.rewards.models.loading import load_model
 from guiderail.server.settings import Settings
 
 HOLD = str(Path(__file__).parent.parent / "support" / "avx2")
@@ -103,10 +103,10 @@ def test_both_dtypes_of_a_reward_model_agree() -> None:
     code = f"""
 from pathlib import Path
 import torch
-from guiderail.server import processor
-from guiderail.server.rewards.fast_modules import PackedLinear
-from guiderail.server.rewards.loading import load_model
-from guiderail.server.rewards.packed import PackedRunner
+from guiderail.server.models import processor
+from guiderail.server.rewards.models.cpu_modules import PackedLinear
+from guiderail.server.rewards.models.loading import load_model
+from guiderail.server.rewards.models.packed import PackedRunner
 from guiderail.server.settings import Settings
 
 assert processor.instruction_set() == "avx2", processor.instruction_set()

@@ -8,14 +8,14 @@ import pytest
 import torch
 from serving import Live
 
-from guiderail.guides.errors import RequestError
-from guiderail.guides.reward import Services
-from guiderail.guides.types import Answer, Message, SamplingSpec, ScoreGroup, TokenPrompt
+from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.reward import Services
+from guiderail.guides.core.types import Answer, Message, SamplingSpec, ScoreGroup, TokenPrompt
 from guiderail.server.engines.lora import check_adapter
-from guiderail.server.engines.vllm_gang import MANY_ROWS
-from guiderail.server.rewards.implicit import Implicit
-from guiderail.server.rewards.judge import Judge
-from guiderail.server.rewards.pairwise import PairwiseJudge
+from guiderail.server.engines.vllm.scheduler import MANY_ROWS
+from guiderail.server.rewards.likelihood_ratio import Implicit
+from guiderail.server.rewards.llm_judge import Judge
+from guiderail.server.rewards.pairwise_judge import PairwiseJudge
 
 ASK = (Message("user", "Tell me about your day and a friend."),)
 

@@ -6,8 +6,8 @@ from itertools import combinations
 import pytest
 from serving import Live
 
-from guiderail.guides.types import Message, Mixed, SamplingSpec, TokenPrompt
-from guiderail.server.engines.vllm import EngineSettings, build
+from guiderail.guides.core.types import Message, Mixed, SamplingSpec, TokenPrompt
+from guiderail.server.engines.vllm.engine import EngineSettings, build
 
 STEP = 2**-5  # between bfloat16 numbers from 4 to 8; of larger ones it is a multiple
 

@@ -7,8 +7,8 @@ import pytest
 from seeded import KINDS, answers, requests
 from serving import Live, serving
 
-from guiderail.guides.errors import EngineUnavailable
-from guiderail.server.engines.vllm import EngineSettings, build
+from guiderail.guides.core.errors import EngineUnavailable
+from guiderail.server.engines.vllm.engine import EngineSettings, build
 
 
 @pytest.mark.slow

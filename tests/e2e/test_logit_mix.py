@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from serving import Live
 
-from guiderail.guides.types import Mixed, SamplingSpec, TokenPrompt
+from guiderail.guides.core.types import Mixed, SamplingSpec, TokenPrompt
 
 TOKENS = 6
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from serving import Live
 
-from guiderail.guides.base import Engine
-from guiderail.guides.errors import RequestError
-from guiderail.guides.types import Message, Mixed, SamplingSpec, TokenLogprob, TokenPrompt
-from guiderail.server.engines.mixed import MixedRow
-from guiderail.server.engines.vllm import EngineSettings, build
+from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.guide import Engine
+from guiderail.guides.core.types import Message, Mixed, SamplingSpec, TokenLogprob, TokenPrompt
+from guiderail.server.engines.vllm.engine import EngineSettings, build
+from guiderail.server.engines.vllm.mixture.driver import MixedRow
 
 ASK = Message("user", "Tell me about your day and a friend.")
 

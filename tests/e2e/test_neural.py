@@ -8,7 +8,7 @@ import pytest
 import torch
 from serving import Live
 
-from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.guides.core.types import Answer, Message, ScoreGroup, TokenPrompt
 
 ASK: list[Any] = [{"role": "user", "content": "Tell me about your day and a friend."}]
 

@@ -6,9 +6,9 @@ from typing import Any
 import psutil
 import pytest
 
-from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
-from guiderail.server.rewards.loading import neural_reward
-from guiderail.server.rewards.spec import RewardModelSpec
+from guiderail.guides.core.types import Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.server.rewards.models.loading import neural_reward
+from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 from guiderail.server.settings import Settings
 
 

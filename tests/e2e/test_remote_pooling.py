@@ -8,10 +8,10 @@ import httpx
 import pytest
 from vllm_server import vllm_server
 
-from guiderail.guides.base import ScoreResult
-from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
-from guiderail.server.rewards.loading import classifier_folder, neural_reward
-from guiderail.server.rewards.spec import RewardModelSpec
+from guiderail.guides.core.guide import ScoreResult
+from guiderail.guides.core.types import Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.server.rewards.models.loading import classifier_folder, neural_reward
+from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 from guiderail.server.settings import Settings
 
 FLAGS = "--runner pooling --dtype float32 --served-model-name rm"

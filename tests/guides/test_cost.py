@@ -14,15 +14,15 @@ from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
 from guiderail.guides.args import Args
-from guiderail.guides.base import Guide
 from guiderail.guides.best_of_n import BestOfN
-from guiderail.guides.context import Context
 from guiderail.guides.controlled_decoding import ControlledDecoding
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.types import SamplingSpec, Token
 from guiderail.guides.deal import Deal
 from guiderail.guides.sampling import Sampling
 from guiderail.guides.speculative_rejection import SpeculativeRejection
 from guiderail.guides.transfer_q import TransferQ
-from guiderail.guides.types import SamplingSpec, Token
 
 L = 24
 

@@ -13,13 +13,13 @@ from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
 from guiderail.guides.controlled_decoding import ControlledDecoding
-from guiderail.guides.lookahead import Lookahead, roll_forward, value
-from guiderail.guides.pipeline import COMBINES, IDENTITY, SELECTIONS, parse_chain
-from guiderail.guides.pipeline.combine import PointwiseMin
-from guiderail.guides.rollout import Piece
-from guiderail.guides.spend import Spend
-from guiderail.guides.transcript import Transcript
-from guiderail.guides.types import SamplingSpec, Token, TokenPrompt
+from guiderail.guides.core.budget import Spend
+from guiderail.guides.core.types import SamplingSpec, Token, TokenPrompt
+from guiderail.guides.scoring import COMBINES, IDENTITY, SELECTIONS, parse_chain
+from guiderail.guides.scoring.combine import PointwiseMin
+from guiderail.guides.search.lookahead import Lookahead, roll_forward, value
+from guiderail.guides.search.sequence import Piece
+from guiderail.guides.search.transcript import Transcript
 
 SELECTION_PARAMS: dict[str, dict[str, Any]] = {
     "argmax": {},

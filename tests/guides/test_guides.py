@@ -9,12 +9,12 @@ import pytest
 from contexts import context, final, run
 from fakes import Faulty, ScriptedEngine
 
-from guiderail.guides.base import Guide, Limits
 from guiderail.guides.best_of_n import BestOfN
-from guiderail.guides.errors import DeadlinePassed, EngineUnavailable, RewardFailed
+from guiderail.guides.core.errors import DeadlinePassed, EngineUnavailable, RewardFailed
+from guiderail.guides.core.guide import Guide, Limits
+from guiderail.guides.core.seeds import Seeds
+from guiderail.guides.core.types import SamplingSpec, Token, TokenPrompt
 from guiderail.guides.sampling import Sampling
-from guiderail.guides.seeds import Seeds
-from guiderail.guides.types import SamplingSpec, Token, TokenPrompt
 
 
 async def test_best_of_n_returns_the_argmax_and_counts_everything() -> None:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from gpu_peers import Decode, cascade, expanded, padded
 
 from guiderail.kernels.shared_prefix_attention import Context, Layout, shared_prefix_attention
-from guiderail.server.rewards.packed import PackedRunner
+from guiderail.server.rewards.models.packed import PackedRunner
 
 
 def attend(q: Any, k: Any, v: Any, q_edges: list[int], k_edges: list[int], causal: bool) -> tuple[Any, Any]:

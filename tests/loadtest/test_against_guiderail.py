@@ -8,9 +8,9 @@ from fakes import ScriptedEngine, make_state
 from loadtest_harness import load_test
 from serving import serving
 
-from guiderail.loadtest.plan import Cancellation
-from guiderail.loadtest.runner import Load
-from guiderail.loadtest.traffic import TrafficClass
+from guiderail.loadtest.load.plan import Cancellation
+from guiderail.loadtest.load.runner import Load
+from guiderail.loadtest.load.traffic import TrafficClass
 
 BEST = {"guide": {"name": "best_of_n", "n": 4}, "rewards": [{"name": "last_digit"}]}
 CLASSES = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from guiderail.loadtest.arrivals import Ramp, arrival_times
+from guiderail.loadtest.load.arrivals import Ramp, arrival_times
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from timed_server import Scripted
 
-from guiderail.loadtest.arrivals import Ramp
 from guiderail.loadtest.command import add_arguments, run
-from guiderail.loadtest.errors import LoadtestError
 from guiderail.loadtest.flags import options_of
+from guiderail.loadtest.load.arrivals import Ramp
+from guiderail.loadtest.loadtest_error import LoadtestError
 
 MAIN = (
     "import argparse, sys; from guiderail.loadtest import command; parser = argparse.ArgumentParser(); "

@@ -7,11 +7,11 @@ import pytest
 from loadtest_harness import kind, load_test
 from timed_server import Scripted
 
-from guiderail.loadtest import stats
-from guiderail.loadtest.arrivals import Ramp
-from guiderail.loadtest.records import Outcome, Record
-from guiderail.loadtest.result import Reporting, result_path, save_json, save_requests
-from guiderail.loadtest.runner import Load
+from guiderail.loadtest.load.arrivals import Ramp
+from guiderail.loadtest.load.runner import Load
+from guiderail.loadtest.report import quantiles as stats
+from guiderail.loadtest.report.records import Outcome, Record
+from guiderail.loadtest.report.result import Reporting, result_path, save_json, save_requests
 
 # Keys of vllm bench serve 0.32 for a chat endpoint, --save-result --save-detailed --percentile-metrics
 # ttft,tpot,itl,e2el --metric-percentiles 99,99.9. Without --save-detailed the lists are gone.

@@ -10,11 +10,11 @@ from loadtest_harness import by_id, kind, load_test
 from timed_server import Scripted
 from virtual_time import in_virtual_time
 
-from guiderail.loadtest.errors import LoadtestError
-from guiderail.loadtest.plan import Cancellation
-from guiderail.loadtest.records import Outcome
-from guiderail.loadtest.runner import Load
-from guiderail.loadtest.traffic import TrafficClass
+from guiderail.loadtest.load.plan import Cancellation
+from guiderail.loadtest.load.runner import Load
+from guiderail.loadtest.load.traffic import TrafficClass
+from guiderail.loadtest.loadtest_error import LoadtestError
+from guiderail.loadtest.report.records import Outcome
 
 FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {  # class: script, outcome, what its error says
     "fine": ({}, "completed", ""),

@@ -10,11 +10,12 @@ import pytest
 from loadtest_harness import kind, load_test
 from timed_server import Scripted
 
-from guiderail.loadtest import compare, report, table
-from guiderail.loadtest.errors import LoadtestError
-from guiderail.loadtest.result import Reporting, save_json
-from guiderail.loadtest.runner import Load
-from guiderail.loadtest.sweep import FRACTIONS, Sweep, sweep_result
+from guiderail.loadtest.load.runner import Load
+from guiderail.loadtest.load.sweep import FRACTIONS, Sweep, sweep_result
+from guiderail.loadtest.loadtest_error import LoadtestError
+from guiderail.loadtest.report import compare, table
+from guiderail.loadtest.report import page as report
+from guiderail.loadtest.report.result import Reporting, save_json
 
 RUN_PLOTS = {"latency-time", "latency-curve", "reward-latency", "outcomes-time", "spend"}
 SWEEP_PLOTS = {

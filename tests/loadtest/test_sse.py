@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guiderail.loadtest.answer import AnswerReader
-from guiderail.loadtest.records import Outcome, Record
-from guiderail.loadtest.sse import SseParser
+from guiderail.loadtest.client.answer import AnswerReader
+from guiderail.loadtest.client.event_stream import SseParser
+from guiderail.loadtest.report.records import Outcome, Record
 
 STREAM = (
     'data: {"a": 1}\n\n'

@@ -15,7 +15,7 @@ from loadtest_harness import by_id, kind, load_test
 from timed_server import Scripted
 from virtual_time import in_virtual_time
 
-from guiderail.loadtest.runner import Load
+from guiderail.loadtest.load.runner import Load
 
 MS = 1e-3
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from guiderail.loadtest import prompts, traffic
-from guiderail.loadtest.errors import LoadtestError
-from guiderail.loadtest.plan import Call, Cancellation, Plan, Requests
-from guiderail.loadtest.traffic import TrafficClass
+from guiderail.loadtest.load import prompts, traffic
+from guiderail.loadtest.load.plan import Call, Cancellation, Plan, Requests
+from guiderail.loadtest.load.traffic import TrafficClass
+from guiderail.loadtest.loadtest_error import LoadtestError
 
 YAML = """
 classes:

@@ -11,14 +11,15 @@ import pytest
 from fakes import Faulty, LetterRenderer, ScriptedEngine
 
 from guiderail.guides import Reward
-from guiderail.guides.errors import EngineUnavailable, GuiderailError, PluginError
-from guiderail.guides.reward import Services
-from guiderail.server import cli, serve
+from guiderail.guides.core.errors import EngineUnavailable, GuiderailError, PluginError
+from guiderail.guides.core.reward import Services
+from guiderail.server import cli
+from guiderail.server import runtime as serve
 from guiderail.server.announce import example, steps
-from guiderail.server.rewards.loading import check_source
+from guiderail.server.rewards.models.loading import check_source
+from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 from guiderail.server.rewards.rules import Length
-from guiderail.server.rewards.spec import RewardModelSpec
-from guiderail.server.serve import start_rewards
+from guiderail.server.runtime import start_rewards
 from guiderail.server.settings import Settings
 
 

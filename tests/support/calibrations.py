@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from guiderail.guides.types import TokenPrompt
-from guiderail.server import calibration_store
-from guiderail.server.calibration import Calibrator
-from guiderail.server.calibration_store import StoredCalibration, prompt_key
+from guiderail.guides.core.types import TokenPrompt
 from guiderail.server.metrics import Metrics
+from guiderail.server.scoring import calibration_file as calibration_store
+from guiderail.server.scoring.calibration_file import StoredCalibration, prompt_key
+from guiderail.server.scoring.calibrator import Calibrator
 
 PROMPT = TokenPrompt((1, 2))
 

@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 from fakes import LastDigit, LetterRenderer
 
-from guiderail.guides.base import Engine, Guide, Limits
-from guiderail.guides.calibration import CalibrationSample, CalibrationSpec
-from guiderail.guides.context import Context
-from guiderail.guides.pipeline import RewardTerm
-from guiderail.guides.pipeline.combine import Sum
-from guiderail.guides.pipeline.select import Argmax
-from guiderail.guides.reward import Reward, Services
-from guiderail.guides.spend import Spend
-from guiderail.guides.types import Event, Final, Message, SamplingSpec, TokenPrompt
+from guiderail.guides.core.budget import Spend
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.guide import Engine, Guide, Limits
+from guiderail.guides.core.reward import Reward, Services
+from guiderail.guides.core.types import Event, Final, Message, SamplingSpec, TokenPrompt
+from guiderail.guides.scoring import RewardTerm
+from guiderail.guides.scoring.calibration_sample import CalibrationSample, CalibrationSpec
+from guiderail.guides.scoring.combine import Sum
+from guiderail.guides.scoring.selection.best import Argmax
 from guiderail.server.metrics import Metrics
-from guiderail.server.scorer import BatchingScorer
+from guiderail.server.scoring.batcher import BatchingScorer
 
 DIGIT = RewardTerm("last_digit", "last_digit", 1.0, None)
 

@@ -7,11 +7,11 @@ import numpy as np
 from tabular_context import Scores
 
 from guiderail.guides.args import Args
-from guiderail.guides.base import Guide
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.controlled_decoding import ControlledDecoding
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.policy import PolicySpec
 from guiderail.guides.deal import Deal
-from guiderail.guides.policy import PolicySpec
 from guiderail.guides.speculative_rejection import SpeculativeRejection
 from guiderail.guides.transfer_q import TransferQ
 

@@ -12,7 +12,7 @@ import numpy as np
 from tabular import EOS
 from tabular_engine import TabularEngine
 
-from guiderail.guides.types import SamplingSpec, TokenPrompt
+from guiderail.guides.core.types import SamplingSpec, TokenPrompt
 
 
 @dataclass

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guiderail.guides import Message, Reward, ScoreResult, TextReward
-from guiderail.guides.errors import EngineUnavailable
-from guiderail.guides.seeds import Seeds
-from guiderail.guides.types import Delta, SamplingSpec, ScoreGroup, TokenLogprob, TokenPrompt
-from guiderail.server.engines.rollouts import EngineRollouts
-from guiderail.server.engines.stats import EngineStats
+from guiderail.guides.core.errors import EngineUnavailable
+from guiderail.guides.core.seeds import Seeds
+from guiderail.guides.core.types import Delta, SamplingSpec, ScoreGroup, TokenLogprob, TokenPrompt
+from guiderail.server.engines.engine_stats import EngineStats
+from guiderail.server.engines.sequences import EngineRollouts
 
 ROWS_OF_10 = {seed: 10 + row for row, seed in enumerate(Seeds(10).stream(128))}
 
@@ -156,10 +156,10 @@ class Faulty(Reward):
 
 def make_state(engine: ScriptedEngine, rewards: dict[str, Reward] | None = None, **settings: Any) -> Any:
     """A server state over fakes and the built-in guides."""
-    from guiderail.guides.registry import load_guides
-    from guiderail.guides.reward import Services
+    from guiderail.guides.core.registry import load_guides
+    from guiderail.guides.core.reward import Services
     from guiderail.server.metrics import Metrics
-    from guiderail.server.serve import assemble
+    from guiderail.server.runtime import assemble
     from guiderail.server.settings import Settings
 
     renderer: Any = LetterRenderer()

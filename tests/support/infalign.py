@@ -16,12 +16,12 @@ from laws import U, best_of, beta_for, tilted, win_rate, worst_of
 from serving import serving
 from tabular_engine import TabularEngine, TabularRenderer
 
-from guiderail.guides.pipeline import parse_chain
-from guiderail.guides.pipeline.diagnostics import selection_kl
-from guiderail.guides.registry import load_guides
-from guiderail.guides.reward import Services, TextReward
+from guiderail.guides.core.registry import load_guides
+from guiderail.guides.core.reward import Services, TextReward
+from guiderail.guides.scoring import parse_chain
+from guiderail.guides.scoring.diagnostics import selection_kl
 from guiderail.server.metrics import Metrics
-from guiderail.server.serve import assemble
+from guiderail.server.runtime import assemble
 from guiderail.server.settings import OperatorLimits, Settings
 from guiderail.server.state import ServerState
 

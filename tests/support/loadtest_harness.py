@@ -5,13 +5,13 @@ from typing import Any
 
 from timed_server import Scripted
 
-from guiderail.loadtest.plan import Cancellation, Requests
-from guiderail.loadtest.records import Record
-from guiderail.loadtest.result import Reporting
-from guiderail.loadtest.runner import Load, Run, Unwatched
-from guiderail.loadtest.session import Options, measure
-from guiderail.loadtest.sweep import Sweep
-from guiderail.loadtest.traffic import TrafficClass
+from guiderail.loadtest.client.session import Options, measure
+from guiderail.loadtest.load.plan import Cancellation, Requests
+from guiderail.loadtest.load.runner import Load, Run, Unwatched
+from guiderail.loadtest.load.sweep import Sweep
+from guiderail.loadtest.load.traffic import TrafficClass
+from guiderail.loadtest.report.records import Record
+from guiderail.loadtest.report.result import Reporting
 
 NOBODY_HANGS_UP = Cancellation()
 PROMPTS = ("one", "two", "three", "four", "five")

@@ -13,8 +13,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from guiderail.server.engines.mixed import Recipe
-from guiderail.server.engines.vllm_gang import AsyncGroupScheduler, GroupScheduler
+from guiderail.server.engines.vllm.mixture.driver import Recipe
+from guiderail.server.engines.vllm.scheduler import AsyncGroupScheduler, GroupScheduler
 
 BLOCK = 32
 

@@ -10,10 +10,10 @@ from typing import Any
 from aiohttp import web
 from scripted_server import ScriptedServer
 
-from guiderail.guides.types import Answer, Message, ScoreGroup, TokenPrompt
-from guiderail.server.rewards.loading import neural_reward
-from guiderail.server.rewards.remote import RemotePooler, RemoteReward, connect
-from guiderail.server.rewards.spec import RewardModelSpec
+from guiderail.guides.core.types import Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.server.rewards.models.loading import neural_reward
+from guiderail.server.rewards.models.remote_reward import RemotePooler, RemoteReward, connect
+from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 
 NO_SERVICES: Any = None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import uvicorn
 
-from guiderail.server.app import create_app
+from guiderail.server.api.app import create_app
 from guiderail.server.state import ServerState
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from contexts import context
 from tabular_engine import PROMPT, TabularEngine
 
-from guiderail.guides.base import Scorer, ScoreResult
-from guiderail.guides.context import Context
-from guiderail.guides.pipeline import IDENTITY, Chain, RewardTerm
-from guiderail.guides.types import ScoreGroup, TokenPrompt
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.guide import Scorer, ScoreResult
+from guiderail.guides.core.types import ScoreGroup, TokenPrompt
+from guiderail.guides.scoring import IDENTITY, Chain, RewardTerm
 
 
 @dataclass

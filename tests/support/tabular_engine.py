@@ -13,8 +13,8 @@ from typing import Any, Self
 import numpy as np
 from tabular import EOS, Ids, Tabular
 
-from guiderail.guides.errors import EngineUnavailable
-from guiderail.guides.types import Delta, Message, SamplingSpec, TokenLogprob, TokenPrompt
+from guiderail.guides.core.errors import EngineUnavailable
+from guiderail.guides.core.types import Delta, Message, SamplingSpec, TokenLogprob, TokenPrompt
 
 PROMPT: Ids = (1000, 1001)
 FIRST_PROMPT_TOKEN = 1000

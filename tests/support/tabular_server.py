@@ -9,14 +9,14 @@ from contexts import FakeHelpers
 from every_guide import Endless, Values
 from tabular_engine import FIRST_PROMPT_TOKEN, TabularEngine, TabularRenderer
 
-from guiderail.guides.base import Guide
-from guiderail.guides.registry import load_guides
-from guiderail.guides.reward import Reward, ScoreResult, Services
-from guiderail.guides.types import Message, ScoreGroup, TokenPrompt
-from guiderail.server.engines.stats import EngineStats
-from guiderail.server.helpers import ServerHelpers
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.registry import load_guides
+from guiderail.guides.core.reward import Reward, ScoreResult, Services
+from guiderail.guides.core.types import Message, ScoreGroup, TokenPrompt
+from guiderail.server.engines.engine_stats import EngineStats
 from guiderail.server.metrics import Metrics
-from guiderail.server.serve import assemble
+from guiderail.server.requests.helpers import ServerHelpers
+from guiderail.server.runtime import assemble
 from guiderail.server.settings import Settings
 
 

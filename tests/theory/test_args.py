@@ -11,8 +11,8 @@ from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
 from guiderail.guides.args import Args
-from guiderail.guides.pipeline.select import Argmax, Softmax
-from guiderail.guides.types import SamplingSpec, Scored
+from guiderail.guides.core.types import SamplingSpec, Scored
+from guiderail.guides.scoring.selection.best import Argmax, Softmax
 
 PI0 = random_policy(1)
 R = random_reward(PI0, 2)

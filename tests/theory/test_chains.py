@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guiderail.guides.pipeline.steps import LIMIT
-from guiderail.guides.pipeline.transforms import IDENTITY, TRANSFORMS, Chain, ChainError, parse_chain
+from guiderail.guides.scoring.chain import IDENTITY, TRANSFORMS, Chain, ChainError, parse_chain
+from guiderail.guides.scoring.transforms import LIMIT
 from guiderail.kernels import reward_pipeline
 from guiderail.kernels.reward_pipeline import Transform
 

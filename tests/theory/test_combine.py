@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guiderail.guides.pipeline.combine import COMBINES, And, Combine, Constraints, PointwiseMin, Sum
-from guiderail.guides.pipeline.transforms import parse_chain
+from guiderail.guides.scoring.chain import parse_chain
+from guiderail.guides.scoring.combine import COMBINES, And, Combine, Constraints, PointwiseMin, Sum
 
 LABELS = ("a", "b", "c")
 VALUE = st.one_of(st.integers(-2, 2).map(float), st.sampled_from([1e6, -1e6, 1e100, -1e100, 0.5]))

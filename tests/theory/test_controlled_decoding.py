@@ -10,14 +10,14 @@ from tabular import aligned, from_rule, guided, q_values, random_policy, random_
 from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
-from guiderail.guides.base import Guide
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.controlled_decoding import ControlledDecoding
-from guiderail.guides.pipeline.rule import Selection
-from guiderail.guides.pipeline.select import Softmax
-from guiderail.guides.policy import PolicySpec
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.policy import PolicySpec
+from guiderail.guides.core.types import Candidate, Event, SamplingSpec, Scored
+from guiderail.guides.scoring.selection.best import Softmax
+from guiderail.guides.scoring.selection.rule import Selection
 from guiderail.guides.transfer_q import TransferQ
-from guiderail.guides.types import Candidate, Event, SamplingSpec, Scored
 
 PI0 = random_policy(20, horizon=6, spread=0.7)
 R = random_reward(PI0, 120)

@@ -18,8 +18,8 @@ from tabular import (
 from tabular_context import Scores, tabular_context
 from tabular_engine import PROMPT, TabularEngine
 
+from guiderail.guides.core.types import Candidate, SamplingSpec, Token
 from guiderail.guides.deal import Deal
-from guiderail.guides.types import Candidate, SamplingSpec, Token
 
 HORIZON = 5
 EVERY = 64  # beams, more than there are partial answers of a smaller model

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import U, integral
 
-from guiderail.guides.pipeline.diagnostics import (
+from guiderail.guides.core.types import Candidate, TokenLogprob
+from guiderail.guides.scoring.diagnostics import (
     best_of_n_curve,
     effective_sample_size,
     moved_far,
@@ -17,9 +18,8 @@ from guiderail.guides.pipeline.diagnostics import (
     selection_kl,
     token_entropy,
 )
-from guiderail.guides.pipeline.hedge import distribution, hedge, score
-from guiderail.guides.pipeline.rule import Choice
-from guiderail.guides.types import Candidate, TokenLogprob
+from guiderail.guides.scoring.hedge import distribution, hedge, score
+from guiderail.guides.scoring.selection.rule import Choice
 
 
 def test_effective_sample_size_and_kl_of_weights() -> None:

@@ -8,8 +8,8 @@ from laws import pool
 from scipy.optimize import linprog, minimize
 from scipy.special import softmax
 
-from guiderail.guides.pipeline.divergence import f_divergence_weights
-from guiderail.guides.pipeline.select import SELECTIONS
+from guiderail.guides.scoring.selection.best import SELECTIONS
+from guiderail.guides.scoring.selection.divergence import f_divergence_weights
 
 NAMES = ["reverse_kl", "forward_kl", "jensen_shannon", "total_variation"]
 

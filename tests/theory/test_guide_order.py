@@ -27,11 +27,11 @@ from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
 from guiderail.guides.args import Args
-from guiderail.guides.base import Guide
 from guiderail.guides.controlled_decoding import ControlledDecoding
-from guiderail.guides.policy import PolicySpec
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.policy import PolicySpec
+from guiderail.guides.core.types import SamplingSpec
 from guiderail.guides.transfer_q import TransferQ
-from guiderail.guides.types import SamplingSpec
 
 ALPHA, BETA = 0.02, 0.03
 MODELS = range(8)

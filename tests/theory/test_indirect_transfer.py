@@ -24,11 +24,11 @@ from tabular import (
 from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
-from guiderail.guides.errors import RequestError
-from guiderail.guides.policy import PolicySpec
-from guiderail.guides.reward import Services
+from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.policy import PolicySpec
+from guiderail.guides.core.reward import Services
+from guiderail.guides.core.types import SamplingSpec
 from guiderail.guides.transfer_q import TransferQ
-from guiderail.guides.types import SamplingSpec
 
 ALPHA, BETA = 0.2, 0.5
 PI0 = random_policy(20, horizon=3, spread=0.7)

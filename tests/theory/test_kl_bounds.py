@@ -12,17 +12,18 @@ from tabular_context import Scores, tabular_context
 from tabular_engine import Clock
 
 from guiderail.guides.args import Args
-from guiderail.guides.base import Guide, Limits
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.controlled_decoding import ControlledDecoding
+from guiderail.guides.core.errors import DeadlinePassed
+from guiderail.guides.core.guide import Guide, Limits
+from guiderail.guides.core.types import SamplingSpec
 from guiderail.guides.deal import Deal
-from guiderail.guides.errors import DeadlinePassed
-from guiderail.guides.pipeline import SELECTIONS, rule
-from guiderail.guides.pipeline.diagnostics import best_of_n_kl, best_of_poisson_kl, selection_kl
 from guiderail.guides.sampling import Sampling
+from guiderail.guides.scoring import SELECTIONS
+from guiderail.guides.scoring.diagnostics import best_of_n_kl, best_of_poisson_kl, selection_kl
+from guiderail.guides.scoring.selection import rule
 from guiderail.guides.speculative_rejection import SpeculativeRejection
 from guiderail.guides.transfer_q import TransferQ
-from guiderail.guides.types import SamplingSpec
 
 HORIZON = 2
 PI0 = random_policy(3, vocabulary=2, horizon=HORIZON, spread=0.8)

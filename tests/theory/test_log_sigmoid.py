@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from guiderail.guides.pipeline.combine import And
-from guiderail.guides.pipeline.steps import LogSigmoid
-from guiderail.guides.pipeline.transforms import parse_chain
+from guiderail.guides.scoring.chain import parse_chain
+from guiderail.guides.scoring.combine import And
+from guiderail.guides.scoring.transforms import LogSigmoid
 
 LABELS = ("a", "b", "c")
 

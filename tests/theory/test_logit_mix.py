@@ -11,8 +11,8 @@ from tabular import Ids, ends, random_policy
 from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
+from guiderail.guides.core.types import SamplingSpec
 from guiderail.guides.logit_mix import LogitMix
-from guiderail.guides.types import SamplingSpec
 
 PI0 = random_policy(1, horizon=3, spread=1.5)
 OTHER = random_policy(2, horizon=3, spread=1.5)

@@ -8,9 +8,9 @@ from laws import pool
 from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 
-from guiderail.guides.pipeline.combine import MaxMin, PointwiseMin
-from guiderail.guides.pipeline.maxmin import maxmin_dual
-from guiderail.guides.pipeline.select import Softmax
+from guiderail.guides.scoring.combine import MaxMin, PointwiseMin
+from guiderail.guides.scoring.maxmin import maxmin_dual
+from guiderail.guides.scoring.selection.best import Softmax
 
 
 def g(values: np.ndarray, w: np.ndarray, beta: float) -> float:

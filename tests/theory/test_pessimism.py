@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from laws import pool
 from scipy.optimize import brentq
 
-from guiderail.guides.pipeline.pessimism import Pessimism, threshold
+from guiderail.guides.scoring.selection.pessimism import Pessimism, threshold
 
 
 @pytest.mark.parametrize(("beta", "lam"), [(0.5, 2.0), (1.0, 1.0), (2.0, -0.25), (5.0, -3.25)])

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import pool
 
-from guiderail.guides.pipeline.diagnostics import best_of_n_kl
-from guiderail.guides.pipeline.select import SELECTIONS, Argmax, Pool
-from guiderail.guides.pipeline.tournament import Tournament
+from guiderail.guides.scoring.diagnostics import best_of_n_kl
+from guiderail.guides.scoring.selection.best import SELECTIONS, Argmax, Pool
+from guiderail.guides.scoring.selection.tournament import Tournament
 
 SCORE = st.one_of(st.integers(-3, 3).map(float), st.sampled_from([1e6, -1e6, 1e100, -1e100]))
 SCORES = st.lists(SCORE, min_size=1, max_size=12)

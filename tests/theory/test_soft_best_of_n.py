@@ -7,7 +7,7 @@ import pytest
 from laws import pool
 from scipy.stats import multinomial
 
-from guiderail.guides.pipeline.select import Argmax, Softmax
+from guiderail.guides.scoring.selection.best import Argmax, Softmax
 
 BASE = np.array([0.6, 0.3, 0.1])
 REWARDS = np.array([0.0, 1.0, 1.5])

@@ -10,11 +10,11 @@ from tabular import Ids, ends, random_policy, random_reward
 from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
-from guiderail.guides.base import Guide
 from guiderail.guides.best_of_n import BestOfN
-from guiderail.guides.pipeline.select import Softmax
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.types import Final, SamplingSpec
+from guiderail.guides.scoring.selection.best import Softmax
 from guiderail.guides.speculative_rejection import SpeculativeRejection
-from guiderail.guides.types import Final, SamplingSpec
 
 HORIZON = 7
 PI0 = random_policy(20, horizon=HORIZON, spread=0.7)

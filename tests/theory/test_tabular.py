@@ -21,8 +21,8 @@ from tabular import (
 )  # fmt: skip
 from tabular_engine import PROMPT, TabularEngine
 
-from guiderail.guides.rollout import Piece
-from guiderail.guides.types import SamplingSpec, TokenPrompt
+from guiderail.guides.core.types import SamplingSpec, TokenPrompt
+from guiderail.guides.search.sequence import Piece
 
 PI0 = random_policy(1)
 R = random_reward(PI0, 2)

@@ -16,13 +16,13 @@ from tabular_engine import TabularEngine
 
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.controlled_decoding import ControlledDecoding
-from guiderail.guides.errors import RequestError
-from guiderail.guides.pipeline import RewardTerm, parse_chain
-from guiderail.guides.pipeline.diagnostics import over_optimised
-from guiderail.guides.pipeline.rule import Choice
-from guiderail.guides.pipeline.select import SELECTIONS
-from guiderail.guides.pipeline.tournament import Tournament
-from guiderail.guides.types import Candidate, SamplingSpec
+from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.types import Candidate, SamplingSpec
+from guiderail.guides.scoring import RewardTerm, parse_chain
+from guiderail.guides.scoring.diagnostics import over_optimised
+from guiderail.guides.scoring.selection.best import SELECTIONS
+from guiderail.guides.scoring.selection.rule import Choice
+from guiderail.guides.scoring.selection.tournament import Tournament
 
 CHAINS = ["calibrated", "exp", "neg_exp", "log", {"name": "clip", "high": 3}, "standardize", {"name": "log_sigmoid"}]
 

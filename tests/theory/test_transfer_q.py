@@ -24,10 +24,10 @@ from tabular import (
 from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
-from guiderail.guides.pipeline.select import Softmax
-from guiderail.guides.policy import PolicySpec
+from guiderail.guides.core.policy import PolicySpec
+from guiderail.guides.core.types import SamplingSpec
+from guiderail.guides.scoring.selection.best import Softmax
 from guiderail.guides.transfer_q import TransferQ
-from guiderail.guides.types import SamplingSpec
 
 ALPHA = 0.2
 PI0 = random_policy(1)

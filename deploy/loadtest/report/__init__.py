@@ -1,0 +1,1 @@
+"""What a run came to: records, metrics, tables, plots and a page. Sends nothing."""

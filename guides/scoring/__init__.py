@@ -1,0 +1,29 @@
+"""transform -> combine -> select: from raw rewards to the chosen candidate, as small pure functions."""
+
+from guiderail.guides.scoring.chain import IDENTITY, Chain, ChainError, parse_chain
+from guiderail.guides.scoring.combine import COMBINES, Combine
+from guiderail.guides.scoring.diagnostics import effective_sample_size, moved_far, over_optimised, token_entropy
+from guiderail.guides.scoring.origin import POOL_KINDS, Origin, PoolKind
+from guiderail.guides.scoring.selection.best import SELECTIONS, Choice, Pool, Selection
+from guiderail.guides.scoring.terms import RewardTerm
+
+__all__ = [
+    "COMBINES",
+    "IDENTITY",
+    "POOL_KINDS",
+    "SELECTIONS",
+    "Chain",
+    "ChainError",
+    "Choice",
+    "Combine",
+    "Origin",
+    "Pool",
+    "PoolKind",
+    "RewardTerm",
+    "Selection",
+    "effective_sample_size",
+    "moved_far",
+    "over_optimised",
+    "parse_chain",
+    "token_entropy",
+]

@@ -1,0 +1,20 @@
+"""One reward of a request, as the pipeline sees it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from guiderail.guides.scoring.chain import IDENTITY, Chain
+
+
+@dataclass(frozen=True, slots=True)
+class RewardTerm:
+    """Which reward, with which parameters, how its values are transformed, and its weight in the combination.
+
+    `label` names its values in the response (the reward's name unless the request says otherwise).
+    """
+
+    name: str
+    label: str
+    weight: float
+    params: Any
+    chain: Chain = IDENTITY

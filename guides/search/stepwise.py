@@ -1,0 +1,141 @@
+"""What guides that commit an answer step by step have in common: limits between steps, events, the end."""
+
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import replace
+
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.errors import DeadlinePassed
+from guiderail.guides.core.types import Candidate, Event, Scored, TokenLogprob
+from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.search.sequence import Piece, roll_out
+from guiderail.guides.search.transcript import Transcript
+
+SERVED = 50  # log-probabilities that the engine serves
+MAX_TOP_K = SERVED - 2  # end-of-sequence may have to be left out
+# What a guide cannot keep that chooses tokens itself, from the policy as it is; temperature it can (Selection.at).
+UNKEPT = (
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "top_p", "top_k", "min_p",
+)  # fmt: skip
+
+
+class Steps:
+    """The course of one answer: what is committed, how many steps it took, what ended it."""
+
+    def __init__(self, ctx: Context, kind: PoolKind) -> None:
+        """kind: of the pools that a step draws."""
+        self._ctx = ctx
+        self._kind = kind
+        self.transcript = Transcript(ctx)
+        self.count = 0
+        self._stopped_by: str | None = None
+        self._left: Sequence[Piece] = ()  # what a step that a limit cut short had drawn
+        self._chosen: Candidate | None = None  # the whole answer, once it is there, with its rewards
+
+    def go_on(self, tokens: int) -> bool:
+        """Whether there is a next step, which costs `tokens` at least: not after the end or at a limit."""
+        if self._chosen is None and self._stopped_by is None:
+            self._stopped_by = self._ctx.over(tokens)
+        return self._chosen is None and self._stopped_by is None
+
+    def cut_short(self, drawn: Sequence[Piece], pieces: Sequence[Piece] | None = None) -> bool:
+        """Whether a limit ended some of what a step drew. Then the step is not taken.
+
+        pieces: what may be committed instead of the step, if it is not what was drawn.
+        """
+        limits = [piece.cut_short for piece in drawn if piece.cut_short]
+        if limits:
+            self._stopped_by = limits[0]
+            self._left = drawn if pieces is None else pieces
+        return bool(limits)
+
+    def commit(self, piece: Piece, candidates: Sequence[Candidate], chosen: Candidate) -> Iterator[Event]:
+        """Takes a piece into the answer; `chosen` is the answer with it. The events of the step."""
+        self.count += 1
+        self.transcript.commit(piece)
+        self._chosen = chosen if chosen.finished else None
+        yield Scored(tuple(candidates))
+        yield self.transcript.token(last=chosen.finished)
+
+    def catch_up(
+        self, beams: Sequence[Transcript], candidates: Sequence[Candidate], chosen: Candidate | None = None
+    ) -> Iterator[Event]:
+        """Commits what all beams agree on. The events of the step.
+
+        chosen: the whole answer, scored, if the search is over; it is that of the first beam, and there is no other.
+        """
+        self.count += 1
+        self._chosen = chosen
+        if candidates:
+            yield Scored(tuple(candidates))
+        agreed = [len(set(tokens)) == 1 for tokens in zip(*(beam.token_ids for beam in beams), strict=False)]
+        upto = (*agreed, False).index(False)
+        if upto > len(self.transcript.token_ids) or chosen is not None:
+            self.transcript.follow(beams[0], upto)
+            yield self.transcript.token(last=chosen is not None)
+
+    async def end(self) -> AsyncGenerator[Event, None]:
+        """The last events: text that was held back, and Final with the whole answer's rewards.
+
+        After a limit the best of the whole answers that the last step drew is taken, or, if there is nothing else,
+        its longest piece. Raises DeadlinePassed if there is nothing to return.
+        """
+        if self._chosen is None:
+            await self._make_do()
+            yield self.transcript.token(last=True)
+        answer = self.transcript.whole()
+        if self._chosen is None:
+            await self._ctx.score([answer])
+        else:
+            answer.rewards, answer.transformed = self._chosen.rewards, self._chosen.transformed
+        self._ctx.rate([answer])
+        yield self.transcript.final(answer, self._stopped_by)
+
+    async def _make_do(self) -> None:
+        """Commits what a limit left, as far as it can be used."""
+        whole = [c for i, piece in enumerate(self._left) if (c := self.transcript.candidate(i, piece)).finished]
+        if whole:
+            await self._ctx.score(whole)
+            self._chosen = await self._ctx.select(whole, self._origin([self._left[c.index] for c in whole]))
+            self.transcript.commit(self._left[self._chosen.index])
+        elif not self.transcript.token_ids:
+            longest = max(self._left, key=lambda piece: len(piece.token_ids), default=Piece())
+            if not longest.token_ids:
+                raise DeadlinePassed(f"the {self._stopped_by} left no room for a first token")
+            self.transcript.commit(longest)
+            self._ctx.report.moved(self._origin([longest]).kl_of(0, 1))
+
+    def _origin(self, pieces: Sequence[Piece]) -> Origin:
+        """Of pieces that a step which was cut short had drawn."""
+        if self._kind == "blocks":
+            return Origin("blocks", len(self._left))
+        return Origin("tokens", log_prior=[piece.logprobs[0].logprob for piece in pieces])
+
+
+async def draw_blocks(ctx: Context, transcript: Transcript, k: int, block: int, step: int) -> list[Piece]:
+    """k continuations of what is committed, of at most `block` tokens each, drawn from the policy."""
+    sampling = replace(
+        ctx.sampling,
+        stream=False,
+        max_tokens=min(block, transcript.room),
+        min_tokens=min(block, transcript.due),
+    )
+    return await roll_out(ctx, [transcript.prompt()] * k, sampling, ctx.seeds(k, step))
+
+
+async def top_tokens(ctx: Context, transcript: Transcript, k: int) -> list[Piece]:
+    """The policy's k likeliest next tokens as pieces of one token, their log-probabilities (temperature 1) with them.
+
+    An end-of-sequence token is a piece that ends the answer; it is left out before min_tokens and under ignore_eos.
+    """
+    eos = ctx.helpers.services.renderer.eos_token_ids
+    ends = {*ctx.sampling.stop_token_ids, *(() if ctx.sampling.ignore_eos else eos)}
+    barred = {*eos, *ends} if transcript.due else eos if ctx.sampling.ignore_eos else set()
+    count = ctx.sampling.logprobs or 0
+    (found,) = await ctx.next_tokens([transcript.prompt()], min(SERVED, max(k + len(barred), count)))
+    pieces = []
+    for token, logprob in [each for each in found if each[0] not in barred][:k]:
+        piece = Piece("", [token], [TokenLogprob(token, logprob, tuple(found[:count]))], "length")
+        if token in ends:
+            piece.finish_reason, piece.stop_reason = "stop", None if token in eos else token
+        pieces.append(piece)
+    return pieces

@@ -1,0 +1,70 @@
+"""Where the server listens: the address is taken before the engine starts, and answers once there is what to serve.
+
+An address in use is so told at once, and no process that the engine starts can be given its port meanwhile. Until
+`Listener.run` connections are refused, as health checks expect.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from guiderail.guides.core.errors import GuiderailError
+
+
+class Listener:
+    """The sockets of a host and port (0: any free one), bound. Raises GuiderailError if they can't be had."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.port = port
+        self._host = host
+        self._sockets: list[socket.socket] = []
+        try:
+            for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+                family, kind, protocol, _, address = found
+                self._sockets.append(bound := socket.socket(family, kind, protocol))
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a restart waits for old connections
+                if family == socket.AF_INET6:
+                    bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # IPv4 has a socket of its own
+                bound.bind((address[0], self.port, *address[2:]))
+                self.port = bound.getsockname()[1]
+        except OSError as error:
+            self.close()
+            raise self._refusal(error) from error
+
+    @property
+    def url(self) -> str:
+        """Where clients find it."""
+        return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self.port}"
+
+    async def run(self, app: object, stop: asyncio.Event, drain_timeout_s: float, say: Callable[[str], None]) -> None:
+        """Serves until `stop` is set; requests in flight then get the drain time. Raises GuiderailError."""
+        config = uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(drain_timeout_s),
+            timeout_keep_alive=75,  # longer than clients and proxies keep idle connections, so that they close them
+            lifespan="off",
+        )
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server._serve(self._sockets))  # `serve` would take the signals
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if stop.is_set():
+            say("finishing requests in flight")
+        server.should_exit = True
+        try:
+            await serving
+        except OSError as error:  # another process that had bound the address too was the first to listen
+            raise self._refusal(error) from error
+
+    def close(self) -> None:
+        """Gives the address back."""
+        for each in self._sockets:
+            each.close()
+
+    def _refusal(self, error: OSError) -> GuiderailError:
+        return GuiderailError(f"cannot listen on {self.url}: {error.strerror}; choose with --host and --port")

@@ -1,0 +1,237 @@
+"""The wire models of a request: OpenAI's fields, vLLM's common sampling fields, and `alignment`.
+
+A field that is not here is refused by name. Fields of OpenAI that Guiderail does not serve are listed
+in UNSUPPORTED with the reason, and refused with it.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+from pydantic_core import PydanticCustomError
+
+from guiderail.guides.core.types import Message
+
+UNSUPPORTED = {
+    "tools": "tool calling is not supported yet",
+    "tool_choice": "tool calling is not supported yet",
+    "parallel_tool_calls": "tool calling is not supported yet",
+    "functions": "function calling is not supported",
+    "function_call": "function calling is not supported",
+    "modalities": "only text is supported",
+    "audio": "only text is supported",
+    "prediction": "predicted outputs are not supported",
+    "reasoning_effort": "reasoning effort is not supported",
+    "verbosity": "verbosity is not supported",
+    "web_search_options": "web search is not supported",
+    "store": "answers are never stored",
+    "metadata": "answers are never stored, so there is nothing to attach metadata to",
+    "service_tier": "there are no service tiers",
+    "best_of": 'use the alignment object: {"guide": {"name": "best_of_n", "n": 16}}',
+    "suffix": "insertion is not supported",
+    "echo": "echoing the prompt is not supported",
+}
+
+
+def fault(param: str, message: str) -> PydanticCustomError:
+    """A validation error about the field `param` of the model that is being checked."""
+    return PydanticCustomError("value_error", "{message}", {"message": message, "param": param})
+
+
+class Wire(BaseModel):
+    """Base of wire models: unknown fields are errors, numbers are not made of strings, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TextPart(Wire):
+    """A part of a message's content; only text is served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Wire):
+    """One turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def message(self) -> Message:
+        """The turn as guides know it; OpenAI's developer role is a system message."""
+        return Message("system" if self.role == "developer" else self.role, self.text)
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(Wire):
+    """OpenAI's stream_options."""
+
+    include_usage: StrictBool = False
+
+
+class JsonSchemaFormat(Wire):
+    """The json_schema part of response_format."""
+
+    name: str = "response"
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(Wire):
+    """OpenAI's response_format."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_given(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise fault("json_schema", "must be given exactly when type is 'json_schema'")
+        return self
+
+
+StopText = Annotated[str, Field(min_length=1)]
+
+
+class SamplingFields(Wire):
+    """What chat and text completions have in common."""
+
+    model: str | None = None
+    n: int = Field(1, ge=1)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: StrictBool = False
+    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: StrictBool = False
+    skip_special_tokens: StrictBool = True
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    response_format: ResponseFormat | None = None
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    priority: int = Field(0, ge=-100, le=100)
+    alignment: str | dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SamplingFields":
+        if self.stream_options is not None and not self.stream:
+            raise fault("stream_options", "only allowed when stream is true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class ChatRequest(SamplingFields):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: StrictBool = False
+    top_logprobs: int | None = Field(None, ge=0)
+    continue_final_message: StrictBool = False
+    add_generation_prompt: StrictBool = True
+
+    @model_validator(mode="after")
+    def _chat_consistent(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise fault("top_logprobs", "only allowed when logprobs is true")
+        if self.continue_final_message:
+            if self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
+                raise fault("add_generation_prompt", "cannot be true together with continue_final_message")
+            if self.messages[-1].role != "assistant":
+                raise fault("continue_final_message", "needs a last message with role 'assistant'")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise fault("max_tokens", "differs from max_completion_tokens; give one of them")
+        return self
+
+    default_tokens: ClassVar[int | None] = None  # as much as the context has room for
+
+    @property
+    def token_limit(self) -> int | None:
+        """The answer's token limit under either of its names."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Top log-probabilities per token for the engine, None for none at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class AnswerFields(Wire):
+    """An answer to score; `partial` marks one that goes on."""
+
+    text: str
+    partial: StrictBool = False
+
+
+class ScoreInput(Wire):
+    """A conversation and the answers to its last message."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    answers: list[str | AnswerFields] = Field(min_length=1, max_length=1024)
+
+
+class ScoreRequest(Wire):
+    """Body of POST /v1/rewards/score; `rewards`, `combine` and `calibration` as in the alignment object.
+
+    `max_tokens` and `temperature` are those of the answers that calibration draws, if any transform needs them.
+    """
+
+    inputs: list[ScoreInput] = Field(min_length=1, max_length=1024)
+    rewards: list[str | dict[str, Any]] = Field(min_length=1)
+    combine: str | dict[str, Any] = "sum"
+    calibration: dict[str, Any] = {}
+    max_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, ge=0, le=100)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class CompletionRequest(SamplingFields):
+    """Body of POST /v1/completions: a text, token ids, or a list of either."""
+
+    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    logprobs: int | None = Field(None, ge=0)
+
+    default_tokens: ClassVar[int | None] = 16  # as OpenAI documents for this route
+
+    @property
+    def token_limit(self) -> int | None:
+        """The answer's token limit, if one is given."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Top log-probabilities per token for the engine, None for none at all."""
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, always as a list."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt

@@ -1,0 +1,116 @@
+"""HTTP plumbing: bounded JSON bodies, work that ends with its client, and server-sent events."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from guiderail.server.openai_errors import ApiError
+
+T = TypeVar("T")
+MAX_BODY_BYTES = 16 * 2**20
+KEEP_ALIVE_S = 10.0  # proxies cut silent connections, and a guide may search for minutes before it commits to a word
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+class ClientGone(Exception):
+    """The client closed its connection before the answer was ready."""
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The request's JSON object, null fields left out. Raises ApiError (400, 413)."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(413, f"the body exceeds {MAX_BODY_BYTES} bytes", code="body_too_large")
+    try:
+        value = json.loads(body)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return {key: item for key, item in value.items() if item is not None}
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work`, cancelling it when the client goes away. Raises ClientGone then."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON body, written by pydantic's fast encoder."""
+    return Response(to_json(value), status, headers, media_type="application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """The HTTP form of an error."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return json_response(error.body, error.status, headers)
+
+
+class EventStream(Response):
+    """Server-sent events from a generator, which is closed as soon as the client goes away.
+
+    While nothing comes a comment line is sent now and then. Starlette's StreamingResponse may notice a lost client
+    only when it next sends, which for a guide that is still searching can be long after.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._last_sent = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, self._send(send))
+        except (ClientGone, OSError):
+            pass
+        finally:
+            await self._chunks.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        clock = asyncio.get_running_loop().time
+        self._last_sent = clock()
+        # A task of its own, and not a timer around each chunk: that would cost more than the chunk does.
+        keeping_alive = asyncio.create_task(self._keep_alive(send))
+        try:
+            async for chunk in self._chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                self._last_sent = clock()
+        finally:
+            keeping_alive.cancel()
+            await asyncio.gather(keeping_alive, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _keep_alive(self, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(max(0.0, self._last_sent + KEEP_ALIVE_S - clock()))
+            if clock() >= self._last_sent + KEEP_ALIVE_S:
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                self._last_sent = clock()

@@ -1,0 +1,96 @@
+"""A vLLM pooling engine as a reward model's backend: sequences in, raw head values out.
+
+For models whose architecture vLLM knows as a sequence classifier. vLLM batches and caches prefixes by
+itself; activations are off, so that no sigmoid hides the values.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from guiderail.guides.core.errors import EngineUnavailable
+from guiderail.server.engines.last_words import LastWords
+from guiderail.server.engines.vllm.engine import end
+from guiderail.server.engines.vllm.launch import EngineSettings, base_args, on_cpu, prepare_environment, start
+from guiderail.server.memory.pool import PASS_TOKENS
+from guiderail.server.rewards.models.runner_stats import RunnerStats
+
+log = logging.getLogger("guiderail.engine")
+
+
+async def build_pooling(settings: EngineSettings) -> "VllmPooler":
+    """Starts the engine's processes. Raises EngineUnavailable if it does not start."""
+    prepare_environment()
+    words = LastWords()
+    llm = await asyncio.to_thread(_start, settings, words)
+    try:
+        await llm.collective_rpc("settle")
+    except BaseException as error:
+        cause = await words.tell() if llm.errored else None
+        await end(llm)
+        if cause is not None:
+            raise EngineUnavailable(f"vLLM does not start with reward model {settings.model}: {cause}") from error
+        raise
+    return VllmPooler(llm, words)
+
+
+def _start(settings: EngineSettings, words: LastWords) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    try:
+        # A whole group of candidates should fit into one pass, so that its prefix is shared within it.
+        args = base_args(settings, cpu=on_cpu()) | {"runner": "pooling", "max_num_batched_tokens": PASS_TOKENS}
+        return start(AsyncEngineArgs(**args), words)
+    except Exception as error:
+        cause = str(error) or repr(error)  # some of vLLM's have no text
+        raise EngineUnavailable(f"vLLM does not start with reward model {settings.model}: {cause}") from error
+
+
+class VllmPooler:
+    """guiderail.server.rewards.models.neural.Backend over one AsyncLLM of pooling kind."""
+
+    def __init__(self, llm: Any, words: LastWords) -> None:
+        self._llm = llm
+        self._words = words
+        self._reported = False
+        self.heads = int(llm.model_config.hf_config.num_labels)
+        self.dtype: Any = llm.model_config.dtype
+        self.longest: int = llm.model_config.max_model_len
+        self.stats = RunnerStats()
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """[S][heads] raw values. Raises RuntimeError if the engine is lost."""
+        return await asyncio.gather(*(self._one(tokens) for tokens in sequences))
+
+    async def _one(self, tokens: Sequence[int]) -> list[float]:
+        from vllm import PoolingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        params = PoolingParams(task="classify", use_activation=False)
+        last: Any = None
+        try:
+            async for output in self._llm.encode(tokens_input(list(tokens)), params, uuid.uuid4().hex):
+                last = output
+        except EngineDeadError as error:
+            # Not EngineUnavailable: that is the policy's engine, which is started again.
+            cause = await self._words.tell()
+            if not self._reported:
+                self._reported = True
+                log.error("a reward model's engine died: %s", cause)
+            raise RuntimeError(f"the reward model's engine died: {cause}") from error
+        cached = last.num_cached_tokens or 0
+        self.stats.tokens_asked += len(tokens)
+        self.stats.tokens_cached += cached
+        self.stats.tokens_computed += len(tokens) - cached
+        self.stats.passes += 1
+        values: list[float] = last.outputs.data.float().tolist()
+        return values
+
+    async def close(self) -> None:
+        """Ends the engine's processes."""
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            await end(llm)

@@ -1,0 +1,1 @@
+"""The served model's files, tokenizer and processor. Knows nothing of engines."""

@@ -1,0 +1,83 @@
+"""Text to token ids and back: the model's tokenizer and its chat template. Knows nothing of engines."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.types import Message, TokenPrompt
+
+
+class ChatRenderer:
+    """Renders messages with the chat template that comes with the model, or with the operator's own."""
+
+    def __init__(self, model: str, chat_template: str | None = None) -> None:
+        """`chat_template` is a Jinja template or the path of one. Raises OSError for an unknown model."""
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        if chat_template is not None:
+            path = Path(chat_template)
+            is_file = "{" not in chat_template and path.is_file()
+            self._tokenizer.chat_template = path.read_text() if is_file else chat_template
+        self.token_text = lru_cache(maxsize=65536)(self._token_text)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Base models usually have none; chat requests to them are refused."""
+        return bool(self._tokenizer.chat_template)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens with which the model ends an answer."""
+        end = self._tokenizer.eos_token_id
+        return frozenset() if end is None else frozenset({int(end)})
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> TokenPrompt:
+        """Token ids of a conversation. Raises RequestError if the template refuses it."""
+        if not self.has_chat_template:
+            raise RequestError(
+                "this model has no chat template (it is a base model): use alignment.prompter urial, /v1/completions, "
+                "or a server started with --chat-template",
+                "messages",
+            )
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                [{"role": m.role, "content": m.content} for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=True,
+                return_dict=False,
+            )
+        except Exception as error:  # templates raise whatever they like
+            raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
+        return TokenPrompt(tuple(ids))
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
+        """Token ids of raw text; with `add_special_tokens` as the start of a prompt (BOS where the model has it).
+
+        plain: what looks like a special token is ordinary text.
+        """
+        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=plain)[
+            "input_ids"
+        ]
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of a token sequence, by default without special tokens."""
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _token_text(self, token_id: int) -> str:
+        """Text of one token alone (a piece of a multi-byte character shows as a replacement character)."""
+        text: str = self._tokenizer.decode([token_id])
+        return text

@@ -1,0 +1,94 @@
+"""Errors as HTTP bodies, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from guiderail.guides.core.errors import DeadlinePassed, EngineUnavailable, GuideFailed, RequestError, RewardFailed
+
+
+class ApiError(Exception):
+    """An error that the client is told. `param` is the path of the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        type: str = "invalid_request_error",
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+        self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def bad_request(message: str, param: str | None, code: str = "invalid_value") -> ApiError:
+    """A 400 that names the field at fault."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def from_exception(error: Exception) -> ApiError:
+    """The API error for whatever a guide, reward or engine raised."""
+    match error:
+        case ApiError():
+            return error
+        case RequestError():
+            return bad_request(str(error), error.param)
+        case EngineUnavailable():
+            return ApiError(
+                503, f"{error}; it is being restarted, try again soon",
+                type="server_error", code="engine_unavailable", retry_after_s=10,
+            )  # fmt: skip
+        case RewardFailed():
+            return ApiError(500, str(error), type="server_error", code="reward_failed", param=error.reward)
+        case GuideFailed():
+            return ApiError(500, str(error), type="server_error", code="guide_failed", param="alignment.guide")
+        case DeadlinePassed():
+            return ApiError(504, str(error), type="server_error", code="deadline_exceeded", param="alignment.budget")
+        case _:
+            return ApiError(500, f"internal error: {type(error).__name__}", type="server_error", code="internal_error")
+
+
+def from_validation(error: ValidationError, prefix: str = "", allowed: Sequence[str] = ()) -> ApiError:
+    """A 400 from pydantic's first complaint, with the field's path as OpenAI writes it (a[0].b)."""
+    first = _deepest(error)
+    within = first.get("ctx", {}).get("param")  # set by validators that look at several fields
+    param = path(prefix, (*first["loc"], within) if within else first["loc"])
+    if first["type"] == "extra_forbidden":
+        hint = f"; allowed here: {', '.join(sorted(allowed))}" if allowed else ""
+        return bad_request(f"unknown field '{param}'{hint}", param, "unknown_parameter")
+    if first["type"] == "missing":
+        return bad_request(f"'{param}' is required", param, "missing_required_parameter")
+    return bad_request(f"'{param}': {_plain(first['msg'])}", param)
+
+
+def _deepest(error: ValidationError) -> ErrorDetails:
+    """Of the complaints about the first faulty field the one that got furthest: the union branch that was meant."""
+    errors = error.errors()
+    return max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
+
+
+def path(prefix: str, loc: Sequence[int | str]) -> str:
+    """Joins a pydantic location to a path such as messages[0].role."""
+    text = prefix
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif "[" not in part and "-" not in part and part not in ("str", "int", "float"):  # branches of unions
+            text += f".{part}" if text else part
+    return text
+
+
+def _plain(message: str) -> str:
+    return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+
+
+def openai_body(status: int, message: str) -> dict[str, Any]:
+    """The body for errors that the framework raises itself (404, 405)."""
+    return ApiError(status, message, code={404: "not_found", 405: "method_not_allowed"}.get(status)).body

@@ -1,0 +1,261 @@
+"""From a wire request to a Job: checked against the model and the operator's limits, and run as events.
+
+A Job has one guide run per answer (`n`, times the prompts of a completion request); the runs share one
+spend and one deadline, and their events come merged.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+
+from guiderail.guides.core.budget import Spend
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.guide import Limits
+from guiderail.guides.core.types import PROMPT, Event, Final, Message, Token, TokenPrompt
+from guiderail.guides.prompters import Template
+from guiderail.server.api.schemas import ChatRequest, CompletionRequest, SamplingFields
+from guiderail.server.openai_errors import ApiError, bad_request
+from guiderail.server.requests.admission import Admission
+from guiderail.server.requests.contract import guided
+from guiderail.server.requests.delivered import Delivered
+from guiderail.server.requests.resolve import Alignment
+from guiderail.server.requests.sampling_fields import refuse_unkept, sampling_spec
+from guiderail.server.state import ServerState
+
+# Of a deadline, what is kept for the end of work and the way of the answer: this share, at most so many seconds.
+REPLY_SHARE, REPLY_S = 0.05, 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request ready to run. `rows` and `tokens` are what it may take of the engine at most."""
+
+    model: str
+    alignment: Alignment
+    contexts: tuple[Context, ...]
+    spend: Spend
+    admission: Admission
+    priority: int
+    rows: int
+    tokens: int
+    system_fingerprint: str
+
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
+        """(answer's index, event) of all answers as they come, once admitted. Closing it cancels all work.
+
+        Raises ApiError (429) at once if the server is overloaded.
+        """
+        deadline = self.contexts[0].limits.deadline
+        async with self.admission.slot(self.rows, self.tokens, priority=self.priority, deadline=deadline) as waited:
+            self.spend.queued_s = waited
+            began = time.monotonic()
+            try:
+                async with aclosing(self._events()) as events:
+                    async for item in events:
+                        yield item
+            finally:
+                self.admission.finished(self.spend.tokens_generated, time.monotonic() - began, self.rows)
+
+    async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
+        if len(self.contexts) == 1:
+            async with aclosing(self._run(0)) as events:
+                async for event in events:
+                    yield 0, event
+            return
+        queue: asyncio.Queue[tuple[int, Event] | BaseException | None] = asyncio.Queue()
+
+        async def pump(index: int) -> None:
+            try:
+                async with aclosing(self._run(index)) as events:
+                    async for event in events:
+                        queue.put_nowait((index, event))
+                queue.put_nowait(None)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        tasks = [asyncio.create_task(pump(index)) for index in range(len(self.contexts))]
+        try:
+            for _ in tasks:
+                while (item := await queue.get()) is not None:
+                    if isinstance(item, BaseException):
+                        raise item
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, index: int) -> AsyncGenerator[Event, None]:
+        accepted, ctx = 0, self.contexts[index]
+        cleaner = ctx.cleaner()
+        delivered = None if ctx.sampling.logprobs is None else Delivered(ctx.decoder())
+        async with ctx, aclosing(guided(self.alignment.guide_name, self.alignment.guide, ctx)) as events:
+            async for event in events:
+                if isinstance(event, Token):
+                    accepted += len(event.token_ids)
+                    text, logprobs = cleaner.push(event.text), None  # log-probabilities may be for selection alone
+                    if delivered is not None:
+                        logprobs = delivered.take(event.logprobs or (), event.text, text) or None
+                    event = Token(text, event.token_ids, logprobs)
+                elif isinstance(event, Final):
+                    if rest := cleaner.finish():
+                        yield Token(rest, (), None if delivered is None else delivered.take((), "", rest) or None)
+                    self.spend.tokens_accepted += accepted
+                yield event
+
+
+def chat_job(state: ServerState, request: ChatRequest, arrived: float) -> Job:
+    """Checks and renders a chat request that came at `arrived` (time.monotonic()). Raises ApiError or RequestError."""
+    model, adapter, profile = _model(state, request.model)
+    alignment = state.resolver.resolve(request.alignment, profile)
+    messages = tuple(m.message for m in request.messages)
+    prompt = alignment.prompter.render(
+        messages,
+        state.renderer,
+        add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
+        continue_final_message=request.continue_final_message,
+    )
+    prompts = [(messages, TokenPrompt(prompt.token_ids, adapter))]
+    return _job(state, request, model, alignment, prompts, arrived)
+
+
+def completion_job(state: ServerState, request: CompletionRequest, arrived: float) -> Job:
+    """Checks and tokenizes a completion request; see chat_job. Raises ApiError or RequestError."""
+    model, adapter, profile = _model(state, request.model)
+    alignment = state.resolver.resolve(request.alignment, profile)
+    if not isinstance(alignment.prompter, Template):
+        raise bad_request("a text completion is its own prompt: prompters are for chats", "alignment.prompter")
+    prompts: list[tuple[tuple[Message, ...], TokenPrompt]] = []
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            ids, text = state.renderer.encode(prompt, add_special_tokens=True), prompt
+        else:
+            ids, text = prompt, state.renderer.decode(_in_vocabulary(state, prompt, "prompt"))
+        if not ids:
+            raise bad_request("'prompt' is empty", "prompt")
+        prompts.append(((Message(PROMPT, text),), TokenPrompt(tuple(ids), adapter)))
+    return _job(state, request, model, alignment, prompts, arrived)
+
+
+def _job(
+    state: ServerState,
+    request: ChatRequest | CompletionRequest,
+    model: str,
+    alignment: Alignment,
+    prompts: list[tuple[tuple[Message, ...], TokenPrompt]],
+    arrived: float,
+) -> Job:
+    limits = state.settings.limits
+    if request.n > limits.max_n:
+        raise bad_request(f"'n' is {request.n}; this server allows at most {limits.max_n}", "n")
+    if request.priority < limits.min_priority:
+        raise bad_request(f"'priority' must be at least {limits.min_priority} on this server", "priority")
+    candidates = request.n * len(prompts) * alignment.guide.candidates()
+    if candidates > limits.max_candidates:
+        raise bad_request(
+            f"{request.n} x {len(prompts)} answers of {alignment.guide.candidates()} candidates are {candidates} "
+            f"candidates; this server allows at most {limits.max_candidates} per request",
+            "alignment.guide" if alignment.guide.candidates() > 1 else "n",
+        )
+    refuse_unkept(alignment.guide_name, alignment.guide, request)
+    logprobs = request.num_logprobs
+    if logprobs is not None and logprobs > state.engine.max_logprobs:
+        field = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
+        raise bad_request(f"'{field}' is {logprobs}; at most {state.engine.max_logprobs} are served", field)
+    _in_vocabulary(state, list(request.logit_bias or ()), "logit_bias")
+    _in_vocabulary(state, request.stop_token_ids, "stop_token_ids")
+
+    within = alignment.budget.deadline_s
+    deadline = None if within is None else arrived + within - min(REPLY_SHARE * within, REPLY_S)
+    spend = Spend(prompt_tokens=sum(len(prompt.token_ids) for _, prompt in prompts), started=arrived)
+    contexts: list[Context] = []
+    for messages, prompt in prompts:
+        max_tokens = _max_tokens(state, request, len(prompt.token_ids))
+        if request.min_tokens > max_tokens:
+            raise bad_request(f"'min_tokens' must not exceed max_tokens, which is {max_tokens}", "min_tokens")
+        sampling = sampling_spec(request, max_tokens, logprobs, alignment.prompter.stops)
+        contexts += [
+            Context(
+                engine=state.engine,
+                scorer=state.scorer,
+                helpers=state.helpers,
+                messages=messages,
+                prompt=prompt,
+                sampling=sampling,
+                rewards=alignment.rewards,
+                combine=alignment.combine,
+                selection=alignment.selection,
+                calibration=alignment.calibration,
+                limits=Limits(deadline, alignment.budget.max_tokens_generated),
+                spend=spend,
+                choice=len(contexts) + choice,
+                cleaner=partial(alignment.prompter.cleaner, messages[-1].content if _goes_on(request) else ""),
+                prompter=alignment.prompter,
+                continues=_goes_on(request),
+            )
+            for choice in range(request.n)
+        ]
+    rows = len(contexts) * alignment.guide.rows()
+    tokens = sum(alignment.guide.cost(ctx.sampling.max_tokens) for ctx in contexts)
+    if alignment.calibration.source in ("auto", "drawn") and any(term.chain.needs_sample for term in alignment.rewards):
+        tokens += len(prompts) * alignment.calibration.n * max(ctx.sampling.max_tokens for ctx in contexts)
+    return Job(
+        model, alignment, tuple(contexts), spend, state.admission, request.priority, rows, tokens,
+        state.system_fingerprint,
+    )  # fmt: skip
+
+
+def _goes_on(request: SamplingFields) -> bool:
+    """Whether the answer continues the last message."""
+    return isinstance(request, ChatRequest) and request.continue_final_message
+
+
+def _model(state: ServerState, name: str | None) -> tuple[str, str | None, str | None]:
+    """Splits a model name into (name to report, adapter, profile). Raises ApiError 404 if there is none such."""
+    settings = state.settings
+    if name is None:
+        return settings.model_name, None, None
+    base, at, profile = name.rpartition("@")
+    if not at or profile not in state.resolver.profile_names:
+        base, profile = name, ""
+    if base != settings.model_name and base not in settings.lora:
+        known = ", ".join([settings.model_name, *settings.lora])
+        profiles = ", ".join(state.resolver.profile_names) or "none"
+        raise ApiError(
+            404, f"no model '{name}'; served: {known}; profiles for a suffix @name: {profiles}",
+            param="model", code="model_not_found",
+        )  # fmt: skip
+    return name, base if base in settings.lora else None, profile or None
+
+
+def _max_tokens(state: ServerState, request: ChatRequest | CompletionRequest, prompt_len: int) -> int:
+    asked = request.token_limit
+    context, allowed = state.engine.max_model_len, state.settings.limits.max_tokens
+    room = context - prompt_len
+    if room < 1:
+        raise bad_request(
+            f"the prompt has {prompt_len} tokens; the model's context is {context}, one of which must be left",
+            "messages" if isinstance(request, ChatRequest) else "prompt",
+            "context_length_exceeded",
+        )
+    if asked is None:
+        return min(room, allowed or room, request.default_tokens or room)
+    if asked > room:
+        raise bad_request(
+            f"'max_tokens' is {asked}; the prompt's {prompt_len} tokens leave {room} of the context of {context}",
+            "max_tokens",
+            "context_length_exceeded",
+        )
+    if allowed is not None and asked > allowed:
+        raise bad_request(f"'max_tokens' is {asked}; this server allows at most {allowed}", "max_tokens")
+    return asked
+
+
+def _in_vocabulary(state: ServerState, token_ids: list[int], field: str) -> list[int]:
+    for token in token_ids:
+        if not 0 <= token < state.engine.vocab_size:
+            raise bad_request(f"'{field}': token id {token} is outside 0..{state.engine.vocab_size - 1}", field)
+    return token_ids

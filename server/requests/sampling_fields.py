@@ -1,0 +1,53 @@
+"""The sampling fields of a request: what a guide refuses of them, and what they are to the engine."""
+
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.types import SamplingSpec
+from guiderail.server.api.schemas import SamplingFields
+from guiderail.server.openai_errors import bad_request
+
+
+def refuse_unkept(name: str, guide: Guide, request: SamplingFields) -> None:
+    """Raises ApiError (400) for a field that is set and that the guide called `name` cannot keep."""
+    form = request.response_format
+    if form is not None and form.type != "text" and not guide.keeps_format:
+        raise bad_request(f"guide '{name}' cannot keep a response_format", "response_format")
+    for field in guide.refuses():
+        default = type(request).model_fields[field].default
+        off: list[object] = [default, None, {}, [], *([-1] if field == "top_k" else [])]
+        if getattr(request, field) not in off:
+            allowed = "out" if default is None else f"at its default, {default}"
+            raise bad_request(
+                f"guide '{name}' chooses tokens in steps and cannot keep '{field}'; leave it {allowed}", field
+            )
+
+
+def sampling_spec(
+    request: SamplingFields, max_tokens: int, logprobs: int | None, stops: tuple[str, ...]
+) -> SamplingSpec:
+    """How a request's answers are sampled. stops: the prompter's, besides the request's own."""
+    schema = None
+    if request.response_format is not None and request.response_format.type != "text":
+        given = request.response_format.json_schema
+        schema = given.schema_ if given is not None else {"type": "object"}
+    return SamplingSpec(
+        max_tokens=max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=max(0, request.top_k),
+        min_p=request.min_p,
+        seed=request.seed,
+        stop=(*request.stops, *stops),
+        stop_token_ids=tuple(request.stop_token_ids),
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        min_tokens=request.min_tokens,
+        ignore_eos=request.ignore_eos,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=request.logit_bias or {},
+        logprobs=logprobs,
+        skip_special_tokens=request.skip_special_tokens,
+        json_schema=schema,
+        stream=request.stream,
+        priority=request.priority,
+    )

@@ -1,0 +1,1 @@
+"""Reward models: loading, batched scoring on this machine or another. Knows nothing of requests."""

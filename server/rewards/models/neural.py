@@ -1,0 +1,214 @@
+"""Reward models as rewards: texts under the model's own chat template, scored by the packed runner.
+
+One thread owns a model's runner, so scoring never runs on the event loop and calls of many requests are
+scored one batch after another. Raw head values come out, without sigmoid or normalisation.
+"""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, ClassVar, Literal, Protocol
+
+from pydantic import Field
+
+from guiderail.guides.core import guide as base
+from guiderail.guides.core.guide import ScoreResult
+from guiderail.guides.core.reward import Reward, Services, begun
+from guiderail.guides.core.types import Answer, ScoreGroup
+from guiderail.server.rewards.conversation import Conversations, Rendered, TooLong, windows
+from guiderail.server.rewards.models.runner_stats import RunnerStats
+
+
+class Backend(Protocol):
+    """What scores token sequences: the packed runner, a vLLM pooling engine here, or such servers elsewhere."""
+
+    heads: int
+    stats: RunnerStats
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """[S][heads] raw values after the last token of each sequence."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class NeuralReward(Reward):
+    """A reward model's raw value of the answer to the conversation (its own tokenizer and chat template)."""
+
+    class Params(base.Params):
+        heads: list[float] | None = Field(
+            default=None, min_length=1, description="Weights of the model's heads; default: the operator's choice."
+        )
+        steps: str | None = Field(
+            default=None, min_length=1, description="Process reward: also read a value after each of these marks."
+        )
+        aggregate: Literal["min", "mean", "last", "sum"] = Field(
+            default="min", description="How the values at `steps` become one."
+        )
+        long: Literal["last", "worst", "refuse"] | None = Field(
+            default=None,
+            description="A conversation longer than the model reads: score its last tokens, or the worst of all its "
+            "windows, or refuse it; default: last for a head that was trained on cut ones, else refuse.",
+        )
+
+    batched: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        load: Callable[[], Awaitable["tuple[Backend, Any, int | None]"]],
+        head: int = 0,
+        *,
+        at_end_of_turn: bool = False,
+        last_tokens: int | None = None,
+        identity: Callable[[], str] | None = None,
+    ) -> None:
+        """`load` returns the backend, the tokenizer and the longest input (None: no limit).
+
+        at_end_of_turn: score at the token that ends the answer's turn, where reward heads are trained, and
+        not after what a template puts behind it (ChatML: a line break), where sequence classifiers are.
+        last_tokens: the model was trained on so many tokens at the end of a conversation; longer ones are cut to them
+        unless the request says otherwise (`long`), and without it refused where they are longer than the model reads.
+        identity: tells the weights apart from others, once they are loaded.
+        """
+        self._identity = identity
+        self._load = load
+        self._at_end_of_turn = at_end_of_turn
+        self._last_tokens = last_tokens
+        self._head = head
+        self._backend: Backend | None = None
+        self._tokenizer: Any = None
+        self._conversations: Conversations | None = None
+        self._longest: int | None = None
+
+    async def start(self, services: Services) -> None:
+        backend, self._tokenizer, self._longest = await self._load()
+        self._conversations = Conversations(self._tokenizer, at_end_of_turn=self._at_end_of_turn)
+        self._backend = backend
+        if not 0 <= self._head < backend.heads:
+            raise ValueError(f"head={self._head}, but the model has heads 0 to {backend.heads - 1}")
+
+    @property
+    def stats(self) -> RunnerStats | None:
+        """Counts of the backend, once it is loaded."""
+        return self._backend.stats if self._backend is not None else None
+
+    def check(self, params: Any, services: Services) -> None:
+        if params.heads is not None and self._backend is not None and len(params.heads) != self._backend.heads:
+            raise ValueError(f"'heads' has {len(params.heads)} weights; the model has {self._backend.heads} heads")
+
+    def revision(self) -> str:
+        weights = self._identity() if self._identity is not None else super().revision()
+        return f"{weights}-head{self._head}"
+
+    async def close(self) -> None:
+        """Frees the model."""
+        if self._backend is not None:
+            await self._backend.close()
+
+    async def score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+        """Raises RequestError for a conversation that the model's template refuses or that is longer than it reads."""
+        assert self._backend is not None
+        texts = [[self._texts(group, answer) for answer in group.answers] for group in groups]
+        flat = [
+            (text, group.params.long) for group, part in zip(groups, texts, strict=True) for s in part for text in s
+        ]
+        found = await asyncio.to_thread(self._encode, flat)
+        values = iter(await self._backend.score([window for each, _ in found for window in each]))
+        encoded, results = iter(found), []
+        for group, part in zip(groups, texts, strict=True):
+            scored, tokens, warnings = [], 0, set()
+            for steps in part:
+                read = []
+                for _ in steps:
+                    parts, warning = next(encoded)
+                    read.append(min(self._mix(next(values), group.params) for _ in parts))
+                    tokens += sum(map(len, parts))
+                    warnings.add(warning)
+                scored.append(_aggregate(read, group.params.aggregate) if group.params.steps else read[-1])
+            results.append(ScoreResult(tuple(scored), tokens, tuple(sorted(warnings - {""}))))
+        return results
+
+    def _mix(self, heads: Sequence[float], params: Any) -> float:
+        if params.heads is None:
+            return heads[self._head]
+        return math.fsum(weight * value for weight, value in zip(params.heads, heads, strict=True))
+
+    def _texts(self, group: ScoreGroup, answer: Answer) -> list[Rendered]:
+        """What to score for one answer: with steps every marked part of it, and last the whole answer."""
+        assert self._conversations is not None
+        render, mark = self._conversations.render, group.params.steps
+        whole = render(group.messages, answer.text, partial=answer.partial)
+        if mark is None:
+            return [whole]
+        start = begun(group.messages)
+        before = group.messages[:-1] if start else group.messages
+        pieces = (start + answer.text).split(mark)
+        ends = [mark.join(pieces[: i + 1]) + mark for i in range(len(pieces) - 1)]
+        return [*(render(before, text, partial=True) for text in ends), whole]
+
+    def _encode(self, texts: Sequence[tuple[Rendered, str | None]]) -> list[tuple[list[list[int]], str]]:
+        """The windows to score of each text, whose `long` stands beside it, and a warning or ""."""
+        assert self._conversations is not None
+        encoded = self._conversations.encode([text for text, _ in texts])
+        return [self._windows(ids, text.ended, long) for ids, (text, long) in zip(encoded, texts, strict=True)]
+
+    def _windows(self, ids: list[int], ended: bool, long: str | None) -> tuple[list[list[int]], str]:
+        limit = min((each for each in (self._last_tokens, self._longest) if each is not None), default=len(ids))
+        if len(ids) <= limit:
+            return [ids], ""
+        match long or ("refuse" if self._last_tokens is None else "last"):
+            case "worst":
+                return windows(ids, limit, end=ended), ""
+            case "last":
+                return [ids[-limit:]], (
+                    f"a conversation with its answer is longer than the {limit} tokens that the model reads, so only "
+                    "its last ones were scored; 'long' of the reward may be 'worst' (all windows) or 'refuse'"
+                )
+        raise TooLong(
+            f"conversation and answer have {len(ids)} tokens; the model reads {limit}; 'long' of the reward may be "
+            "'last' (its last tokens) or 'worst' (all windows)",
+            "messages",
+        )
+
+
+def _aggregate(values: Sequence[float], how: str) -> float:
+    match how:
+        case "min":
+            return min(values)
+        case "mean":
+            return sum(values) / len(values)
+        case "sum":
+            return sum(values)
+    return values[-1]
+
+
+@cache
+def scoring_thread() -> ThreadPoolExecutor:
+    """The one thread of this process that runs torch, for all reward models, their loading included.
+
+    GNU OpenMP keeps a pool of workers for each thread that ever ran a parallel region. As soon as there are
+    more of them than cores it stops spinning at barriers, which makes scoring a third slower on two cores.
+    Its priority is the engine's: at a lower one it starved while idle vLLM processes polled for work.
+    """
+    return ThreadPoolExecutor(1, "guiderail-reward")
+
+
+class PackedBackend:
+    """Backend over a PackedRunner, which the scoring thread owns."""
+
+    def __init__(self, runner: Any, heads: int) -> None:
+        self._runner = runner
+        self.heads = heads
+        self.stats: RunnerStats = runner.stats
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        loop = asyncio.get_running_loop()
+        values: list[list[float]] = await loop.run_in_executor(
+            scoring_thread(), lambda: self._runner.score(sequences).tolist()
+        )
+        return values
+
+    async def close(self) -> None:
+        self._runner = None

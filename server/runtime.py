@@ -1,0 +1,281 @@
+"""`guiderail serve`: starts the engine and the rewards, serves, and leaves no process behind.
+
+SIGTERM and Ctrl-C are honoured at every stage. While the engine is starting its processes are ended
+directly; once it serves, requests in flight get the drain time and the engine is shut down in order.
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from guiderail.guides.core.errors import EngineUnavailable, PluginError
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.registry import load_guides, load_rewards
+from guiderail.guides.core.reward import Reward, Services
+from guiderail.guides.prompters import PROMPTERS, load_style, urial_with
+from guiderail.server.announce import example, say, steps
+from guiderail.server.api.app import create_app
+from guiderail.server.api.listener import Listener
+from guiderail.server.engines.lora import check_adapter
+from guiderail.server.engines.null import NoEngine
+from guiderail.server.engines.remote.remote_policy import RemotePolicy
+from guiderail.server.engines.supervised import LocalEngine, SupervisedEngine
+from guiderail.server.engines.vllm import forkserver as vllm_ahead
+from guiderail.server.engines.vllm.engine import EngineSettings, build
+from guiderail.server.engines.vllm.launch import on_cpu, usual_rows
+from guiderail.server.memory.placement import place
+from guiderail.server.memory.shares import EngineShare, Plan
+from guiderail.server.metrics import Metrics
+from guiderail.server.models import catalogue as models
+from guiderail.server.models import processor
+from guiderail.server.models.model_fingerprint import fingerprint
+from guiderail.server.models.renderer import ChatRenderer
+from guiderail.server.openai_errors import ApiError
+from guiderail.server.requests.admission import Admission
+from guiderail.server.requests.helpers import ServerHelpers
+from guiderail.server.requests.resolve import Resolver
+from guiderail.server.rewards.encoder import Encoder
+from guiderail.server.rewards.models.loading import check_source, neural_reward
+from guiderail.server.scoring import calibration_file as calibration_store
+from guiderail.server.scoring.batcher import BatchingScorer
+from guiderail.server.scoring.calibration_file import StoredCalibration
+from guiderail.server.scoring.calibrator import Calibrator
+from guiderail.server.settings import Settings, SettingsError
+from guiderail.server.state import ServedEngine, ServerState
+
+
+def serve(settings: Settings) -> int:
+    """Serves until told to stop. Raises GuiderailError if the server cannot start."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    import uvloop
+
+    try:
+        return uvloop.run(_serve(settings))
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _serve(settings: Settings) -> int:
+    stop = asyncio.Event()
+    began = time.monotonic()
+    with signals(stop), closing(Listener(settings.host, settings.port)) as listener:
+        async with running(settings, stop) as state:
+            app = create_app(state)
+            gc.collect()
+            gc.freeze()  # a full collection walks all that was imported and holds up every stream meanwhile
+            say(f"ready after {time.monotonic() - began:.0f} s on {listener.url}")
+            say(f"try: {example(settings, listener.url, chat=state.renderer.has_chat_template)}")
+            await listener.run(app, stop, settings.drain_timeout_s, say)
+            gc.unfreeze()  # else the interpreter's exit leaves extension modules' objects, and nanobind lists them
+    say("stopped")
+    return 0
+
+
+@contextmanager
+def signals(stop: asyncio.Event) -> Iterator[None]:
+    """Sets `stop` on SIGTERM and Ctrl-C for the time of the block."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+@asynccontextmanager
+async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = True) -> AsyncIterator[ServerState]:
+    """The server's state with everything started; on leaving all of it is ended, processes included.
+
+    `engine=False` leaves the engine out (server/engines/null.py). Child processes that were there before
+    are left alone. If `stop` is set during the start this process ends at once, with status 130. Raises
+    GuiderailError if something does not start.
+    """
+    before = frozenset(_children())
+    for name, spec in settings.reward.items():
+        check_source(name, spec)
+    if engine and not settings.batch_invariant:  # whose environment vLLM reads when it is imported
+        vllm_ahead.begin()
+    step = steps()
+    metrics = Metrics(settings.model_name)
+    step(f"preparing {settings.model}")
+    path = await asyncio.to_thread(models.resolve, settings.model, settings.cache, say)
+    say(await asyncio.to_thread(processor.report))
+    plan = await asyncio.to_thread(place, settings, path if engine else None, say, engine_on_cpu=on_cpu)
+    for line in plan.lines:
+        say(line)
+    if plan.engine is not None and settings.max_num_seqs is None:
+        rows = await asyncio.to_thread(usual_rows, settings.tensor_parallel_size)
+        settings = settings.model_copy(update={"max_num_seqs": rows})
+    remote = {name: RemotePolicy(name, spec) for name, spec in settings.policy.items()} if engine else {}
+    served = (
+        SupervisedEngine(lambda: _build(settings, path, plan.engine, step), on_restart=metrics.restarted, remote=remote)
+        if engine
+        else NoEngine()
+    )
+    starting = asyncio.create_task(_prepare(settings, path, plan, served, metrics, remote, step))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        say("stopped while starting")
+        _end(_children() - before)
+        os._exit(130)  # the thread that builds the engine cannot be interrupted
+    state: ServerState | None = None
+    try:
+        state = await starting
+        yield state
+    finally:
+        stopping.cancel()
+        if engine:
+            say("ending the engine")
+        processes = _children() - before
+        for reward in state.rewards.values() if state is not None else ():
+            await reward.close()
+        await served.close()
+        for policy in remote.values():
+            await policy.close()
+        if engine:
+            vllm_ahead.end()
+        _end(processes)
+
+
+async def _build(settings: Settings, path: str, share: EngineShare | None, step: Callable[[str], None]) -> LocalEngine:
+    embedded = models.EMBEDDED.get(settings.model)
+    return await build(
+        EngineSettings(
+            model=path,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len or (embedded.max_model_len if embedded else None),
+            kv_cache_gb=settings.kv_cache_gb,
+            gpu_memory_utilization=share.utilization if share else settings.gpu_memory_utilization,
+            max_num_seqs=settings.rows,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            enforce_eager=False if settings.compile else settings.enforce_eager or None,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            adapters=tuple(settings.lora.items()),
+            max_lora_rank=settings.max_lora_rank,
+            batch_invariant=settings.batch_invariant,
+        ),
+        step,
+    )
+
+
+async def _prepare(
+    settings: Settings,
+    path: str,
+    plan: Plan,
+    engine: SupervisedEngine | NoEngine,
+    metrics: Metrics,
+    remote: Mapping[str, RemotePolicy],
+    step: Callable[[str], None],
+) -> ServerState:
+    # What can be wrong in the configuration is found before the engine takes its time.
+    guides = load_guides(settings.guides)
+    rewards: dict[str, Reward] = {name: cls() for name, cls in load_rewards(settings.rewards).items()}
+    for name, spec in settings.reward.items():
+        if name in rewards:
+            raise SettingsError(f"--reward {name}: there is already a reward of this name")
+        rewards[name] = neural_reward(spec, settings.cache, say, plan.rewards.get(name))
+    for name, folder in settings.lora.items():
+        check_adapter(name, folder, settings.max_lora_rank)
+    for name in remote.keys() & {settings.model_name, *settings.lora}:
+        raise SettingsError(f"--policy {name}: the model or an adapter has this name")
+    renderer = await asyncio.to_thread(ChatRenderer, path, settings.chat_template)
+    services = Services(engine, renderer, frozenset(settings.lora), settings.model_name, frozenset(remote))
+    stored = {file: calibration_store.load(file) for file in settings.calibration}
+    state = assemble(settings, engine, renderer, guides, rewards, services, metrics, list(stored.values()), plan.beside)
+    for policy in remote.values():
+        await policy.start(renderer)
+    engine_comes = isinstance(engine, SupervisedEngine)
+    if plan.engine is None:  # on CPU; on GPUs the engine takes its share of the memory first
+        step("loading rewards")
+        rewards_left: Mapping[str, Reward] = await start_rewards(rewards, services, engine_comes=engine_comes)
+    else:
+        rewards_left = rewards
+    await engine.start()
+    if engine.dtype:
+        say(f"the engine computes in {engine.dtype}")
+    if rewards_left:
+        step(f"loading rewards: {', '.join(rewards_left)}")
+        await start_rewards(rewards_left, services)
+    if stored:
+        revision = await asyncio.to_thread(fingerprint, path)
+        for file, each in stored.items():
+            reward = rewards.get(each.reward)
+            calibration_store.check(each, file, revision, None if reward is None else reward.revision())
+    return state
+
+
+async def start_rewards(
+    rewards: Mapping[str, Reward], services: Services, *, engine_comes: bool = False
+) -> dict[str, Reward]:
+    """Starts every reward. Raises PluginError naming the one that does not.
+
+    engine_comes: the engine is yet to start; what asks for it is returned, to be started then.
+    """
+    waiting: dict[str, Reward] = {}
+    for name, reward in rewards.items():
+        try:
+            await reward.start(services)
+        except Exception as error:
+            if engine_comes and isinstance(error, EngineUnavailable):
+                waiting[name] = reward
+                continue
+            raise PluginError(
+                f"reward '{name}' does not start: {error!r}; mend it, or leave it out with --rewards"
+            ) from error
+    return waiting
+
+
+def assemble(
+    settings: Settings,
+    engine: ServedEngine,
+    renderer: ChatRenderer,
+    guides: Mapping[str, type[Guide]],
+    rewards: Mapping[str, Reward],
+    services: Services,
+    metrics: Metrics,
+    stored: Sequence[StoredCalibration] = (),
+    encoder_device: str = "cpu",
+) -> ServerState:
+    """Joins the parts to a server state; engine and rewards may start later. Raises SettingsError."""
+    try:
+        styles = {name: load_style(Path(file).expanduser()) for name, file in settings.urial.items()}
+        prompters = {**PROMPTERS, "urial": urial_with(styles)}
+        resolver = Resolver(
+            guides, rewards, services, settings.alignment, settings.profiles, settings.limits, prompters
+        )
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--urial: {error}") from error
+    except ApiError as error:
+        raise SettingsError(f"the configured alignment, profiles or limits are wrong: {error}") from error
+    helpers = ServerHelpers(services, engine, Calibrator(stored, metrics), Encoder(settings.encoder, encoder_device))
+    admission = Admission(settings.limits, settings.rows, metrics)
+    return ServerState(
+        settings, engine, renderer, guides, rewards, resolver, BatchingScorer(rewards, metrics), helpers, admission,
+        metrics, int(time.time()),
+    )  # fmt: skip
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: Collection[psutil.Process]) -> None:
+    """Ends what is left of these processes (vLLM's, listed while they still were our descendants)."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

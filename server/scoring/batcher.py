@@ -1,0 +1,184 @@
+"""The Scorer: one queue per reward, drained in batches that mix the requests in flight.
+
+Calls collect for a few milliseconds, and then for as long as the batch before them is scored; a batch is
+filled under a token budget, one group of each request in turn, so that a request with many candidates does
+not keep others waiting. A group whose caller was cancelled is dropped before it is scored. A failing group
+fails its own request, by the reward's name, and no other; what a reward refuses (RequestError) is the client's fault.
+"""
+
+import asyncio
+import textwrap
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from guiderail.guides.core.errors import EngineUnavailable, RequestError, RewardFailed
+from guiderail.guides.core.guide import ScoreResult
+from guiderail.guides.core.reward import Reward
+from guiderail.guides.core.types import ScoreGroup
+from guiderail.guides.scoring.transforms import LIMIT
+from guiderail.server.metrics import Metrics
+
+
+@dataclass(slots=True)
+class _Call:
+    group: ScoreGroup
+    owner: int
+    future: asyncio.Future[ScoreResult]
+    queued: float = field(default_factory=time.monotonic)
+
+    @property
+    def tokens(self) -> int:
+        """Roughly what scoring costs: the prompt once, and every answer (in the served model's tokens)."""
+        return len(self.group.prompt.token_ids) + sum(len(a.token_ids) or len(a.text) // 4 for a in self.group.answers)
+
+
+class BatchingScorer:
+    """guiderail.guides.Scorer over the server's rewards."""
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        metrics: Metrics,
+        *,
+        timeout_s: float | None = 60.0,
+        max_tokens: int = 16384,
+        wait_s: float = 0.002,
+    ) -> None:
+        """timeout_s: for one batch of one reward; None: as long as it takes (server/offline/offline_state.py).
+
+        max_tokens: size of a batch (a larger group goes alone).
+        wait_s: how long the first call of an idle reward waits for company.
+        """
+        self._rewards = rewards
+        self._metrics = metrics
+        self.timeout_s = timeout_s
+        self._max_tokens = max_tokens
+        self._wait_s = wait_s
+        self._pending: dict[str, list[_Call]] = {name: [] for name in rewards}
+        self._drains: dict[str, asyncio.Task[None]] = {}
+
+    async def score(self, reward: str, group: ScoreGroup, owner: int = 0) -> ScoreResult:
+        """Scores one group, together with whatever else waits for the same reward.
+
+        Raises RewardFailed, or RequestError for a conversation that the reward refuses.
+        """
+        if not self._rewards[reward].batched:
+            try:
+                return (await self._score(reward, [group]))[0]
+            except RewardFailed:
+                self._metrics.score_failed(reward)
+                raise
+        call = _Call(group, owner, asyncio.get_running_loop().create_future())
+        self._pending[reward].append(call)
+        if reward not in self._drains:
+            self._drains[reward] = asyncio.create_task(self._drain(reward))
+        return await call.future
+
+    async def _drain(self, name: str) -> None:
+        batch: list[_Call] = []
+        try:
+            await asyncio.sleep(self._wait_s)
+            while batch := self._take(name):
+                self._metrics.score_batch(name, sum(len(c.group.answers) for c in batch))
+                for call in batch:
+                    self._metrics.score_wait(name, time.monotonic() - call.queued)
+                await self._run(name, batch)
+        finally:
+            del self._drains[name]
+            left, self._pending[name] = [*batch, *self._pending[name]], []
+            for call in left:  # none, unless this was cut off: then nobody is left waiting
+                if not call.future.done():
+                    call.future.set_exception(RewardFailed(name, "its queue was cut off"))
+
+    def _take(self, name: str) -> list[_Call]:
+        """The next batch: calls still wanted, one of each owner in turn, up to max_tokens."""
+        turns: dict[int, deque[_Call]] = {}
+        for call in self._pending[name]:
+            if not call.future.done():
+                turns.setdefault(call.owner, deque()).append(call)
+        batch: list[_Call] = []
+        tokens = 0
+        owners = deque(turns)
+        while owners:
+            owner = owners.popleft()
+            tokens += turns[owner][0].tokens
+            if batch and tokens > self._max_tokens:
+                break
+            batch.append(turns[owner].popleft())
+            if turns[owner]:
+                owners.append(owner)
+        taken = {id(call) for call in batch}
+        self._pending[name] = [c for c in self._pending[name] if id(c) not in taken and not c.future.done()]
+        return batch
+
+    async def _run(self, name: str, batch: Sequence[_Call]) -> None:
+        try:
+            results = await self._score(name, [call.group for call in batch])
+        except (RewardFailed, RequestError, EngineUnavailable) as failure:
+            if len(batch) == 1:
+                if not isinstance(failure, RequestError):
+                    self._metrics.score_failed(name)
+                if not batch[0].future.done():
+                    batch[0].future.set_exception(failure)
+                return
+            for call in batch:  # find out whose fault it is, so that the others get their scores
+                if not call.future.done():
+                    await self._run(name, [call])
+            return
+        for call, result in zip(batch, results, strict=True):
+            if not call.future.done():
+                call.future.set_result(result)
+
+    async def _score(self, name: str, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+        try:
+            results = await asyncio.wait_for(self._rewards[name].score(groups), self.timeout_s)
+            return _checked(name, results, groups)
+        except TimeoutError:
+            raise RewardFailed(name, f"no scores within {self.timeout_s:g} s") from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise RewardFailed(name, "it was cancelled by itself") from None
+        except (EngineUnavailable, RewardFailed):
+            raise
+        except RequestError as error:
+            raise RequestError(f"reward '{name}': {error}", error.param) from error
+        except Exception as error:
+            raise RewardFailed(name, f"{type(error).__name__}: {error}") from error
+
+
+def _checked(name: str, results: object, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+    """What a reward returned, if it is one result a group, of one finite number an answer. Raises RewardFailed."""
+    if not isinstance(results, list | tuple) or len(results) != len(groups):
+        raise RewardFailed(name, f"it returned {_shown(results)} where one result for each of {len(groups)} was due")
+    checked = []
+    for result, group in zip(results, groups, strict=True):
+        if not isinstance(result, ScoreResult) or not isinstance(result.tokens, int):
+            raise RewardFailed(name, f"it returned {_shown(result)} for a ScoreResult")
+        try:
+            values = tuple(result.values)
+        except TypeError:
+            raise RewardFailed(name, f"it returned {_shown(result.values)} for a tuple of values") from None
+        if len(values) != len(group.answers):
+            raise RewardFailed(name, f"it returned a wrong number of values: {len(values)} for {len(group.answers)}")
+        checked.append(replace(result, values=tuple(_number(name, value) for value in values)))
+    return checked
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise RewardFailed(name, f"it returned {_shown(value)}, which is no number") from None
+    if not abs(number) <= LIMIT:
+        raise RewardFailed(name, f"it returned {number}; values must be finite, and at most {LIMIT:g} in size")
+    return number
+
+
+def _shown(value: object) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" ...")

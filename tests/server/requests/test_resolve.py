@@ -1,0 +1,127 @@
+"""Resolving the alignment object: precedence, limits, and an error for every wrong field."""
+
+from typing import Any
+
+import pytest
+from fakes import ScriptedEngine, make_state
+
+from guiderail.server.openai_errors import ApiError
+from guiderail.server.requests.resolve import Alignment, Resolver
+from guiderail.server.rewards.rules import Keywords, Length
+from guiderail.server.settings import OperatorLimits, SettingsError
+
+PROFILES = {
+    "brief": {"guide": {"name": "best_of_n", "n": 3}, "rewards": [{"name": "length", "target": 5}]},
+    "soft": {"rewards": ["length"], "select": {"name": "softmax", "beta": 0.5}},
+}
+
+
+def resolver(**settings: Any) -> Resolver:
+    rewards = {"length": Length(), "keywords": Keywords()}
+    found: Resolver = make_state(ScriptedEngine(), rewards, profiles=PROFILES, **settings).resolver
+    return found
+
+
+def names(alignment: Alignment) -> list[str]:
+    return [term.label for term in alignment.rewards]
+
+
+def test_nothing_asked_is_plain_sampling() -> None:
+    found = resolver().resolve(None)
+    assert (found.guide_name, found.rewards) == ("sampling", ())
+
+
+def test_rewards_alone_mean_best_of_n() -> None:
+    found = resolver().resolve({"rewards": [{"name": "length"}]})
+    assert (found.guide_name, found.guide.params.n) == ("best_of_n", 16)
+
+
+def test_request_over_profile_over_default() -> None:
+    rules = resolver(alignment={"budget": {"max_tokens_generated": 100}, "return_candidates": True})
+    found = rules.resolve({"profile": "brief", "return_candidates": False, "guide": {"name": "best_of_n", "n": 2}})
+    assert found.budget.max_tokens_generated == 100  # the default's
+    assert names(found) == ["length"]  # the profile's
+    assert found.rewards[0].params.target == 5
+    assert (found.guide.params.n, found.return_candidates) == (2, False)  # the request's
+
+
+def test_profile_by_name_and_by_suffix() -> None:
+    assert resolver().resolve("brief").guide.params.n == 3
+    assert resolver().resolve(None, "brief").guide.params.n == 3
+    with pytest.raises(ApiError, match="says profile 'brief'"):
+        resolver().resolve("soft", "brief")
+
+
+def test_the_echo_can_be_sent_again() -> None:
+    rules = resolver()
+    body = {"rewards": [{"name": "length", "weight": -2}, {"name": "keywords", "words": ["a"], "label": "k"}]}
+    echo = rules.resolve(body).echo()
+    assert rules.resolve(echo).echo() == echo
+
+
+def test_required_rewards_win_over_the_request() -> None:
+    rules = resolver(
+        limits=OperatorLimits(required_rewards=[{"name": "length", "target": 7, "weight": 3}]),
+        alignment={"guide": "best_of_n"},
+    )
+    found = rules.resolve({"rewards": [{"name": "keywords"}, {"name": "length", "target": 9, "weight": 0}]})
+    assert names(found) == ["length", "keywords"]
+    assert (found.rewards[0].params.target, found.rewards[0].weight) == (7, 3.0)
+    assert names(rules.resolve({"rewards": []})) == ["length"]
+    with pytest.raises(ApiError, match="requires the rewards length") as failure:
+        rules.resolve({"guide": "sampling"})
+    assert failure.value.body["error"]["param"] == "alignment.guide.name"
+
+
+def test_deadline_limit_is_default_and_bound() -> None:
+    rules = resolver(limits=OperatorLimits(max_deadline_s=30))
+    assert rules.resolve(None).budget.deadline_s == 30
+    assert rules.resolve({"budget": {"deadline_s": 5}}).budget.deadline_s == 5
+    with pytest.raises(ApiError, match="at most 30"):
+        rules.resolve({"budget": {"deadline_s": 31}})
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "mentions"),
+    [
+        ({"guid": {}}, "alignment.guid", "allowed: guide, prompter, rewards"),
+        ("nope", "alignment", "known: brief, soft"),
+        ({"profile": 3}, "alignment.profile", "string"),
+        ({"guide": "nope"}, "alignment.guide.name", "known: best_of_n, sampling"),
+        ({"guide": {"n": 4}}, "alignment.guide.name", "required"),
+        ({"guide": 4}, "alignment.guide", "name"),
+        ({"guide": {"name": "best_of_n", "n": 0}, "rewards": ["length"]}, "alignment.guide.n", "greater"),
+        ({"guide": {"name": "best_of_n", "k": 0}, "rewards": ["length"]}, "alignment.guide.k", "allowed here: n, name"),
+        ({"guide": "best_of_n"}, "alignment.rewards", "at least one reward"),
+        ({"rewards": "length"}, "alignment.rewards", "list"),
+        ({"rewards": [{"name": "nope"}]}, "alignment.rewards[0].name", "known: keywords, last_digit, length"),
+        ({"rewards": ["length", "length"]}, "alignment.rewards", "label"),
+        ({"rewards": [{"name": "length", "weight": "x"}]}, "alignment.rewards[0].weight", "finite number"),
+        ({"rewards": [{"name": "length", "weight": True}]}, "alignment.rewards[0].weight", "finite number"),
+        ({"rewards": [{"name": "length", "label": ""}]}, "alignment.rewards[0].label", "string"),
+        ({"rewards": ["keywords", {"name": "length", "x": 1}]}, "alignment.rewards[1].x", "target"),
+        ({"rewards": [{"name": "keywords", "words": [1]}]}, "alignment.rewards[0].words[0]", "string"),
+        ({"rewards": [{"name": "keywords", "words": [""]}]}, "alignment.rewards[0]", "empty words"),
+        ({"combine": "product"}, "alignment.combine.name", "sum"),
+        ({"select": "median"}, "alignment.select.name", "argmax, best_of_poisson"),
+        ({"select": {"name": "softmax", "beta": -1}}, "alignment.select.beta", "greater than 0"),
+        ({"budget": 3}, "alignment.budget", "object"),
+        ({"budget": {"tokens": 3}}, "alignment.budget.tokens", "deadline_s"),
+        ({"budget": {"deadline_s": 0}}, "alignment.budget.deadline_s", "greater than 0"),
+        ({"return_candidates": "yes"}, "alignment.return_candidates", "true or false"),
+    ],
+)
+def test_wrong_fields_are_named(body: Any, param: str, mentions: str) -> None:
+    with pytest.raises(ApiError) as failure:
+        resolver().resolve(body)
+    error = failure.value.body["error"]
+    assert failure.value.status == 400
+    assert error["param"] == param
+    assert mentions in error["message"]
+
+
+def test_a_wrong_profile_stops_the_start() -> None:
+    with pytest.raises(SettingsError, match="target"):
+        make_state(
+            ScriptedEngine(), {"length": Length()}, profiles={"p": {"rewards": [{"name": "length", "target": 0}]}}
+        )
