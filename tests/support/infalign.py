@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-from laws import U, best_of, beta_for, tilted, win_rate, worst_of
+from distributions import U, best_of, beta_for, tilted, win_rate, worst_of
 from serving import serving
 from tabular_engine import TabularEngine, TabularRenderer
 

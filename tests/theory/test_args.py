@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from contexts import final, run
-from exact_law import law_of
+from exact_distribution import law_of
 from tabular import Ids, ends, guided, random_policy, random_reward, total_variation
 from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine

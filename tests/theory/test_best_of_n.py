@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from laws import U, cdf, integral, kl, pool, win_rate
+from distributions import U, cdf, integral, kl, pool, win_rate
 from scipy.special import expi
 from scipy.stats import poisson
 

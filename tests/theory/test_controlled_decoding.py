@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from contexts import final, run
-from exact_law import led
+from exact_distribution import led
 from tabular import aligned, from_rule, guided, q_values, random_policy, random_reward
 from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine

@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from distributions import U, integral
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import U, integral
 
 from guiderail.guides.core.types import Candidate, TokenLogprob
 from guiderail.guides.scoring.diagnostics import (

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from contexts import run
-from exact_law import law_of, led
+from exact_distribution import law_of, led
 from tabular import (
     Ids,
     aligned,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from laws import U, best_of, beta_for, integral, kl, tilted, win_rate, worst_of
+from distributions import U, best_of, beta_for, integral, kl, tilted, win_rate, worst_of
 from scipy.optimize import minimize_scalar
 
 from guiderail.guides.scoring.chain import Chain, parse_chain

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from distributions import pool
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import pool
 from scipy.optimize import brentq
 
 from guiderail.guides.scoring.selection.pessimism import Pessimism, threshold

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distributions import pool
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import pool
 
 from guiderail.guides.scoring.diagnostics import best_of_n_kl
 from guiderail.guides.scoring.selection.best import SELECTIONS, Argmax, Pool

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from laws import pool
+from distributions import pool
 from scipy.stats import multinomial
 
 from guiderail.guides.scoring.selection.best import Argmax, Softmax

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from contexts import context, final, run
+from distributions import pool
 from fakes import ScriptedEngine
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import pool
 from tabular import random_policy, random_reward
 from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine

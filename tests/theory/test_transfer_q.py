@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from contexts import final, run
-from exact_law import law_of, led
+from exact_distribution import law_of, led
 from tabular import (
     Tabular,
     aligned,

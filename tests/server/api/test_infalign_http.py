@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
+from distributions import pool
 from infalign import exact, table
-from laws import pool
 
 from guiderail.guides.scoring import SELECTIONS
 from guiderail.guides.scoring.diagnostics import best_of_n_kl, best_of_poisson_kl, selection_kl
