@@ -149,9 +149,9 @@ def _parser() -> argparse.ArgumentParser:
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     names = {name.replace("-", "_") for name, _ in SERVE_FLAGS}
     flags = {key: value for key, value in vars(args).items() if key in names}
-    for flag, module in (("reward", "rewards"), ("policy", "policies")):
+    for flag, module in (("reward", "rewards.models.reward_spec"), ("policy", "engines.remote.policy_spec")):
         if flag in flags:
-            spec = import_module(f"guiderail.server.{module}.spec")
+            spec = import_module(f"guiderail.server.{module}")
             flags[flag] = dict(spec.parse_flag(item) for item in flags[flag])
     for flag in ("lora", "urial"):
         if flag in flags:

@@ -29,7 +29,7 @@ ROWS = 24  # more than any of the guides has in the engine at once
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time that guides see: one second a step of the engine."""
     clock = Clock()
-    for module in ("context", "best_of_n"):
+    for module in ("core.context", "best_of_n"):
         monkeypatch.setattr(f"guiderail.guides.{module}.time", clock)
     return clock
 
