@@ -73,6 +73,16 @@ def test_what_depends_on_the_model() -> None:
     assert len(fitted(v2=False)["logits_processors"]) == 2
 
 
+@pytest.mark.parametrize("v2", [True, False])
+def test_what_vllm_imports_by_name_is_there(v2: bool) -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    args = fitted(v2=v2)
+    named = [args["scheduler_cls"], base_args(PLAIN, cpu=True)["worker_extension_cls"]]
+    for name in [*named, *(each.replace(":", ".") for each in args["logits_processors"])]:
+        assert isinstance(resolve_obj_by_qualname(name), type)
+
+
 @pytest.mark.parametrize(
     ("said", "context", "step"), [(None, 1024, 2048), (None, 8192, 8192), (4096, 4096, 4096), (6000, 4096, 6000)]
 )
