@@ -165,11 +165,11 @@ def fitting_args(settings: EngineSettings, *, cpu: bool, max_model_len: int, asy
         if whole < max_model_len:
             raise ValueError(f"on CPU max_num_batched_tokens must hold a whole prompt, up to {max_model_len} tokens")
         args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": whole}
-    here = "guiderail.server.engines"
-    args["scheduler_cls"] = f"{here}.vllm_gang.{'AsyncGroupScheduler' if async_scheduling else 'GroupScheduler'}"
+    here = "guiderail.server.engines.vllm"
+    args["scheduler_cls"] = f"{here}.scheduler.{'AsyncGroupScheduler' if async_scheduling else 'GroupScheduler'}"
     if v2:
-        return args | {"enable_trace_replay": True, "logits_processors": [f"{here}.vllm_mix_v2:MixedPolicies"]}
-    processors = ["vllm_mix_v1:MixedPolicies", "vllm_processors:ForcedTokens"]
+        return args | {"enable_trace_replay": True, "logits_processors": [f"{here}.mixture.runner_v2:MixedPolicies"]}
+    processors = ["mixture.runner_v1:MixedPolicies", "logits_processors:ForcedTokens"]
     return args | {"logits_processors": [f"{here}.{name}" for name in processors]}
 
 
