@@ -124,7 +124,7 @@ async def test_what_is_reported_bounds_the_kl(monkeypatch: pytest.MonkeyPatch, g
 @pytest.mark.parametrize("guide", ["best_of_n", "controlled_decoding", "transfer_q", "transfer_q-blocks", "deal-beams"])
 async def test_what_a_deadline_cuts_off_was_selected_among(monkeypatch: pytest.MonkeyPatch, guide: str) -> None:
     """Finished answers are taken before others, and the longest piece where nothing is whole: both are choices."""
-    for module in ("best_of_n", "context"):
+    for module in ("best_of_n", "core.context"):
         monkeypatch.setattr(f"guiderail.guides.{module}.time", clock := Clock())
     for deadline in (1.0, 2.0, 3.0):
         try:
