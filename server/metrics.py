@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from guiderail.guides.core.budget import Spend
 from guiderail.guides.scoring.selection_report import SelectionReport
-from guiderail.server.rewards.models.runner_stats import RunnerStats
+from guiderail.server.engines.engine_stats import RunnerStats
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 NATS = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 10, 20)

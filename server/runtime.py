@@ -26,19 +26,18 @@ from guiderail.server.api.app import create_app
 from guiderail.server.api.listener import Listener
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.null import NoEngine
-from guiderail.server.engines.remote.remote_policy import RemotePolicy
+from guiderail.server.engines.remote_policy import RemotePolicy
 from guiderail.server.engines.supervised import LocalEngine, SupervisedEngine
 from guiderail.server.engines.vllm import forkserver as vllm_ahead
 from guiderail.server.engines.vllm.engine import EngineSettings, build
 from guiderail.server.engines.vllm.launch import on_cpu, usual_rows
-from guiderail.server.memory.placement import place
 from guiderail.server.memory.shares import EngineShare, Plan
 from guiderail.server.metrics import Metrics
-from guiderail.server.models import catalogue as models
-from guiderail.server.models import processor
+from guiderail.server.models import catalogue, cpu_features
 from guiderail.server.models.model_fingerprint import fingerprint
 from guiderail.server.models.renderer import ChatRenderer
 from guiderail.server.openai_errors import ApiError
+from guiderail.server.placement import place
 from guiderail.server.requests.admission import Admission
 from guiderail.server.requests.helpers import ServerHelpers
 from guiderail.server.requests.resolve import Resolver
@@ -108,8 +107,8 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
     step = steps()
     metrics = Metrics(settings.model_name)
     step(f"preparing {settings.model}")
-    path = await asyncio.to_thread(models.resolve, settings.model, settings.cache, say)
-    say(await asyncio.to_thread(processor.report))
+    path = await asyncio.to_thread(catalogue.resolve, settings.model, settings.cache, say)
+    say(await asyncio.to_thread(cpu_features.report))
     plan = await asyncio.to_thread(place, settings, path if engine else None, say, engine_on_cpu=on_cpu)
     for line in plan.lines:
         say(line)
@@ -149,7 +148,7 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
 
 
 async def _build(settings: Settings, path: str, share: EngineShare | None, step: Callable[[str], None]) -> LocalEngine:
-    embedded = models.EMBEDDED.get(settings.model)
+    embedded = catalogue.EMBEDDED.get(settings.model)
     return await build(
         EngineSettings(
             model=path,

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from guiderail.guides.core.errors import GuiderailError
-from guiderail.server.engines.remote.policy_spec import RemotePolicySpec
+from guiderail.server.engines.policy_spec import RemotePolicySpec
 from guiderail.server.models.catalogue import DEFAULT_MODEL
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 

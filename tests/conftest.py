@@ -14,7 +14,7 @@ from guiderail.guides.core.reward import Reward, Services
 from guiderail.server.engines.supervised import SupervisedEngine
 from guiderail.server.engines.vllm.engine import EngineSettings, build
 from guiderail.server.metrics import Metrics
-from guiderail.server.models import catalogue as models
+from guiderail.server.models import catalogue
 from guiderail.server.models.renderer import ChatRenderer
 from guiderail.server.rewards.models.loading import neural_reward
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
@@ -42,7 +42,7 @@ def plugin_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def model_path() -> str:
     """Folder of the default model, converted if it is not yet."""
-    return models.resolve(models.DEFAULT_MODEL, Settings().cache)
+    return catalogue.resolve(catalogue.DEFAULT_MODEL, Settings().cache)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +82,7 @@ def reward_head(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("head")
     weight = torch.randn(2, 576, generator=torch.Generator().manual_seed(1)) * 0.03
     save_file({"score.weight": weight}, folder / "head.safetensors")
-    card = {"format": "guiderail-reward-head", "version": 1, "base": models.DEFAULT_MODEL, "hidden_size": 576}
+    card = {"format": "guiderail-reward-head", "version": 1, "base": catalogue.DEFAULT_MODEL, "hidden_size": 576}
     (folder / "reward.json").write_text(json.dumps(card | {"heads": ["one", "two"]}))
     return str(folder)
 

@@ -25,7 +25,7 @@ from guiderail.server.api.transport import (
     until_disconnect,
 )
 from guiderail.server.metrics import Load
-from guiderail.server.models.processor import description
+from guiderail.server.models.cpu_features import description
 from guiderail.server.openai_errors import ApiError, bad_request, from_exception, from_validation
 from guiderail.server.requests.build import chat_job, completion_job
 from guiderail.server.requests.score import score_request

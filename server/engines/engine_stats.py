@@ -1,4 +1,4 @@
-"""What an engine tells of itself: use of its KV cache and what prefix caching saves."""
+"""Counts that engines and the runners of reward models keep of their work. Metrics are read off them."""
 
 from dataclasses import dataclass
 
@@ -11,3 +11,13 @@ class EngineStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RunnerStats:
+    """Tokens that a reward model was asked to score, those it computed and those a cache or sharing saved; passes."""
+
+    tokens_asked: int = 0
+    tokens_computed: int = 0
+    tokens_cached: int = 0
+    passes: int = 0

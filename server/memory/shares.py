@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from guiderail.server.memory.devices import Gpu
-from guiderail.server.memory.pool import default_pool, gib, least_pool
+from guiderail.server.memory.kv_pool import default_pool, gib, least_pool
 from guiderail.server.settings import SettingsError
 
 CONTEXT = 640 * 2**20  # bytes that a process takes on a GPU before it allocates: CUDA's context, libraries, workspaces

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit status. Raises GuiderailError."""
     from guiderail.guides.core.types import SamplingSpec
     from guiderail.guides.prompters import Template
-    from guiderail.server.models import catalogue as models
+    from guiderail.server.models import catalogue
     from guiderail.server.models.model_fingerprint import fingerprint
     from guiderail.server.offline.evaluate.draw import draw, score_all
     from guiderail.server.offline.offline_state import run_offline
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
                 out,
                 by_prompt,
                 model=settings.model_name,
-                model_revision=fingerprint(models.resolve(settings.model, settings.cache)),
+                model_revision=fingerprint(catalogue.resolve(settings.model, settings.cache)),
                 reward=term.name,
                 reward_revision=state.rewards[term.name].revision(),
                 params=calibration_store.params_key(term.params),

@@ -130,12 +130,12 @@ def journal_of(
 def pin_weights(journal: Journal, state: "ServerState") -> None:
     """Tells the run apart by the weights of the served model and of the rewards, once they are loaded. Raises
     JournalError if what is kept was made with others."""
-    from guiderail.server.models import catalogue as models
+    from guiderail.server.models import catalogue
     from guiderail.server.models.model_fingerprint import fingerprint
 
     settings = state.settings
     rewards = {name: reward.revision() for name, reward in state.rewards.items()}
-    journal.pin(model_revision=fingerprint(models.resolve(settings.model, settings.cache)), rewards=rewards)
+    journal.pin(model_revision=fingerprint(catalogue.resolve(settings.model, settings.cache)), rewards=rewards)
 
 
 def output_folder(path: str) -> Path:

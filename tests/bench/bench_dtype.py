@@ -64,7 +64,7 @@ class Served:
 
 
 async def main(rounds: int, tokens: int) -> None:
-    from guiderail.server.models.processor import auto_dtype, instruction_set
+    from guiderail.server.models.cpu_features import auto_dtype, instruction_set
 
     found: dict[str, list[tuple[float, float]]] = {case: [] for case in CASES}
     async with AsyncExitStack() as stack:

@@ -32,7 +32,7 @@ from guiderail.server.engines.sequences import new_request_id
 from guiderail.server.engines.vllm.engine import EngineSettings, build
 from guiderail.server.engines.vllm.params import FORCED, token_logprobs
 from guiderail.server.metrics import Metrics
-from guiderail.server.models import catalogue as models
+from guiderail.server.models import catalogue
 from guiderail.server.models.renderer import ChatRenderer
 from guiderail.server.runtime import assemble, start_rewards
 from guiderail.server.settings import OperatorLimits, Settings
@@ -46,7 +46,7 @@ MODES: dict[str, dict[str, Any]] = {  # of the logits section
 
 
 def model() -> str:
-    return models.resolve(models.DEFAULT_MODEL, Settings().cache)
+    return catalogue.resolve(catalogue.DEFAULT_MODEL, Settings().cache)
 
 
 async def forced(engine: Any, prompts: list[TokenPrompt], rows: list[list[int]]) -> tuple[list[Any], float]:

@@ -22,7 +22,7 @@ from bench_scoring import apart, draw, model_folder
 from bench_server import Raw, Served, messages
 from report import write_section
 
-from guiderail.server.models.processor import auto_dtype
+from guiderail.server.models.cpu_features import auto_dtype
 
 
 async def batching(folder: str, rounds: int) -> list[tuple[float, float]]:

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from report import write_section
 
-from guiderail.server.models.processor import auto_dtype, packs_bfloat16
+from guiderail.server.models.cpu_features import auto_dtype, packs_bfloat16
 
 DTYPE = getattr(torch, auto_dtype())
 PROMPT, CANDIDATES, LENGTH, EXTENSION = 400, 16, 64, 8
@@ -34,11 +34,11 @@ def model_folder(where: Path) -> str:
     """The base model with a random scalar head, as a sequence classifier."""
     from transformers import AutoModel, AutoTokenizer
 
-    from guiderail.server.models import catalogue as models
+    from guiderail.server.models import catalogue
     from guiderail.server.rewards.models.loading import LoadedModel, write_classifier
     from guiderail.server.settings import Settings
 
-    base = models.resolve(models.DEFAULT_MODEL, Settings().cache)
+    base = catalogue.resolve(catalogue.DEFAULT_MODEL, Settings().cache)
     decoder = AutoModel.from_pretrained(base, dtype=DTYPE)
     head = torch.randn(1, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.03
     write_classifier(LoadedModel(decoder, head, AutoTokenizer.from_pretrained(base), None), Path(base), where)

@@ -47,11 +47,11 @@ class Raw:
         from vllm.sampling_params import RequestOutputKind
 
         from guiderail.server.engines.vllm.engine import EngineSettings, build
-        from guiderail.server.models import catalogue as models
+        from guiderail.server.models import catalogue
         from guiderail.server.models.renderer import ChatRenderer
         from guiderail.server.settings import Settings
 
-        path = models.resolve(models.DEFAULT_MODEL, Settings().cache)
+        path = catalogue.resolve(catalogue.DEFAULT_MODEL, Settings().cache)
         self._engine = await build(EngineSettings(model=path, max_model_len=2048))
         self._llm = self._engine._llm
         self._renderer = ChatRenderer(path)

@@ -13,8 +13,8 @@ from figures import verdict
 from plain_search import PlainSearch
 
 from guiderail.guides.core.types import Message
-from guiderail.server.models import catalogue as models
-from guiderail.server.models.processor import auto_dtype
+from guiderail.server.models import catalogue
+from guiderail.server.models.cpu_features import auto_dtype
 from guiderail.server.state import ServerState
 
 TOP_K, LOOKAHEAD, TOGETHER = 10, 20, 8
@@ -56,7 +56,7 @@ class Rivals:
     @cached_property
     def loop(self) -> PlainSearch:
         """Loaded when first asked for, on the thread that does all torch work."""
-        policy = models.resolve(self.state.settings.model, self.state.settings.cache)
+        policy = catalogue.resolve(self.state.settings.model, self.state.settings.cache)
         return PlainSearch(policy, HEAD, self.state.settings.cache)
 
     def guided(self, guide: dict[str, Any], messages: list[dict[str, str]]) -> Any:

@@ -72,15 +72,15 @@ def vllm(folder: Path, dtype: str = "auto") -> Iterator[Server]:
     """`vllm serve` with the model, environment and engine settings of `guiderail serve`."""
     from guiderail.server.engines.vllm.engine import prepare_environment
     from guiderail.server.engines.vllm.launch import CPU_KV_GB
-    from guiderail.server.models import catalogue as models
-    from guiderail.server.models.processor import auto_dtype
+    from guiderail.server.models import catalogue
+    from guiderail.server.models.cpu_features import auto_dtype
     from guiderail.server.settings import Settings
 
     settings = Settings()
     prepare_environment()
     dtype = auto_dtype() if dtype == "auto" else dtype
     command = [
-        sys.executable, "-m", SERVE, "--model", models.resolve(models.DEFAULT_MODEL, settings.cache),
+        sys.executable, "-m", SERVE, "--model", catalogue.resolve(catalogue.DEFAULT_MODEL, settings.cache),
         "--host", "127.0.0.1", "--max-model-len", CONTEXT, "--dtype", dtype, "--block-size", "32",
         "--enforce-eager", "--max-num-seqs", str(settings.rows), "--generation-config", "vllm",
         "--kv-cache-memory-bytes", str(int(CPU_KV_GB * 2**30)), "--disable-log-stats",

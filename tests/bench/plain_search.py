@@ -32,7 +32,7 @@ class PlainSearch:
     def __init__(self, policy: str, head: str, cache: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from guiderail.server.models.processor import auto_dtype
+        from guiderail.server.models.cpu_features import auto_dtype
         from guiderail.server.rewards.models.loading import head_card, load_model
 
         self.tokenizer = AutoTokenizer.from_pretrained(policy)

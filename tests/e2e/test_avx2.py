@@ -103,13 +103,13 @@ def test_both_dtypes_of_a_reward_model_agree() -> None:
     code = f"""
 from pathlib import Path
 import torch
-from guiderail.server.models import processor
+from guiderail.server.models import cpu_features
 from guiderail.server.rewards.models.cpu_modules import PackedLinear
 from guiderail.server.rewards.models.loading import load_model
 from guiderail.server.rewards.models.packed import PackedRunner
 from guiderail.server.settings import Settings
 
-assert processor.instruction_set() == "avx2", processor.instruction_set()
+assert cpu_features.instruction_set() == "avx2", cpu_features.instruction_set()
 assert torch.backends.cpu.get_cpu_capability() == "AVX2"
 found = {{}}
 for dtype in ("auto", "bfloat16"):

@@ -15,10 +15,10 @@ from guiderail.guides.core.errors import EngineUnavailable, RequestError
 from guiderail.guides.core.guide import Rollouts
 from guiderail.guides.core.types import Delta, SamplingSpec, TokenPrompt
 from guiderail.server.engines.engine_stats import EngineStats
-from guiderail.server.engines.last_words import LastWords
 from guiderail.server.engines.lora import check_adapter
+from guiderail.server.engines.process_monitor import ProcessMonitor
 from guiderail.server.engines.sequences import EngineRollouts, new_request_id
-from guiderail.server.engines.vllm.invariant import environment as invariant_environment
+from guiderail.server.engines.vllm.batch_invariance import environment as invariant_environment
 from guiderail.server.engines.vllm.launch import EngineSettings, engine_args, prepare_environment, start
 from guiderail.server.engines.vllm.mixture.driver import MixedRow, MixedSampling, Recipe
 from guiderail.server.engines.vllm.params import forced_params, refusal, row_priority, sampling_params, token_logprobs
@@ -33,7 +33,7 @@ async def build(settings: EngineSettings, say: Callable[[str], None] = lambda te
     """
     prepare_environment()
     stats = EngineStats()
-    words = LastWords()
+    words = ProcessMonitor()
     llm = await asyncio.to_thread(_start, settings, stats, words, say)
     engine = VllmEngine(llm, settings, stats, words)
     say("warming the engine up")
@@ -57,7 +57,7 @@ async def build(settings: EngineSettings, say: Callable[[str], None] = lambda te
     return engine
 
 
-def _start(settings: EngineSettings, stats: EngineStats, words: LastWords, say: Callable[[str], None]) -> Any:
+def _start(settings: EngineSettings, stats: EngineStats, words: ProcessMonitor, say: Callable[[str], None]) -> Any:
     say("importing vLLM")
     from vllm.platforms import current_platform
 
@@ -86,7 +86,7 @@ async def end(llm: Any) -> None:
 class VllmEngine:
     """guiderail.guides.Engine over one AsyncLLM. Use it on the event loop that built it."""
 
-    def __init__(self, llm: Any, settings: EngineSettings, stats: EngineStats, words: LastWords) -> None:
+    def __init__(self, llm: Any, settings: EngineSettings, stats: EngineStats, words: ProcessMonitor) -> None:
         self.stats = stats
         self._words = words
         self._llm = llm

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from guiderail.guides.core.errors import EngineUnavailable
-from guiderail.server.engines.last_words import LastWords
-from guiderail.server.models.processor import auto_dtype
+from guiderail.server.engines.process_monitor import ProcessMonitor
+from guiderail.server.models.cpu_features import auto_dtype
 
 IN_SCHEDULERS_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # by its short name vLLM takes it for "mp"
 CPU_KV_GB = 2.0  # GiB
@@ -33,8 +33,8 @@ class EngineSettings:
     kv_cache_gb: None is CPU_KV_GB on CPU, on a GPU what the share has left. gpu_memory_utilization: the engine's share
     of a whole GPU. max_num_seqs, max_num_batched_tokens, enforce_eager: None is what `vllm serve` takes there, but that
     the CPU runs eager. device: the GPU of an engine that is not to be on the first.
-    batch_invariant: see vllm_invariant.py; on CPU a dtype but float32 is then refused. float32_logits: also of a model
-    in 16 bits (vllm_head.py).
+    batch_invariant: see batch_invariance.py; on CPU only float32 is then accepted. float32_logits: also for a model
+    in 16 bits (float32_head.py).
     """
 
     model: str
@@ -169,7 +169,7 @@ def fitting_args(settings: EngineSettings, *, cpu: bool, max_model_len: int, asy
     args["scheduler_cls"] = f"{here}.scheduler.{'AsyncGroupScheduler' if async_scheduling else 'GroupScheduler'}"
     if v2:
         return args | {"enable_trace_replay": True, "logits_processors": [f"{here}.mixture.runner_v2:MixedPolicies"]}
-    processors = ["mixture.runner_v1:MixedPolicies", "logits_processors:ForcedTokens"]
+    processors = ["mixture.runner_v1:MixedPolicies", "forced_tokens:ForcedTokens"]
     return args | {"logits_processors": [f"{here}.{name}" for name in processors]}
 
 
@@ -192,7 +192,7 @@ def engine_args(settings: EngineSettings) -> Any:
     )
 
 
-def start(args: Any, words: LastWords, stat_loggers: list[Any] | None = None) -> Any:
+def start(args: Any, words: ProcessMonitor, stat_loggers: list[Any] | None = None) -> Any:
     """An AsyncLLM of these AsyncEngineArgs, whose processes `words` listens to. Blocks for its start.
 
     Raises EngineUnavailable with their cause if the processes end, else whatever vLLM does.

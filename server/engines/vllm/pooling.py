@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from guiderail.guides.core.errors import EngineUnavailable
-from guiderail.server.engines.last_words import LastWords
+from guiderail.server.engines.engine_stats import RunnerStats
+from guiderail.server.engines.process_monitor import ProcessMonitor
 from guiderail.server.engines.vllm.engine import end
 from guiderail.server.engines.vllm.launch import EngineSettings, base_args, on_cpu, prepare_environment, start
-from guiderail.server.memory.pool import PASS_TOKENS
-from guiderail.server.rewards.models.runner_stats import RunnerStats
+from guiderail.server.memory.kv_pool import PASS_TOKENS
 
 log = logging.getLogger("guiderail.engine")
 
@@ -23,7 +23,7 @@ log = logging.getLogger("guiderail.engine")
 async def build_pooling(settings: EngineSettings) -> "VllmPooler":
     """Starts the engine's processes. Raises EngineUnavailable if it does not start."""
     prepare_environment()
-    words = LastWords()
+    words = ProcessMonitor()
     llm = await asyncio.to_thread(_start, settings, words)
     try:
         await llm.collective_rpc("settle")
@@ -36,7 +36,7 @@ async def build_pooling(settings: EngineSettings) -> "VllmPooler":
     return VllmPooler(llm, words)
 
 
-def _start(settings: EngineSettings, words: LastWords) -> Any:
+def _start(settings: EngineSettings, words: ProcessMonitor) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     try:
@@ -51,7 +51,7 @@ def _start(settings: EngineSettings, words: LastWords) -> Any:
 class VllmPooler:
     """guiderail.server.rewards.models.neural.Backend over one AsyncLLM of pooling kind."""
 
-    def __init__(self, llm: Any, words: LastWords) -> None:
+    def __init__(self, llm: Any, words: ProcessMonitor) -> None:
         self._llm = llm
         self._words = words
         self._reported = False

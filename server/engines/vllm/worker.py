@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from guiderail.server.engines.parent import end_with_parent
-from guiderail.server.engines.vllm import head as vllm_head  # noqa: F401  (registers the float32 head before a model is made)
-from guiderail.server.engines.vllm.invariant import make_products_invariant
+from guiderail.server.engines.vllm import float32_head  # noqa: F401  (registers it before a model is made)
+from guiderail.server.engines.vllm.batch_invariance import make_products_invariant
 
 EXACT_ROWS = 32  # steps up to so many rows are left as they are
 MULTIPLE = 8  # larger ones are padded to multiples of this

@@ -109,7 +109,7 @@ def _run(
     import numpy as np
     import torch
 
-    from guiderail.server.models import catalogue as models
+    from guiderail.server.models import catalogue
     from guiderail.server.models.model_fingerprint import fingerprint
     from guiderail.server.models.renderer import ChatRenderer
     from guiderail.server.offline.evaluate.pair_metrics import credit, estimate, evaluate
@@ -127,7 +127,7 @@ def _run(
     outside = [index for index, out in enumerate(apart) if out]
     fold = head.folds([keys[index] for index in inside], args.seed, args.folds)
 
-    folder = models.resolve(args.base, Settings().cache, _say)
+    folder = catalogue.resolve(args.base, Settings().cache, _say)
     journal.pin(base_revision=fingerprint(folder))
     tokens = reading.tokenize(ChatRenderer(folder), data.pairs, args.max_tokens)
     sequences = [answer.ids for answer in tokens]
@@ -170,7 +170,7 @@ def _run(
     states = states_of(outside, "held out")
     scores = (states.double() @ kept.double()).numpy()
     lengths = np.array([[tokens[2 * index + side].answer_length for side in (0, 1)] for index in outside], float)
-    embedded = models.EMBEDDED.get(args.base)
+    embedded = catalogue.EMBEDDED.get(args.base)
     result = {
         "created": datetime.now(UTC).date().isoformat(),
         "seconds": None if journal.resumed else time.monotonic() - began,

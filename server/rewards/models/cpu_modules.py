@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from guiderail.server.engines.vllm.mixture.ops import MULTIPLE, native_ops
-from guiderail.server.models.processor import packs_bfloat16
+from guiderail.server.engines.vllm.native_ops import MULTIPLE, native_ops
+from guiderail.server.models.cpu_features import packs_bfloat16
 from guiderail.server.rewards.models.cpu_rotary import speed_up_rotary
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -103,7 +103,7 @@ class FastRMSNorm(nn.Module):  # type: ignore[misc]
     """x / sqrt(mean(x^2) + eps) * weight (or 1 + weight), the mean square in float32."""
 
     def __init__(self, weight: Any, eps: float, ops: Any | None) -> None:
-        """ops: see vllm_ops.native_ops; None computes with torch, reading x once for the row scale."""
+        """ops: see native_ops.native_ops; None computes with torch, reading x once for the row scale."""
         super().__init__()
         self.weight = weight
         self.eps = eps

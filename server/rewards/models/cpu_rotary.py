@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from guiderail.server.engines.vllm.mixture.ops import MULTIPLE
+from guiderail.server.engines.vllm.native_ops import MULTIPLE
 
 NAME = "apply_rotary_pos_emb"
 
@@ -19,7 +19,7 @@ class FastRotary:
     """q, k [1, H, T, D] turned by angles in cos, sin [1, T, D] of two equal halves (Su et al. 2021, eq. 34)."""
 
     def __init__(self, ops: Any, original: Callable[..., Any]) -> None:
-        """ops: see vllm_ops.native_ops. original: used for shapes that the native operation does not take."""
+        """ops: see native_ops.native_ops. original: used for shapes that the native operation does not take."""
         self._ops, self._original = ops, original
         self._cos: Any = None
         self._table: Any = None

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from guiderail.guides.core.errors import GuiderailError
-from guiderail.server.engines.remote.elsewhere import api_key
 from guiderail.server.memory.shares import RewardShare
-from guiderail.server.models import catalogue as models
+from guiderail.server.models import catalogue
+from guiderail.server.models.cpu_features import auto_dtype
 from guiderail.server.models.model_fingerprint import fingerprint
-from guiderail.server.models.processor import auto_dtype
+from guiderail.server.remote.remote_options import api_key
 from guiderail.server.rewards.models.neural import Backend, NeuralReward, PackedBackend, scoring_thread
 from guiderail.server.rewards.models.remote_reward import RemoteReward, connect
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
@@ -97,11 +97,11 @@ def check_source(name: str, spec: RewardModelSpec) -> None:
     flag = f"--reward {name}:"
     card = head_card(spec.path)
     if card is not None:
-        models.check_name(str(card.get("base")), f"{flag} its base")
+        catalogue.check_name(str(card.get("base")), f"{flag} its base")
         if not spec.urls and not (head_folder(spec.path) / "head.safetensors").is_file():
             raise GuiderailError(f"{flag} {spec.path} has no head.safetensors")
         return
-    where = Path(models.check_name(spec.path, flag))
+    where = Path(catalogue.check_name(spec.path, flag))
     if where.is_dir() and not spec.urls and not any(where.glob("*.safetensors")):
         raise GuiderailError(f"{flag} {spec.path} has no weights in safetensors")
 
@@ -114,7 +114,7 @@ def _identity(spec: RewardModelSpec, cache: Path) -> str:
     """What tells a model's weights apart; of a remote one only its name is known."""
     if spec.urls:
         return f"remote-{spec.model or spec.path}"
-    return fingerprint(str(head_folder(spec.path)) if head_card(spec.path) else models.resolve(spec.path, cache))
+    return fingerprint(str(head_folder(spec.path)) if head_card(spec.path) else catalogue.resolve(spec.path, cache))
 
 
 async def _connect(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]) -> tuple[Backend, Any, int | None]:
@@ -138,9 +138,9 @@ def _description(path: str, cache: Path, say: Callable[[str], None]) -> tuple[An
     if card is not None:
         with safe_open(head_folder(path) / "head.safetensors", "numpy") as tensors:
             heads = tensors.get_slice("score.weight").get_shape()[0]
-        return AutoTokenizer.from_pretrained(models.resolve(card["base"], cache, say)), heads
+        return AutoTokenizer.from_pretrained(catalogue.resolve(card["base"], cache, say)), heads
     folder = Path(path).expanduser()
-    where = str(folder) if folder.is_dir() else models.resolve(path, cache, say)
+    where = str(folder) if folder.is_dir() else catalogue.resolve(path, cache, say)
     config, _ = PretrainedConfig.get_config_dict(where)
     is_classifier = any("ForSequenceClassification" in name for name in config.get("architectures") or ())
     heads = PretrainedConfig.from_dict(config).num_labels if is_classifier else None
@@ -154,15 +154,15 @@ def classifier_folder(path: str, cache: Path, say: Callable[[str], None] = lambd
     """
     folder, card = head_folder(path), head_card(path)
     if card is None:
-        return models.resolve(path, cache, say)
-    digest = models.file_sha256(folder / "head.safetensors")[:12]
+        return catalogue.resolve(path, cache, say)
+    digest = catalogue.file_sha256(folder / "head.safetensors")[:12]
     target = cache / "rewards" / f"{folder.name}-{digest}-as-stored"
     if not target.exists():
         model = load_model(path, cache, "stored", say)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as name:
             made = Path(name) / "model"
-            write_classifier(model, Path(models.resolve(card["base"], cache, say)), made)
+            write_classifier(model, Path(catalogue.resolve(card["base"], cache, say)), made)
             made.rename(target)
     return str(target)
 
@@ -233,7 +233,7 @@ def load_model(
         return _load_head(head_folder(path), card, cache, kind, device, say)
     from transformers import AutoModelForSequenceClassification
 
-    where = models.resolve(path, cache, say)
+    where = catalogue.resolve(path, cache, say)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(where, dtype=kind, use_safetensors=True)
     except (OSError, ValueError) as error:
@@ -253,10 +253,10 @@ def _load_head(
     from transformers import AutoModel, AutoTokenizer
 
     base = card["base"]
-    embedded = models.EMBEDDED.get(base)
+    embedded = catalogue.EMBEDDED.get(base)
     if embedded is not None and card.get("base_revision") not in (None, embedded.sha256):
         raise GuiderailError(f"{folder} was trained on another revision of {base}")
-    where = models.resolve(base, cache, say)
+    where = catalogue.resolve(base, cache, say)
     decoder = AutoModel.from_pretrained(where, dtype=kind)
     tensors = load_file(folder / "head.safetensors")
     heads = tensors.pop("score.weight").float()

@@ -17,8 +17,8 @@ from guiderail.guides.core import guide as base
 from guiderail.guides.core.guide import ScoreResult
 from guiderail.guides.core.reward import Reward, Services, begun
 from guiderail.guides.core.types import Answer, ScoreGroup
+from guiderail.server.engines.engine_stats import RunnerStats
 from guiderail.server.rewards.conversation import Conversations, Rendered, TooLong, windows
-from guiderail.server.rewards.models.runner_stats import RunnerStats
 
 
 class Backend(Protocol):

@@ -19,9 +19,9 @@ import torch
 
 from guiderail.kernels import reward_head
 from guiderail.kernels.shared_prefix_attention import Context, Layout, prepare, shared_prefix_attention
+from guiderail.server.engines.engine_stats import RunnerStats
 from guiderail.server.rewards.models.cpu_modules import norm_parts, only_last_rows, speed_up
 from guiderail.server.rewards.models.prefix_tree import Node, NoRoom, PrefixTree
-from guiderail.server.rewards.models.runner_stats import RunnerStats
 
 IMPLEMENTATION = "guiderail_packed"
 

@@ -16,9 +16,9 @@ from typing import Annotated, ClassVar
 from pydantic import Field, FiniteFloat
 
 from guiderail.guides.core.tasks import together
-from guiderail.server.engines.remote.http_client import NoResponse, Remote, RemoteError, Wire, parse
+from guiderail.server.engines.engine_stats import RunnerStats
+from guiderail.server.remote.remote_client import NoResponse, RemoteClient, RemoteError, ResponseBody, parse_body
 from guiderail.server.rewards.models.neural import NeuralReward
-from guiderail.server.rewards.models.runner_stats import RunnerStats
 
 READ_S = 60.0
 ATTEMPTS = 3
@@ -31,12 +31,12 @@ SLACK = 16384  # tokens that one server may have in flight above another before 
 log = logging.getLogger("guiderail.reward")
 
 
-class _Item(Wire):
+class _Item(ResponseBody):
     index: int
     data: Annotated[list[FiniteFloat], Field(min_length=1)]
 
 
-class _Scores(Wire):
+class _Scores(ResponseBody):
     data: list[_Item]
 
 
@@ -80,7 +80,7 @@ class RemotePooler:
         self._names: dict[str, str] = {}
         self._router = PrefixRouter(self.urls)
         self._turns = asyncio.Semaphore(IN_FLIGHT)
-        self._remote = Remote(key, IN_FLIGHT, READ_S)
+        self._remote = RemoteClient(key, IN_FLIGHT, READ_S)
 
     async def check(self, url: str, probe: Sequence[int], model: str | None, heads: int | None) -> None:
         """Asks a server for its model and scores `probe`; sets what the backend says of itself. Raises RemoteError."""
@@ -155,7 +155,7 @@ class RemotePooler:
             "use_activation": activation,
             "encoding_format": "float",
         }
-        items = parse(url, _Scores, await self._remote.exchange(url, "POST", "/pooling", body)).data
+        items = parse_body(url, _Scores, await self._remote.exchange(url, "POST", "/pooling", body)).data
         if sorted(item.index for item in items) != list(range(len(sequences))):
             raise RemoteError(url, f"answered {len(items)} sequences of {len(sequences)}, or others")
         return [item.data for item in sorted(items, key=lambda item: item.index)]

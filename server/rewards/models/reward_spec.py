@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from guiderail.server.engines.remote.elsewhere import named_options, usable_url
+from guiderail.server.remote.remote_options import named_options, usable_url
 
 
 class RewardModelSpec(BaseModel):

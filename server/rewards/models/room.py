@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 from guiderail.server.engines.vllm.launch import EngineSettings, on_cpu
+from guiderail.server.memory.kv_pool import GIB, default_pool, host_pool
 from guiderail.server.memory.model_size import read_shape
-from guiderail.server.memory.pool import GIB, default_pool, host_pool
 from guiderail.server.memory.shares import RewardShare
-from guiderail.server.models.processor import auto_dtype
+from guiderail.server.models.cpu_features import auto_dtype
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 
 LEAST_TOKENS = 1024  # however little the operator gives

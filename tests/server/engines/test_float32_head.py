@@ -9,8 +9,8 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from guiderail.server.engines.vllm import invariant as vllm_invariant
-from guiderail.server.engines.vllm.head import Float32Head, kept_product
+from guiderail.server.engines.vllm import batch_invariance
+from guiderail.server.engines.vllm.float32_head import Float32Head, kept_product
 from guiderail.server.system_fingerprint import system_fingerprint
 
 V, H = 512, 64
@@ -76,7 +76,7 @@ def test_float32_models_and_quantised_heads_are_left_as_they_are(head: Any) -> N
 def test_a_kept_product_is_the_same_in_all_steps() -> None:
     weight, row = states(V, torch.bfloat16), states(1, torch.float32)[0]
     product = kept_product(weight, torch.float32)
-    assert vllm_invariant.same_in_all_steps(lambda x, _, bias: product(x, bias), None, row)
+    assert batch_invariance.same_in_all_steps(lambda x, _, bias: product(x, bias), None, row)
 
 
 def varying(x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
@@ -100,9 +100,9 @@ def layer_with(product: Any) -> Any:
 def test_products_that_depend_on_the_step_are_blocked_and_the_rest_are_not() -> None:
     steady = lambda x, weight, bias: (x[:, None, :] * weight).sum(-1)  # noqa: E731
     good, bad = layer_with(steady), layer_with(varying)
-    assert not vllm_invariant.same_in_all_steps(varying, bad.weight, states(1, torch.float32)[0])
-    assert vllm_invariant.make_products_invariant(torch.nn.ModuleList([good])) == []
-    assert vllm_invariant.make_products_invariant(torch.nn.ModuleList([bad])) == []
+    assert not batch_invariance.same_in_all_steps(varying, bad.weight, states(1, torch.float32)[0])
+    assert batch_invariance.make_products_invariant(torch.nn.ModuleList([good])) == []
+    assert batch_invariance.make_products_invariant(torch.nn.ModuleList([bad])) == []
     assert good.cpu_linear is steady
     x = states(70, torch.float32)
     together = bad.cpu_linear(x, bad.weight, None)
@@ -114,16 +114,16 @@ def test_products_that_depend_on_the_step_are_blocked_and_the_rest_are_not() -> 
 
 def test_a_product_that_no_block_size_mends_is_named() -> None:
     model = torch.nn.ModuleDict({"down": layer_with(growing)})
-    assert vllm_invariant.make_products_invariant(model) == ["down"]
+    assert batch_invariance.make_products_invariant(model) == ["down"]
 
 
 def test_the_mode_is_in_the_environment_while_the_engine_starts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_ATTN_SPLIT_KV", "1")
     monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
-    with vllm_invariant.environment(cpu=True):
+    with batch_invariance.environment(cpu=True):
         assert os.environ["VLLM_CPU_ATTN_SPLIT_KV"] == "0"
         assert "VLLM_BATCH_INVARIANT" not in os.environ
-    with vllm_invariant.environment(cpu=False):
+    with batch_invariance.environment(cpu=False):
         assert os.environ["VLLM_BATCH_INVARIANT"] == "1"
     assert os.environ["VLLM_CPU_ATTN_SPLIT_KV"] == "1"
     assert "VLLM_BATCH_INVARIANT" not in os.environ

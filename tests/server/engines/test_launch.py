@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from guiderail.server.engines.last_words import LastWords
+from guiderail.server.engines.process_monitor import ProcessMonitor
 from guiderail.server.engines.vllm import launch as vllm_args
 from guiderail.server.engines.vllm.launch import (
     CPU_KV_GB,
@@ -153,7 +153,7 @@ def test_the_configuration_is_made_for_a_server(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(AsyncLLM, "from_vllm_config", lambda config, **options: options["usage_context"])
     args = vllm_args.engine_args(PLAIN)
     assert args.said["scheduler_cls"].endswith("AsyncGroupScheduler")
-    assert vllm_args.start(args, LastWords()) == UsageContext.OPENAI_API_SERVER
+    assert vllm_args.start(args, ProcessMonitor()) == UsageContext.OPENAI_API_SERVER
     assert asked == [UsageContext.OPENAI_API_SERVER] * 2
 
 

@@ -17,8 +17,8 @@ from guiderail.guides.core.reward import Services
 from guiderail.guides.core.types import Delta, SamplingSpec, TokenPrompt
 from guiderail.guides.logit_mix import LogitMix
 from guiderail.guides.transfer_q import TransferQ
-from guiderail.server.engines.remote.policy_spec import RemotePolicySpec, parse_flag
-from guiderail.server.engines.remote.remote_policy import RemotePolicy, body_of
+from guiderail.server.engines.policy_spec import RemotePolicySpec, parse_flag
+from guiderail.server.engines.remote_policy import RemotePolicy, body_of
 from guiderail.server.engines.supervised import SupervisedEngine
 
 NO_ENGINE: Any = None

@@ -18,7 +18,7 @@ from guiderail.server import runtime as serve
 from guiderail.server.engines.engine_stats import EngineStats
 from guiderail.server.engines.vllm.engine import EngineSettings
 from guiderail.server.memory.devices import Gpu, gpus
-from guiderail.server.memory.pool import GIB
+from guiderail.server.memory.kv_pool import GIB
 from guiderail.server.memory.shares import Plan, RewardShare
 from guiderail.server.settings import Settings, SettingsError, load
 from guiderail.server.state import ServerState

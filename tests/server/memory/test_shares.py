@@ -7,7 +7,7 @@ import pytest
 
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.memory.devices import Gpu
-from guiderail.server.memory.pool import GIB, LEAST_POOL, PASS_TOKENS, default_pool, host_pool, least_pool
+from guiderail.server.memory.kv_pool import GIB, LEAST_POOL, PASS_TOKENS, default_pool, host_pool, least_pool
 from guiderail.server.memory.shares import CONTEXT, EngineNeed, Plan, RewardNeed, plan
 from guiderail.server.settings import SettingsError
 

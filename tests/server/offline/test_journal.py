@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from guiderail.guides import TextReward
 from guiderail.guides.core.errors import GuiderailError, RewardFailed
 from guiderail.guides.core.types import ScoreGroup
-from guiderail.server.models import catalogue as models
+from guiderail.server.models import catalogue
 from guiderail.server.offline import calibrate, options
 from guiderail.server.offline import offline_state as offline
 from guiderail.server.offline.evaluate import curve, partial
@@ -199,7 +199,7 @@ class Bench:
         self.module, words = COMMANDS[name]
         given = ["--pairs", str(pairs_file(folder))] if name == "rewards" else ["--prompts", str(self._prompts())]
         self.words = [*given, *words]
-        monkeypatch.setattr(models, "resolve", lambda *args: str(folder / "weights"))
+        monkeypatch.setattr(catalogue, "resolve", lambda *args: str(folder / "weights"))
         self.weights("w1")
 
     def weights(self, text: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from guiderail.guides.core.types import Message
-from guiderail.server.models import catalogue as models
+from guiderail.server.models import catalogue
 from guiderail.server.models.renderer import ChatRenderer
 from guiderail.server.offline.evaluate import pair_metrics as pair_figures
 from guiderail.server.offline.lines import DataError
@@ -449,8 +449,8 @@ def test_the_whole_command(model_path: str, made_up: Path, tmp_path: Path, unfre
     assert config == {
         "format": "guiderail-reward-head",
         "version": 1,
-        "base": models.DEFAULT_MODEL,
-        "base_revision": models.EMBEDDED[models.DEFAULT_MODEL].sha256,
+        "base": catalogue.DEFAULT_MODEL,
+        "base_revision": catalogue.EMBEDDED[catalogue.DEFAULT_MODEL].sha256,
         "hidden_size": 576,
         "heads": ["score"],
         "max_tokens": 256,

@@ -12,10 +12,10 @@ from tiny_reward import tiny_tokenizer
 
 from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.types import PROMPT, Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.server.engines.engine_stats import RunnerStats
 from guiderail.server.metrics import Metrics
 from guiderail.server.rewards.conversation import Conversations, windows
 from guiderail.server.rewards.models.neural import NeuralReward
-from guiderail.server.rewards.models.runner_stats import RunnerStats
 from guiderail.server.scoring.batcher import BatchingScorer
 
 SERVICES: Any = None

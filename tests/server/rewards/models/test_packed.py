@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from guiderail.server.engines.vllm.mixture.ops import native_ops
+from guiderail.server.engines.vllm.native_ops import native_ops
 from guiderail.server.rewards.models.cpu_rotary import speed_up_rotary
 from guiderail.server.rewards.models.packed import PackedRunner
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from guiderail.server.engines.vllm.mixture.ops import native_ops
-from guiderail.server.models import processor
+from guiderail.server.engines.vllm.native_ops import native_ops
+from guiderail.server.models import cpu_features
 from guiderail.server.rewards.models.cpu_modules import PackedLinear, speed_up
 
 AVX2 = {"avx", "avx2", "fma3"}
@@ -77,25 +77,25 @@ def test_the_instruction_set_decides(
     pretend: Any, machine: str, has: set[str], limits: dict[str, str], instructions: str, dtype: str, packs: bool
 ) -> None:
     pretend(machine, has, **limits)
-    assert (processor.instruction_set(), processor.auto_dtype()) == (instructions, dtype)
-    assert processor.packs_bfloat16() == packs
-    assert processor.report() == f"processor Test ({instructions}): dtype auto is {dtype} on it"
+    assert (cpu_features.instruction_set(), cpu_features.auto_dtype()) == (instructions, dtype)
+    assert cpu_features.packs_bfloat16() == packs
+    assert cpu_features.report() == f"processor Test ({instructions}): dtype auto is {dtype} on it"
 
 
 def test_one_probe_that_says_no_is_enough(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN's own, and torch's for AVX-512, though the capabilities list more."""
     pretend("x86_64", AMX, onednn=False)
-    assert (processor.instruction_set(), processor.auto_dtype()) == ("avx512", "float32")
-    assert not processor.packs_bfloat16()
+    assert (cpu_features.instruction_set(), cpu_features.auto_dtype()) == ("avx512", "float32")
+    assert not cpu_features.packs_bfloat16()
     pretend("x86_64", AMX)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    assert (processor.instruction_set(), processor.auto_dtype()) == ("avx2", "float32")
+    assert (cpu_features.instruction_set(), cpu_features.auto_dtype()) == ("avx2", "float32")
 
 
 def test_torch_without_onednn(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend("x86_64", AMX)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert (processor.auto_dtype(), processor.packs_bfloat16()) == ("float32", False)
+    assert (cpu_features.auto_dtype(), cpu_features.packs_bfloat16()) == ("float32", False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)

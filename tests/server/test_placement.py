@@ -9,10 +9,10 @@ from tiny_reward import tiny_head
 
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.memory.devices import Gpu
+from guiderail.server.memory.kv_pool import GIB
 from guiderail.server.memory.model_size import weight_bytes
-from guiderail.server.memory.placement import engine_need, place, reward_need
-from guiderail.server.memory.pool import GIB
 from guiderail.server.memory.shares import Plan
+from guiderail.server.placement import engine_need, place, reward_need
 from guiderail.server.settings import Settings, SettingsError, load
 
 TWO = tuple(Gpu(i, "NVIDIA A100-SXM4-80GB", 80 * GIB, 79 * GIB) for i in range(2))

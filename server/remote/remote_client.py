@@ -1,4 +1,4 @@
-"""HTTP to other servers of models: rewards and policies that run elsewhere. Faults are said without secrets."""
+"""HTTP client for other servers of models. Its errors never contain the key."""
 
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ CONNECT_S = 5.0
 
 
 class RemoteError(GuiderailError):
-    """A server cannot be reached or answers what it should not. `fault` says what, without its address."""
+    """A server cannot be reached, or its response is unusable. `fault` describes it without the address."""
 
     def __init__(self, url: str, fault: str, detail: str = "", status: int | None = None) -> None:
         super().__init__(f"{url} {fault}" + (f": {detail}" if detail else ""))
@@ -21,34 +21,34 @@ class RemoteError(GuiderailError):
 
 
 class NoResponse(RemoteError):
-    """The connection failed before any response, so another try does no harm."""
+    """The connection failed before any response, so it is safe to retry."""
 
 
-class Wire(BaseModel):
-    """A part of a response that is relied on; what else there is in it is ignored."""
+class ResponseBody(BaseModel):
+    """Fields of a response that are relied on; others are ignored."""
 
     model_config = ConfigDict(strict=True)
 
 
-class Model(Wire):
-    """One served model."""
+class RemoteModel(ResponseBody):
+    """One model of a server's list."""
 
     id: str
     max_model_len: int | None = None
 
 
-class _Models(Wire):
-    data: list[Model]
+class _Models(ResponseBody):
+    data: list[RemoteModel]
 
 
-Kind = TypeVar("Kind", bound=Wire)
+Body = TypeVar("Body", bound=ResponseBody)
 
 
-class Remote:
-    """Requests to servers with one bearer key and at most `in_flight` connections."""
+class RemoteClient:
+    """Requests to servers with one bearer key over at most `in_flight` connections."""
 
     def __init__(self, key: str | None, in_flight: int, read_s: float) -> None:
-        """read_s: seconds that a server may be silent."""
+        """read_s: seconds for which a server may stay silent."""
         self._read_s = read_s
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key is not None else {},
@@ -56,9 +56,9 @@ class Remote:
             limits=httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight),
         )
 
-    async def model(self, url: str, name: str | None) -> Model:
-        """The served model of this name, or the only one. Raises RemoteError."""
-        listed = parse(url, _Models, await self.exchange(url, "GET", "/v1/models")).data
+    async def model(self, url: str, name: str | None) -> RemoteModel:
+        """Return the served model of this name; with None the only one. Raises RemoteError."""
+        listed = parse_body(url, _Models, await self.exchange(url, "GET", "/v1/models")).data
         found = [each for each in listed if name in (None, each.id)]
         if len(found) != 1:
             names = ", ".join(each.id for each in listed) or "nothing"
@@ -66,7 +66,7 @@ class Remote:
         return found[0]
 
     async def exchange(self, url: str, method: str, path: str, body: object = None) -> bytes:
-        """The body of a response with status 200. Raises NoResponse or RemoteError."""
+        """Return the body of a response with status 200. Raises NoResponse or RemoteError."""
         try:
             try:
                 response = await self._client.send(
@@ -89,12 +89,12 @@ class Remote:
         return content
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._client.aclose()
 
 
-def parse(url: str, kind: type[Kind], content: bytes) -> Kind:
-    """Reads a body. Raises RemoteError if it is not of this kind."""
+def parse_body(url: str, kind: type[Body], content: bytes) -> Body:
+    """Validate a body. Raises RemoteError if it is not of this kind."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:

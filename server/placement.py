@@ -6,10 +6,10 @@ from pathlib import Path
 
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.memory.devices import Gpu, gpus
+from guiderail.server.memory.kv_pool import GIB, PASS_TOKENS
 from guiderail.server.memory.model_size import read_shape, weight_bytes
-from guiderail.server.memory.pool import GIB, PASS_TOKENS
 from guiderail.server.memory.shares import EngineNeed, Plan, RewardNeed, RewardShare, plan
-from guiderail.server.models import catalogue as models
+from guiderail.server.models import catalogue
 from guiderail.server.rewards.models.loading import head_card, head_folder
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 from guiderail.server.settings import Settings, SettingsError
@@ -56,7 +56,7 @@ def place(
 
 def engine_need(settings: Settings, path: str) -> EngineNeed:
     """What the served model needs. What its configuration does not tell, vLLM finds out."""
-    embedded = models.EMBEDDED.get(settings.model)
+    embedded = catalogue.EMBEDDED.get(settings.model)
     found = read_shape(path, settings.dtype)
     longest = settings.max_model_len or (embedded.max_model_len if embedded else None) or (found and found.longest)
     return EngineNeed(
@@ -86,7 +86,7 @@ def reward_need(
 ) -> RewardNeed:
     """What a reward model needs on `device`, or on any GPU. Raises GuiderailError if its files do not tell."""
     card = head_card(spec.path) or {}
-    where = models.resolve(card.get("base", spec.path), cache, say)
+    where = catalogue.resolve(card.get("base", spec.path), cache, say)
     found = read_shape(where, spec.dtype)
     weights = _weights(where, spec.dtype, head=False)
     if found is None or not weights:

@@ -1,4 +1,4 @@
-"""What operators say of other servers: flags with options, addresses, keys. Imports nothing heavy."""
+"""Options of another server as operators give them: flags, addresses, keys. Imports nothing heavy: settings do."""
 
 import os
 from urllib.parse import urlsplit
@@ -7,7 +7,7 @@ from guiderail.guides.core.errors import GuiderailError
 
 
 def named_options(text: str, first: str, usage: str) -> tuple[str, dict[str, str]]:
-    """Splits NAME=VALUE[,key=value...] into the name and the options, VALUE as the option `first`.
+    """Split NAME=VALUE[,key=value...] into the name and the options, with VALUE as the option `first`.
 
     Raises GuiderailError with `usage`, which says what the flag takes.
     """
@@ -20,12 +20,12 @@ def named_options(text: str, first: str, usage: str) -> tuple[str, dict[str, str
 
 
 def api_key(variable: str | None) -> str | None:
-    """The key in an environment variable, "" if it is not set or empty; None without a variable."""
+    """Return the key in an environment variable, "" if that is unset or empty; None without a variable."""
     return os.environ.get(variable, "").strip() if variable is not None else None
 
 
 def usable_url(value: str) -> str:
-    """A server's base URL, without a slash at its end. Raises ValueError."""
+    """Check a server's base URL and return it without a trailing slash. Raises ValueError."""
     url = urlsplit(value)
     if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment or url.port == 0:
         raise ValueError(f"'{value}' is not of the form http://host:port")

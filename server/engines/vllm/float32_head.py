@@ -2,7 +2,7 @@
 
 In bfloat16 logits between 16 and 32 come in steps of 0.125, 12% in probability, and neighbours tie. The products
 behind them are summed in float32 anyway. On CUDA vLLM has a product with 16-bit factors and float32 sums, which
-`hf_overrides {"head_dtype": "float32"}` asks for (vllm_args.py); elsewhere that option casts the whole head at every
+`hf_overrides {"head_dtype": "float32"}` asks for (launch.py); elsewhere that option casts the whole head at every
 step. Here the head is cast once and kept, packed as any layer of a float32 model.
 """
 

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from guiderail.server.engines.remote.elsewhere import named_options, usable_url
+from guiderail.server.remote.remote_options import named_options, usable_url
 
 
 class RemotePolicySpec(BaseModel):

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import pytest
 
-from guiderail.server.engines.last_words import LastWords, describe_end
+from guiderail.server.engines.process_monitor import ProcessMonitor, describe_end
 
 
-def run(words: LastWords, end: Callable[[], None]) -> None:
+def run(words: ProcessMonitor, end: Callable[[], None]) -> None:
     """Starts a process where `words` listens, and waits for its end."""
 
     def child() -> None:
@@ -82,7 +82,7 @@ def leaving() -> None:
     ],
 )  # fmt: skip
 def test_every_end_has_its_cause(end: Callable[[], None], told: str, capfd: pytest.CaptureFixture[str]) -> None:
-    words = LastWords()
+    words = ProcessMonitor()
     run(words, end)
     assert words.cause() == told
     print("and this process's own stderr is what it was", file=sys.stderr)
@@ -93,14 +93,14 @@ def test_every_end_has_its_cause(end: Callable[[], None], told: str, capfd: pyte
 
 
 def test_an_old_error_is_not_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("guiderail.server.engines.last_words.RECENT_S", -1.0)
-    words = LastWords()
+    monkeypatch.setattr("guiderail.server.engines.process_monitor.RECENT_S", -1.0)
+    words = ProcessMonitor()
     run(words, illegal)
     assert words.cause() == "killed by SIGILL (an instruction that this processor does not have)"
 
 
 def test_python_says_that_it_crashed() -> None:
-    words = LastWords()
+    words = ProcessMonitor()
 
     def crash() -> None:
         faulthandler.disable()  # a library that other tests import may have put a handler of its own above pytest's

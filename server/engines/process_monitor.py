@@ -31,7 +31,7 @@ ABORT = re.compile(r"^\s*(?:what\(\): +|(?=Fatal Python error|LLVM ERROR|.*Asser
 _one_at_a_time = threading.Lock()  # stderr is the process's: two engines that start together would mix theirs up
 
 
-class LastWords:
+class ProcessMonitor:
     """Hears what the processes that are started within `listen` write to stderr, and sees how they end."""
 
     def __init__(self) -> None:

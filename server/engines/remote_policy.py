@@ -14,11 +14,11 @@ from guiderail.guides.core.errors import EngineUnavailable, RequestError
 from guiderail.guides.core.guide import Rollouts
 from guiderail.guides.core.reward import Renderer
 from guiderail.guides.core.types import Delta, Message, SamplingSpec, TokenPrompt
-from guiderail.server.engines.remote.elsewhere import api_key
-from guiderail.server.engines.remote.http_client import NoResponse, Remote, RemoteError, Wire, parse
-from guiderail.server.engines.remote.policy_spec import RemotePolicySpec
+from guiderail.server.engines.policy_spec import RemotePolicySpec
 from guiderail.server.engines.sequences import EngineRollouts
 from guiderail.server.engines.vllm.params import sampling_fields
+from guiderail.server.remote.remote_client import NoResponse, RemoteClient, RemoteError, ResponseBody, parse_body
+from guiderail.server.remote.remote_options import api_key
 
 READ_S = 600.0
 IN_FLIGHT = 256  # rows of one policy at a time
@@ -28,18 +28,18 @@ PROBE = "Grüße, 世界! def f(x):\n    return x**2  # 3.14159 — naïve café
 log = logging.getLogger("guiderail.policy")
 
 
-class _Choice(Wire):
+class _Choice(ResponseBody):
     text: str
     token_ids: list[int]
     finish_reason: str
     stop_reason: int | str | None = None
 
 
-class _Completion(Wire):
+class _Completion(ResponseBody):
     choices: list[_Choice]
 
 
-class _Tokens(Wire):
+class _Tokens(ResponseBody):
     tokens: list[int]
 
 
@@ -54,7 +54,7 @@ class RemotePolicy:
         self._name = name
         self._spec = spec
         self._model = ""
-        self._remote = Remote(key, IN_FLIGHT, READ_S)
+        self._remote = RemoteClient(key, IN_FLIGHT, READ_S)
         self._rows: dict[str, asyncio.Task[_Choice]] = {}  # by request id
 
     async def start(self, renderer: Renderer) -> None:
@@ -68,7 +68,7 @@ class RemotePolicy:
             for text in texts:
                 body = {"model": self._model, "prompt": text, "add_special_tokens": False}
                 content = await self._remote.exchange(self._spec.url, "POST", "/tokenize", body)
-                if parse(self._spec.url, _Tokens, content).tokens != renderer.encode(text):
+                if parse_body(self._spec.url, _Tokens, content).tokens != renderer.encode(text):
                     raise RemoteError(self._spec.url, "has another tokenizer than the served model")
             await self._ask(TokenPrompt(tuple(renderer.encode(PROBE))), SamplingSpec(max_tokens=1), None)
         except RemoteError as error:
@@ -140,7 +140,7 @@ class RemotePolicy:
         if seed is not None:
             body["seed"] = seed
         content = await self._remote.exchange(self._spec.url, "POST", "/v1/completions", body)
-        (choice,) = parse(self._spec.url, _Completion, content).choices
+        (choice,) = parse_body(self._spec.url, _Completion, content).choices
         return choice
 
 

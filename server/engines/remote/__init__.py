@@ -1,1 +1,0 @@
-"""Policies that run on other servers."""
