@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from contexts import context, final, run
 from fakes import Faulty, ScriptedEngine
+from virtual_time import in_virtual_time
 
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.core.errors import DeadlinePassed, EngineUnavailable, RewardFailed
@@ -64,6 +65,7 @@ async def test_sampling_streams_and_reports_rewards_without_using_them() -> None
     assert final(events).candidates[0].combined == 0.0
 
 
+@in_virtual_time
 async def test_deadline_returns_the_best_finished_answer_and_says_so() -> None:
     engine = ScriptedEngine(lambda seed: [f"w{seed}"] * (1 if seed < 12 else 1000), step_s=0.02)
     ctx = context(engine, limits=Limits(deadline=time.monotonic() + 0.2), sampling=SamplingSpec(2000, seed=10))
@@ -73,6 +75,7 @@ async def test_deadline_returns_the_best_finished_answer_and_says_so() -> None:
     assert engine.num_running() == 0
 
 
+@in_virtual_time
 async def test_deadline_with_nothing_finished_scores_what_there_is() -> None:
     engine = ScriptedEngine(lambda seed: [f"w{seed}"] * 1000, step_s=0.02)
     ctx = context(engine, limits=Limits(deadline=time.monotonic() + 0.2), sampling=SamplingSpec(2000, seed=10))
@@ -81,6 +84,7 @@ async def test_deadline_with_nothing_finished_scores_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("guide", [Sampling(Sampling.Params()), BestOfN(BestOfN.Params(n=3))])
+@in_virtual_time
 async def test_deadline_before_the_first_token_is_an_error(guide: Guide) -> None:
     engine = ScriptedEngine(step_s=10)
     with pytest.raises(DeadlinePassed):

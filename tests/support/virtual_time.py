@@ -39,13 +39,16 @@ class VirtualTime(asyncio.SelectorEventLoop):
 
 
 def in_virtual_time(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs a test on such a loop, with `time.perf_counter` set to its clock; it takes no asynchronous fixtures."""
+    """Runs a test on such a loop, with `time.perf_counter` and `time.monotonic` set to its clock.
+
+    It takes no asynchronous fixtures.
+    """
 
     @functools.wraps(test)
     def timed(**fixtures: Any) -> None:
         loop = VirtualTime()
         try:
-            with patch("time.perf_counter", loop.time):
+            with patch("time.perf_counter", loop.time), patch("time.monotonic", loop.time):
                 loop.run_until_complete(test(**fixtures))
         finally:
             loop.run_until_complete(loop.shutdown_asyncgens())

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from fakes import Faulty, ScriptedEngine, make_state
 from serving import serving
+from virtual_time import in_virtual_time
 from waiting import until
 
 from guiderail.server.api.schemas import ChatRequest
@@ -152,6 +153,7 @@ async def test_a_failing_reward_fails_its_request_and_no_other() -> None:
     assert "'faulty'" in failed.json()["error"]["message"]
 
 
+@in_virtual_time
 async def test_deadline_and_budget_are_reported() -> None:
     state = make_state(ScriptedEngine(endless, step_s=0.01))
     async with serving(state) as url, httpx.AsyncClient(base_url=url) as client:
