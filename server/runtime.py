@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 import psutil
@@ -148,24 +149,18 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
 
 
 async def _build(settings: Settings, path: str, share: EngineShare | None, step: Callable[[str], None]) -> LocalEngine:
+    """Start vLLM. What the engine and the server call the same is the same."""
     embedded = catalogue.EMBEDDED.get(settings.model)
-    return await build(
-        EngineSettings(
-            model=path,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len or (embedded.max_model_len if embedded else None),
-            kv_cache_gb=settings.kv_cache_gb,
-            gpu_memory_utilization=share.utilization if share else settings.gpu_memory_utilization,
-            max_num_seqs=settings.rows,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            enforce_eager=False if settings.compile else settings.enforce_eager or None,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            adapters=tuple(settings.lora.items()),
-            max_lora_rank=settings.max_lora_rank,
-            batch_invariant=settings.batch_invariant,
-        ),
-        step,
-    )
+    same = {f.name: getattr(settings, f.name) for f in fields(EngineSettings) if f.name in Settings.model_fields}
+    own = {
+        "model": path,
+        "max_model_len": settings.max_model_len or (embedded.max_model_len if embedded else None),
+        "gpu_memory_utilization": share.utilization if share else settings.gpu_memory_utilization,
+        "max_num_seqs": settings.rows,
+        "enforce_eager": False if settings.compile else settings.enforce_eager or None,
+        "adapters": tuple(settings.lora.items()),
+    }
+    return await build(EngineSettings(**same | own), step)
 
 
 async def _prepare(

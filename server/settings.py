@@ -1,20 +1,25 @@
-"""The server's settings: flags, a YAML file and environment variables. The only reader of the environment,
-but for the key of a remote reward model, which is read from the variable that its `key_env` names.
+"""The server's settings, each in one place: name, type, default, bounds and help. Flags (serve_flags.py), GUIDERAIL_*
+variables and the YAML file given with --config are derived from them, and precede each other in this order.
 
-Precedence: command-line flag, then GUIDERAIL_* variable, then the YAML file given with --config.
+The only reader of the environment, but for the key of a remote server, which is read from the variable that its
+`key_env` names.
 """
 
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from guiderail.guides.core.errors import GuiderailError
+from guiderail.server.engines import policy_spec
 from guiderail.server.engines.policy_spec import RemotePolicySpec
 from guiderail.server.models.catalogue import DEFAULT_MODEL
+from guiderail.server.rewards.models import reward_spec
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 
 ROWS = 128  # sequences decoded at once on CPU, as `vllm serve` does; on a GPU vLLM knows its own number
@@ -22,6 +27,16 @@ ROWS = 128  # sequences decoded at once on CPU, as `vllm serve` does; on a GPU v
 
 class SettingsError(GuiderailError):
     """A flag, variable or line of the configuration file is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """Marks a field whose flag may be repeated. read: makes a name and its options of an item, or raises
+    GuiderailError; for a field that maps names to strings none is needed.
+    """
+
+    metavar: str | None = None
+    read: Callable[[str], tuple[str, object]] | None = None
 
 
 class OperatorLimits(BaseModel):
@@ -37,48 +52,75 @@ class OperatorLimits(BaseModel):
     reserved_share: float = Field(0.25, ge=0, lt=1, description="Share of rows kept for requests of one row.")
     min_priority: int = Field(0, ge=-100, le=100, description="Smallest `priority` (0 is normal, less is sooner).")
     max_deadline_s: float | None = Field(None, gt=0, description="Longest deadline; also the default one.")
-    required_rewards: list[dict[str, Any]] = Field(
+    required_rewards: list[dict[str, JsonValue]] = Field(
         default_factory=list, description="Rewards that a request may not turn off or change, as in `alignment`."
     )
 
 
 class Settings(BaseSettings):
-    """All settings of `guiderail serve`; `guiderail serve --help` explains them."""
+    """All settings of `guiderail serve`. A field with a description has a flag."""
 
     model_config = SettingsConfigDict(env_prefix="GUIDERAIL_", extra="forbid", frozen=True)
 
-    model: str = DEFAULT_MODEL
-    served_model_name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    api_key: Annotated[list[str], NoDecode] = []
-    cache_dir: Path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "guiderail"
-    chat_template: str | None = None
+    model: str = Field(DEFAULT_MODEL, description="embedded name (see `guiderail models`), local folder or Hub id")
+    served_model_name: str | None = Field(None, description="name that requests use; default: the model's own")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    api_key: Annotated[list[str], NoDecode, Repeated()] = Field([], description="require this bearer key")
+    cache_dir: Path = Field(
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "guiderail",
+        description="folder for converted models (~/.cache/guiderail)",
+    )
+    chat_template: str | None = Field(None, description="Jinja chat template, or the path of one")
 
-    dtype: str = "auto"
-    max_model_len: int | None = Field(None, ge=64)
-    kv_cache_gb: float | None = Field(None, gt=0)
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    max_num_seqs: int | None = Field(None, ge=1)
-    max_num_batched_tokens: int | None = Field(None, ge=64)
-    tensor_parallel_size: int = Field(1, ge=1)
-    compile: bool = False
-    enforce_eager: bool = False
-    batch_invariant: bool = False
-    lora: dict[str, str] = {}
-    max_lora_rank: int = 16
-    policy: dict[str, RemotePolicySpec] = {}
+    dtype: str = Field(
+        "auto", description="float32, float16, bfloat16, or auto: on CPU what its instruction set is fast in"
+    )
+    max_model_len: int | None = Field(None, ge=64, description="context length in tokens")
+    kv_cache_gb: float | None = Field(
+        None, gt=0, description="memory for KV pages, GiB (on CPU 2, on each GPU what is left)"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of GPU memory for engine and rewards together"
+    )
+    max_num_seqs: int | None = Field(
+        None, ge=1, description=f"sequences decoded at once (on CPU {ROWS}, on a GPU as vllm serve)"
+    )
+    max_num_batched_tokens: int | None = Field(
+        None, ge=64, description="tokens of one step of the engine (as vllm serve)"
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs to shard the model over")
+    compile: bool = Field(False, description="compile the model on CPU (slow start)")
+    enforce_eager: bool = Field(False, description="no CUDA graphs and no compilation on a GPU (slower, less memory)")
+    batch_invariant: bool = Field(
+        False,
+        description="no answer depends on what runs beside it (on CPU: float32); README says what a seed promises",
+    )
+    lora: Annotated[dict[str, str], Repeated("NAME=PATH")] = Field({}, description="serve a LoRA adapter")
+    max_lora_rank: int = Field(16, description="largest rank of an adapter")
+    policy: Annotated[dict[str, RemotePolicySpec], Repeated("NAME=URL[,KEY=VALUE]", policy_spec.parse_flag)] = Field(
+        {}, description="a policy on another vLLM server, as a guide's baseline (keys: model, key_env)"
+    )
 
-    guides: Annotated[list[str] | None, NoDecode] = None
-    rewards: Annotated[list[str] | None, NoDecode] = None
-    alignment: dict[str, Any] = {}
-    profiles: dict[str, dict[str, Any]] = {}
+    guides: Annotated[list[str] | None, NoDecode] = Field(None, description="load only these guides")
+    rewards: Annotated[list[str] | None, NoDecode] = Field(None, description="load only these rewards")
+    reward: Annotated[dict[str, RewardModelSpec], Repeated("NAME=PATH[,KEY=VALUE]", reward_spec.parse_flag)] = Field(
+        {},
+        description="serve a reward model (folder, Hub id or bundled head); keys: backend, head, dtype, kv_gb, device; "
+        "on remote vLLM pooling servers: backend=vllm, url=http://host:port[|...], model, key_env",
+    )
+    calibration: Annotated[list[Path], NoDecode, Repeated("FILE")] = Field(
+        [], description="stored calibration of a reward (guiderail rewards calibrate)"
+    )
+    encoder: str | None = Field(
+        None, description="sentence encoder for mbr selection: folder or Hub id (the embedded all-MiniLM-L6-v2)"
+    )
+    urial: Annotated[dict[str, str], Repeated("NAME=FILE.md")] = Field({}, description="a style for prompter urial")
+    drain_timeout_s: float = Field(10.0, ge=0, description="seconds that requests in flight get at shutdown")
+
+    alignment: dict[str, JsonValue] = {}
+    profiles: dict[str, dict[str, JsonValue]] = {}
     limits: OperatorLimits = OperatorLimits()
-    reward: dict[str, RewardModelSpec] = {}
-    calibration: Annotated[list[Path], NoDecode] = []
-    encoder: str | None = None
-    urial: dict[str, str] = {}
-    drain_timeout_s: float = Field(10.0, ge=0)
 
     @classmethod
     def settings_customise_sources(
@@ -93,7 +135,7 @@ class Settings(BaseSettings):
 
     @field_validator("api_key", "guides", "rewards", "calibration", mode="before")
     @classmethod
-    def _comma_separated(cls, value: Any) -> Any:
+    def _comma_separated(cls, value: object) -> object:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -119,9 +161,9 @@ class Settings(BaseSettings):
         return self.cache_dir.expanduser().absolute()
 
 
-def load(flags: dict[str, Any], config: str | None) -> Settings:
-    """Settings from given flags over environment over the YAML file. Raises SettingsError."""
-    from_file: dict[str, Any] = {}
+def load(flags: Mapping[str, object], config: str | None) -> Settings:
+    """Return the settings of given flags over the environment over the YAML file. Raises SettingsError."""
+    from_file: dict[str, object] = {}
     if config is not None:
         try:
             from_file = yaml.safe_load(Path(config).expanduser().read_text()) or {}
@@ -130,9 +172,9 @@ def load(flags: dict[str, Any], config: str | None) -> Settings:
         if not isinstance(from_file, dict):
             raise SettingsError(f"--config {config}: expected a mapping of settings")
     variables = {name for name in Settings.model_fields if f"GUIDERAIL_{name.upper()}" in os.environ}
-    merged = {name: value for name, value in from_file.items() if name not in variables} | flags
+    merged = {name: value for name, value in from_file.items() if name not in variables}
     try:
-        return Settings(**merged)
+        return Settings(**{**merged, **flags})  # type: ignore[arg-type]
     except ValidationError as error:
         lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise SettingsError("bad configuration: " + "; ".join(lines)) from error

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from guiderail.server.settings import Settings
     from guiderail.server.state import ServerState
 
-ENGINE_FLAGS = (
-    "model", "chat-template", "dtype", "max-model-len", "kv-cache-gb", "gpu-memory-utilization", "max-num-seqs",
-    "tensor-parallel-size", "compile", "cache-dir",
+ENGINE_SETTINGS = (
+    "model", "chat_template", "dtype", "max_model_len", "kv_cache_gb", "gpu_memory_utilization", "max_num_seqs",
+    "tensor_parallel_size", "compile", "cache_dir",
 )  # fmt: skip
 REWARD_HELP = (
     'a reward\'s name, {"name": ..., parameters} as JSON, or NAME=PATH[,KEY=VALUE] for a reward model as in '
@@ -39,13 +39,11 @@ class NamedReward:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --config and those flags of `guiderail serve` that say which model is served and how."""
-    from guiderail.server.cli import SERVE_FLAGS
+    from guiderail.server.serve_flags import add_flags
 
     group = parser.add_argument_group("the served model, as for `guiderail serve`", argument_default=argparse.SUPPRESS)
     group.add_argument("--config", metavar="FILE.yaml", help="settings, reward models and adapters")
-    for name, options in SERVE_FLAGS:
-        if name in ENGINE_FLAGS:
-            group.add_argument(f"--{name}", **options)
+    add_flags(group, ENGINE_SETTINGS)
 
 
 def parse_reward(text: str, label: str | None = None) -> NamedReward:
@@ -73,18 +71,17 @@ def parse_reward(text: str, label: str | None = None) -> NamedReward:
 
 def settings_for(args: argparse.Namespace, rewards: Sequence[NamedReward]) -> "Settings":
     """Settings from flags, environment and --config, with no more than these rewards. Raises GuiderailError."""
+    from guiderail.server.serve_flags import given
     from guiderail.server.settings import load
 
-    names = {flag.replace("-", "_") for flag in ENGINE_FLAGS}
-    flags = {key: value for key, value in vars(args).items() if key in names}
     config = getattr(args, "config", None)
-    models: dict[str, Any] = dict(load(flags, config).reward)
-    given: dict[str, dict[str, str]] = {}
+    models: dict[str, Any] = dict(load(given(args, ENGINE_SETTINGS), config).reward)
+    by_path: dict[str, dict[str, str]] = {}
     for reward in rewards:
         name = reward.spec["name"]
-        if reward.model is not None and given.setdefault(name, reward.model) != reward.model:
+        if reward.model is not None and by_path.setdefault(name, reward.model) != reward.model:
             raise GuiderailError(f"'{name}' is given two models; give each a name of its own")
-    models |= given
+    models |= by_path
     asked = list(dict.fromkeys(reward.spec["name"] for reward in rewards))
     only = {
         "guides": ["sampling"],
@@ -92,7 +89,7 @@ def settings_for(args: argparse.Namespace, rewards: Sequence[NamedReward]) -> "S
         "reward": {name: models[name] for name in asked if name in models},
         "alignment": {}, "profiles": {}, "limits": {}, "calibration": [],
     }  # fmt: skip
-    return load(flags | only, config)
+    return load(given(args, ENGINE_SETTINGS) | only, config)
 
 
 def terms_of(state: "ServerState", rewards: Sequence[NamedReward]) -> "tuple[RewardTerm, ...]":

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from guiderail.server.cli import _flags, _parser, main
+from guiderail.server.cli import _parser, main
+from guiderail.server.serve_flags import given
 from guiderail.server.settings import SettingsError, load
 
 
@@ -22,7 +23,7 @@ def test_batch_invariance_is_a_flag_a_variable_and_a_line(tmp_path: Path, monkey
     config.write_text("batch_invariant: true\n")
     assert not load({}, None).batch_invariant
     assert load({}, str(config)).batch_invariant
-    assert load(_flags(_parser().parse_args(["serve", "--batch-invariant"])), None).batch_invariant
+    assert load(given(_parser().parse_args(["serve", "--batch-invariant"])), None).batch_invariant
     monkeypatch.setenv("GUIDERAIL_BATCH_INVARIANT", "1")
     assert load({}, None).batch_invariant
 
@@ -67,3 +68,67 @@ def test_listings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "n = 16" in capsys.readouterr().out
     assert main(["rewards"]) == 0
     assert "VADER" in capsys.readouterr().out
+
+
+SERVE_FLAGS = """
+--config --model --served-model-name --host --port --api-key --chat-template --dtype --max-model-len --kv-cache-gb
+--gpu-memory-utilization --max-num-seqs --max-num-batched-tokens --tensor-parallel-size --compile --enforce-eager
+--batch-invariant --lora --max-lora-rank --policy --guides --rewards --reward --calibration --encoder --urial
+--cache-dir --drain-timeout-s
+"""
+OFFLINE_FLAGS = """
+--config --model --chat-template --dtype --max-model-len --kv-cache-gb --gpu-memory-utilization --max-num-seqs
+--tensor-parallel-size --compile --cache-dir
+"""
+
+
+def flags_in(help: str) -> set[str]:
+    return {word for line in help.splitlines() if line.startswith("  --") for word in line.split() if word[:2] == "--"}
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["serve"], SERVE_FLAGS),
+        (["models"], "--cache-dir"),
+        (
+            ["rewards", "calibrate"],
+            f"{OFFLINE_FLAGS} --prompts --reward --max-tokens --temperature --top-p --seed --out",
+        ),
+    ],
+)
+def test_the_flags_of_a_command(command: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    help = capsys.readouterr().out
+    assert flags_in(help) == set(expected.split())
+
+
+def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
+    said = {
+        "model": ("m", "m"), "served_model_name": ("n", "n"), "host": ("::1", "::1"), "port": ("1", 1),
+        "api_key": (["a", "b"], ["a", "b"]), "chat_template": ("t", "t"), "dtype": ("float32", "float32"),
+        "max_model_len": ("99", 99), "kv_cache_gb": ("1.5", 1.5), "gpu_memory_utilization": ("0.5", 0.5),
+        "max_num_seqs": ("3", 3), "max_num_batched_tokens": ("100", 100), "tensor_parallel_size": ("2", 2),
+        "compile": (None, True), "batch_invariant": (None, True), "max_lora_rank": ("8", 8),
+        "lora": (["a=/x", "b=/y=z"], {"a": "/x", "b": "/y=z"}), "urial": (["s=f.md"], {"s": "f.md"}),
+        "guides": ("sampling,args", ["sampling", "args"]), "rewards": ("length", ["length"]),
+        "calibration": (["f", "g"], [Path("f"), Path("g")]), "encoder": ("e", "e"),
+        "cache_dir": (str(tmp_path), tmp_path), "drain_timeout_s": ("2.5", 2.5),
+    }  # fmt: skip
+    words = ["serve"]
+    for name, (text, _) in said.items():
+        for item in text if isinstance(text, list) else [text]:
+            words += [f"--{name.replace('_', '-')}"] + ([item] if item is not None else [])
+    words += ["--reward", "r=p,head=1", "--policy", "q=http://h:1,model=m"]
+    found = load(given(_parser().parse_args(words)), None)
+    for name, (_, value) in said.items():
+        assert getattr(found, name) == value, name
+    assert (found.reward["r"].path, found.reward["r"].head) == ("p", 1)
+    assert (found.policy["q"].url, found.policy["q"].model) == ("http://h:1", "m")
+
+
+@pytest.mark.parametrize("flag", ["--lora", "--urial"])
+def test_a_pair_without_a_path_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", flag, "name"]) == 1
+    assert capsys.readouterr().err.startswith(f"guiderail: {flag} takes NAME=")
