@@ -25,11 +25,19 @@ async def client(live: Live) -> AsyncIterator[openai.AsyncOpenAI]:
         yield made
 
 
-async def engine_idle(live: Live, seconds: float = 60.0) -> None:
+async def engine_idle(live: Live) -> None:
     """Waits until /metrics counts no open engine rows."""
-    async with httpx.AsyncClient(base_url=live.url) as http, asyncio.timeout(seconds):
+    async with httpx.AsyncClient(base_url=live.url) as http, asyncio.timeout(60):
         while 'guiderail:engine_rows{model_name="smollm2-135m-instruct"} 0.0' not in (await http.get("/metrics")).text:
             await asyncio.sleep(0.02)
+
+
+async def generated(live: Live, guide: str) -> float:
+    """Tokens that a guide's requests have generated so far, by /metrics."""
+    async with httpx.AsyncClient(base_url=live.url) as http:
+        lines = (await http.get("/metrics")).text.splitlines()
+    wanted = [line for line in lines if line.startswith("guiderail:tokens_total{") and f'guide="{guide}"' in line]
+    return sum(float(line.split()[-1]) for line in wanted if 'fate="prompt"' not in line)
 
 
 async def test_a_plain_answer(client: openai.AsyncOpenAI) -> None:
@@ -142,14 +150,16 @@ async def test_seeds_reproduce_and_differ(client: openai.AsyncOpenAI) -> None:
 async def test_a_disconnect_aborts_in_the_engine(client: openai.AsyncOpenAI, live: Live, stream: bool) -> None:
     alignment = {"guide": {"name": "best_of_n", "n": 8}, "rewards": ["sentiment"]}
     body = {"messages": POEM, "max_tokens": 512, "ignore_eos": True, "stream": stream, "alignment": alignment}
+    before = await generated(live, "best_of_n")
     async with httpx.AsyncClient(base_url=live.url) as http:
         request = asyncio.create_task(http.post("/v1/chat/completions", json=body))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while live.state.engine.num_running() < 8:
                 await asyncio.sleep(0.01)
         request.cancel()
         await asyncio.gather(request, return_exceptions=True)
     await engine_idle(live)
+    assert await generated(live, "best_of_n") - before < 8 * 512
 
 
 async def test_a_deadline_frees_the_engine_and_returns_what_there_is(client: openai.AsyncOpenAI, live: Live) -> None:
