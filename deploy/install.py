@@ -1,7 +1,7 @@
-"""Installs torch and a lock file into the Python that runs it, a few packages at a time, and says how far it is.
+"""Install torch and a lock file into the Python that runs it, a few packages at a time, and say how far it is.
 
-`make setup` runs it in .venv. What is there in the wanted version is passed over, so that an interrupted run goes on
-where it was. pip's warnings are left out; when it fails, all that it said is shown. Needs nothing but pip.
+`make setup` runs it in .venv. Packages already there in the wanted version are skipped, so that an interrupted
+run resumes where it stopped. pip's warnings are hidden; if it fails, its whole output is shown. Needs nothing but pip.
 """
 
 import os
@@ -12,14 +12,14 @@ import time
 from importlib.metadata import distributions
 from pathlib import Path
 
-TORCH = "torch==2.13.0"  # by itself: a CPU build where one is offered, else the default one with needs of its own
-AT_ONCE = 12  # packages of one call of pip, which takes seconds to begin
+TORCH = "torch==2.13.0"  # by itself: a CPU build where one is offered, else the default one with its own dependencies
+AT_ONCE = 12  # packages in one call of pip, which takes seconds to start
 NO_TORCH = """guiderail: pip found no torch 2.13.0 for this Python: configure an index or a folder that offers it
 (pip config set global.extra-index-url URL, or PIP_FIND_LINKS=FOLDER), then run make again."""
 
 
 def normal(name: str) -> str:
-    """A distribution's name as indexes compare names."""
+    """Name of a distribution as package indexes compare it."""
     return name.lower().replace("_", "-").replace(".", "-")
 
 
@@ -30,7 +30,7 @@ def missing(wanted: list[str]) -> list[str]:
 
 
 def pip(*arguments: str) -> int:
-    """Runs `pip install`, returns its status. Shows large downloads as they begin; if it fails, all that it said."""
+    """Run `pip install` and return its status. Shows large downloads as they begin, and all output on failure."""
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     said = []
@@ -46,7 +46,7 @@ def pip(*arguments: str) -> int:
 
 
 def main(lock: str) -> int:
-    """Installs what is missing; returns the exit status."""
+    """Install what is missing; return the exit status."""
     lines = (line.strip() for line in Path(lock).read_text().splitlines())
     pins = [line for line in lines if line and not line.startswith("#")]
     began, total = time.monotonic(), len(pins) + 1

@@ -1,8 +1,8 @@
-"""Writes requirements-cpu.lock: every package of the CPU set-up, pinned, in one flat list.
+"""Write requirements-cpu.lock: every package of the CPU set-up, pinned, in one flat list.
 
 Run it inside .venv (`.venv/bin/python deploy/lock.py`) after changing DIRECT. It asks pip to resolve
-DIRECT, walks the resolved dependency graph and leaves out what SKIP names together with everything
-that only those packages needed.
+DIRECT, walks the resolved dependency graph and leaves out the packages in SKIP together with everything
+that only they needed.
 """
 
 import json
@@ -35,7 +35,7 @@ LOCK = Path(__file__).resolve().parent.parent / "requirements-cpu.lock"
 
 
 def resolve() -> dict[str, dict[str, object]]:
-    """Returns pip's resolution of DIRECT: canonical name -> package metadata."""
+    """Return pip's resolution of DIRECT: canonical name -> package metadata."""
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
         cmd = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
         subprocess.run([*cmd, "--report", report.name, *DIRECT], check=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a run, and `compare` as a command beneath."""
+    """Add the flags of a run, and the subcommand `compare`."""
     add_run_arguments(parser)
     tasks = parser.add_subparsers(dest="loadtest_task", metavar="compare")
     compare = tasks.add_parser("compare", help="compare two saved results: loadtest compare a.json b.json")
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command. Returns 0, or 1 if no request completed. Raises LoadtestError for what cannot be run."""
+    """Run the command. Returns 0, or 1 if no request completed. Raises LoadtestError if the test cannot be run."""
     if args.loadtest_task == "compare":
         from guiderail.loadtest.report.compare import compare
 
@@ -51,7 +51,7 @@ async def _measure(options: "Options", show_progress: bool) -> "tuple[dict[str, 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def interrupted() -> None:
-        print("\nguiderail: stopping; the result so far follows (Ctrl-C again to drop it)", file=sys.stderr)
+        print("\nguiderail: stopping; the result so far follows (press Ctrl-C again to discard it)", file=sys.stderr)
         stop.set()
         loop.remove_signal_handler(signal.SIGINT)
 

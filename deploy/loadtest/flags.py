@@ -24,66 +24,99 @@ SLOS = ("ttft", "tpot", "e2el")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a run."""
+    """Add the flags of a run."""
     add = parser.add_argument_group("server").add_argument
     add("--base-url", metavar="URL", help="server to test (http://HOST:PORT)")
-    add("--host", default="127.0.0.1", help="where there is no --base-url (127.0.0.1)")
-    add("--port", type=int, default=8000, help="where there is no --base-url (8000)")
-    add("--backend", choices=ENDPOINTS, default="openai-chat", help="openai-chat: chat completions; else text")
-    add("--endpoint", metavar="PATH", help="path of the endpoint; default: that of --backend")
-    add("--model", help="model to ask for; default: the first that the server lists")
-    add("--api-key", metavar="KEY", help="bearer key; default: $OPENAI_API_KEY")
-    add("--header", metavar="KEY=VALUE", nargs="*", default=[], help="headers of every request")
+    add("--host", default="127.0.0.1", help="host, if there is no --base-url (127.0.0.1)")
+    add("--port", type=int, default=8000, help="port, if there is no --base-url (8000)")
+    add(
+        "--backend",
+        choices=ENDPOINTS,
+        default="openai-chat",
+        help="chat or text completions (openai-chat)",
+    )
+    add("--endpoint", metavar="PATH", help="path of the endpoint (default: that of --backend)")
+    add("--model", help="model to ask for (default: the first that the server lists)")
+    add("--api-key", metavar="KEY", help="bearer key (default: $OPENAI_API_KEY)")
+    add("--header", metavar="KEY=VALUE", nargs="*", default=[], help="headers to send with every request")
     add("--insecure", action="store_true", help="do not check TLS certificates")
-    add("--request-timeout", type=float, default=600, metavar="S", help="seconds until a request is given up (600)")
-    add("--ready-check-timeout-sec", type=float, default=0, metavar="S", help="wait so long for the server (0)")
-    add("--request-id-prefix", metavar="TEXT", help="X-Request-Id is this and the request's number")
+    add(
+        "--request-timeout",
+        type=float,
+        default=600,
+        metavar="S",
+        help="seconds until a request is abandoned (600)",
+    )
+    add(
+        "--ready-check-timeout-sec",
+        type=float,
+        default=0,
+        metavar="S",
+        help="seconds to wait for the server (0)",
+    )
+    add("--request-id-prefix", metavar="TEXT", help="prefix of X-Request-Id, before the request's number")
 
     add = parser.add_argument_group("arrivals").add_argument
     add("--request-rate", type=float, default=math.inf, metavar="RPS", help="requests/s; inf: no schedule (inf)")
     add("--burstiness", type=float, default=1.0, metavar="X", help="1 Poisson, <1 burstier, inf constant gaps (1)")
-    add("--max-concurrency", type=int, metavar="N", help="most in flight; without a rate: N users, closed loop")
+    add(
+        "--max-concurrency",
+        type=int,
+        metavar="N",
+        help="most in flight; without a rate: N users, closed loop",
+    )
     add("--num-prompts", type=int, metavar="N", help="requests to send (1000, or as many as --duration allows)")
-    add("--duration", type=float, metavar="S", help="seconds to send for; what is in flight then is awaited")
-    add("--num-warmups", type=int, default=0, metavar="N", help="requests sent before, not measured (0)")
+    add("--duration", type=float, metavar="S", help="seconds to send for; requests in flight at the end are awaited")
+    add("--num-warmups", type=int, default=0, metavar="N", help="unmeasured requests sent first (0)")
     add("--ramp-up-strategy", choices=("linear", "exponential"), help="change the rate over the run")
     add("--ramp-up-start-rps", type=float, metavar="RPS", help="rate at the start of the ramp")
-    add("--ramp-up-end-rps", type=float, metavar="RPS", help="rate at its end")
+    add("--ramp-up-end-rps", type=float, metavar="RPS", help="rate at the end of the ramp")
     add("--sweep-rates", metavar="auto|A,B,...", help="saturation sweep: one run at each rate; auto finds them")
-    add("--sweep-users", type=int, default=64, metavar="N", help="closed-loop users that find saturation (64)")
+    add("--sweep-users", type=int, default=64, metavar="N", help="closed-loop users to find saturation with (64)")
     add("--sweep-attainment", type=float, default=0.95, metavar="SHARE", help="share of good requests wanted (0.95)")
     add("--seed", type=int, default=0, help="seed of arrivals, classes, prompts and cancellations (0)")
 
     add = parser.add_argument_group("requests").add_argument
     add("--traffic", metavar="FILE.yaml", help="classes of requests and their shares (see the README)")
-    add("--dataset-path", metavar="FILE", help="prompts, .jsonl or a prompt a line; default: those that ship")
-    add("--unique-prompts", action="store_true", help="number every prompt, so that no prefix cache knows it")
-    add("--output-len", type=int, default=128, metavar="N", help="max_tokens of a request (128)")
+    add("--dataset-path", metavar="FILE", help="prompts: .jsonl, or one per line (default: the built-in ones)")
+    add("--unique-prompts", action="store_true", help="number every prompt, so that no prefix cache has it")
+    add("--output-len", type=int, default=128, metavar="N", help="max_tokens of each request (128)")
     add("--ignore-eos", action="store_true", help="ask for answers of full length")
-    add("--extra-body", type=json.loads, default={}, metavar="JSON", help='such as {"alignment": "upbeat"}')
+    add(
+        "--extra-body",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='extra fields, such as {"alignment": "upbeat"}',
+    )
     for name, kind in SAMPLING.items():
-        add(f"--{name}", type=kind, metavar="X", help=argparse.SUPPRESS if "penalty" in name else "of every request")
+        add(
+            f"--{name}",
+            type=kind,
+            metavar="X",
+            help=argparse.SUPPRESS if "penalty" in name else f"{name} of every request",
+        )
     add("--cancellation-rate", type=float, default=0.0, metavar="SHARE", help="share of clients that hang up (0)")
     add("--cancel-after-tokens", metavar="A-B", help="hang up after A to B chunks with text (1-16)")
     add("--cancel-after-s", metavar="A-B", help="hang up A to B seconds after the send")
 
     add = parser.add_argument_group("results").add_argument
     add("--goodput", nargs="+", default=[], metavar="SLO:MS", help=f"objectives, such as ttft:500; {', '.join(SLOS)}")
-    add("--percentile-metrics", default="ttft,tpot,itl,e2el", metavar="A,B", help="metrics among the flat keys")
+    add("--percentile-metrics", default="ttft,tpot,itl,e2el", metavar="A,B", help="metrics to include in the flat keys")
     add("--metric-percentiles", default="50,90,95,99,99.9", metavar="P,Q", help="percentiles (50,90,95,99,99.9)")
-    add("--label", help="name of the run; default: that of the backend")
-    add("--metadata", metavar="KEY=VALUE", nargs="*", default=[], help="kept in the result")
+    add("--label", help="name of the run (default: that of the backend)")
+    add("--metadata", metavar="KEY=VALUE", nargs="*", default=[], help="pairs to keep in the result")
     add("--save-result", action="store_true", help="save the result as JSON")
-    add("--save-detailed", action="store_true", help="with lists of every request's figures and texts in it")
-    add("--save-requests", action="store_true", help="save a .jsonl with a line for every request")
+    add("--save-detailed", action="store_true", help="save the result with lists of every request's metrics and texts")
+    add("--save-requests", action="store_true", help="save a .jsonl with one line per request")
     add("--save-report", action="store_true", help="save an .html report with plots")
-    add("--result-dir", metavar="DIR", help="folder to save in (the working folder)")
+    add("--result-dir", metavar="DIR", help="folder to save in (the current folder)")
     add("--result-filename", metavar="NAME", help="name of the JSON; the others are named after it")
     add("--disable-tqdm", action="store_true", help="no progress display")
 
 
 def options_of(args: argparse.Namespace) -> "Options":
-    """The options that the flags ask for. Raises LoadtestError that names the flag or field at fault."""
+    """The options given by the flags. Raises LoadtestError, which names the flag or field at fault."""
     from guiderail.loadtest.client.session import Options
     from guiderail.loadtest.load import prompts, traffic
     from guiderail.loadtest.load.plan import Requests
@@ -177,7 +210,7 @@ def _sweep(args: argparse.Namespace) -> "Sweep | None":
     if not args.sweep_rates:
         return None
     if args.request_rate != math.inf:
-        raise LoadtestError("--sweep-rates and --request-rate exclude each other")
+        raise LoadtestError("--sweep-rates and --request-rate cannot be used together")
     rates = None if args.sweep_rates == "auto" else _numbers(args.sweep_rates, "--sweep-rates", 1e-6, 1e9)
     return Sweep(rates, _at_least(args.sweep_users, 1, "--sweep-users"), args.sweep_attainment)
 

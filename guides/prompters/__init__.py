@@ -1,4 +1,4 @@
-"""Prompters: how a conversation becomes the prompt of the served model, and what of its output is the answer."""
+"""Prompters: from a conversation to the model's prompt, and from its output to the answer. They know no engine."""
 
 from guiderail.guides.prompters.prompter import Cleaner, Prompter, with_system
 from guiderail.guides.prompters.system_message import SystemMessage

@@ -1,4 +1,4 @@
-"""What a prompter is: messages in, one prompt out, and a filter for the text that comes back."""
+"""The interface of a prompter: messages in, one prompt out, and a filter for the text that comes back."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from guiderail.guides.core.types import Message, TokenPrompt
 
 
 def with_system(messages: Sequence[Message], *texts: str) -> tuple[Message, ...]:
-    """The conversation with these texts, in their order, behind what its first system message says.
+    """Return the conversation with these texts, in order, appended to its first system message.
 
-    All of it becomes one system message, the parts with an empty line between; a conversation that does not begin
-    with one gets it. Empty texts are left out.
+    An empty line separates the parts. A conversation that does not begin with a system message gets one. Empty texts
+    are left out.
     """
     own = messages[0].content if messages and messages[0].role == "system" else None
     parts = [*([] if own is None else [own]), *(text for text in texts if text)]
@@ -24,27 +24,27 @@ def with_system(messages: Sequence[Message], *texts: str) -> tuple[Message, ...]
 
 
 class Cleaner:
-    """Separates an answer from what the model writes around it, while it is being written. This one keeps all.
+    """Filter that separates an answer from the text around it, as it is generated. This one keeps everything.
 
-    One cleaner serves one answer. The pieces that `push` and `finish` return join to the same text however the
-    input was cut into pieces.
+    One cleaner serves one answer. The pieces returned by `push` and `finish` join to the same text however the input
+    was split.
     """
 
     def push(self, text: str) -> str:
-        """Takes the next piece of output; returns the text that is now known to belong to the answer."""
+        """Take the next piece of output; return the text now known to belong to the answer."""
         return text
 
     def finish(self) -> str:
-        """Returns the rest of the answer, once there is no more output."""
+        """Return the rest of the answer, once there is no more output."""
         return ""
 
     def clean(self, text: str) -> str:
-        """The answer in a whole output, for a cleaner that has taken nothing yet."""
+        """Return the answer within a whole output; the cleaner must not have taken anything yet."""
         return self.push(text) + self.finish()
 
 
 class Prompter(BaseModel, ABC):
-    """A way of putting a conversation before the model. The docstring's first line is its public description.
+    """A way to turn a conversation into a prompt. The docstring's first line is its public description.
 
     name: what requests call it. stops: stop strings to add to the request's own.
     """
@@ -56,7 +56,7 @@ class Prompter(BaseModel, ABC):
 
     @property
     def says(self) -> str:
-        """What the request has it tell the model besides the conversation, as text: rewards read it too."""
+        """Text that the request adds to the conversation for the model; rewards read it too."""
         return ""
 
     @abstractmethod
@@ -68,17 +68,17 @@ class Prompter(BaseModel, ABC):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> TokenPrompt:
-        """Token ids of the prompt. Raises RequestError, naming the field, for a conversation it cannot put."""
+        """Return the prompt's token ids. Raises RequestError, naming the field, for a conversation it cannot render."""
         ...
 
     def dump(self) -> dict[str, Any]:
-        """Name and parameters, as a request could send them."""
+        """Return name and parameters, as a request could send them."""
         return {"name": self.name, **self.model_dump(mode="json", exclude_none=True)}
 
     def check(self, services: Services) -> None:
-        """Refuses parameters that are well-formed but cannot work here, by raising ValueError."""
+        """Check parameters that are well-formed but may not work here. Raises ValueError."""
         return
 
     def cleaner(self, continued: str = "") -> Cleaner:
-        """A filter for one answer's text. `continued` is the beginning of the answer that the prompt ends with."""
+        """Return a filter for one answer. `continued` is the beginning of the answer with which the prompt ends."""
         return Cleaner()

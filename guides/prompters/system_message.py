@@ -1,4 +1,4 @@
-"""Preferences of one request as a structured system message, put through the model's chat template.
+"""Preferences of one request as a structured system message in the model's chat template.
 
 Layout of the message (the part of a role only where one is given):
 
@@ -10,8 +10,8 @@ Layout of the message (the part of a role only where one is given):
     1. Use short sentences.
     2. Give an example for each claim.
 
-A conversation that begins with a system message keeps that text first, unchanged, with a blank line between; one
-that does not gets the message as its first.
+If the conversation begins with a system message, that text comes first, unchanged, with a blank line after it;
+otherwise this message becomes the first.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ RULE = "Every answer follows these preferences. Where two of them conflict, the 
 
 
 def _one_line(text: str) -> str:
-    """White space folded to single spaces, so that a statement cannot add headings or items. Raises ValueError."""
+    """Collapse white space to single spaces, so that a statement cannot add headings or items. Raises ValueError."""
     folded = " ".join(text.split())
     if not folded:
         raise ValueError("must not be blank")

@@ -1,4 +1,4 @@
-"""The model's own chat template, as it is."""
+"""The prompter that uses the model's own chat template."""
 
 from collections.abc import Sequence
 from typing import ClassVar

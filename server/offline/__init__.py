@@ -1,1 +1,1 @@
-"""Commands that need no HTTP: evaluate, train, calibrate. Use the server's parts, and are used by none of them."""
+"""Commands without HTTP: evaluate, train, calibrate, list. They use the server's parts; no part uses them."""

@@ -1,12 +1,12 @@
-"""`guiderail rewards calibrate`: stores a reward's values under the served model, prompt by prompt, in one file.
+"""`guiderail rewards calibrate`: store a reward's values of the served model's answers, prompt by prompt, in one file.
 
-`guiderail serve --calibration FILE` takes quantiles from it, for requests that sample as it did: for a prompt of the
-file from that prompt's own values, for any other only where `calibration.source` is "pooled", from all of them
-together (the response says which). A prompt that the reward fails on is named and left out. See calibration_store.py
-for the format.
+`guiderail serve --calibration FILE` takes quantiles from it for requests that sample in the same way: for a prompt of
+the file from that prompt's own values; for any other prompt from all values together, and only if
+`calibration.source` is "pooled". The response says which. A prompt that the reward fails on is named and left out.
+The format is described in server/scoring/calibration_file.py.
 
-Answers and scores are kept in OUT.progress.jsonl until the file is written; after an interruption the same command goes
-on there.
+Answers and scores are kept in OUT.progress.jsonl until the file is written; after an interruption the same command
+resumes from there.
 """
 
 import argparse
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the arguments of the command."""
     add = parser.add_argument
     add("--prompts", required=True, metavar="FILE", help='.jsonl or .jsonl.gz of {"messages": [...]} or {"prompt": ""}')
     add("--reward", dest="scored", required=True, metavar="REWARD", help=REWARD_HELP)
     add("-n", "--samples", type=int, default=100, metavar="N", help="answers drawn for each prompt (100)")
-    add("--max-tokens", type=int, default=256, help="tokens of an answer at most (256)")
+    add("--max-tokens", type=int, default=256, help="maximum number of tokens in an answer (256)")
     add("--temperature", type=float, default=1.0, help="sampling temperature (1)")
-    add("--top-p", type=float, default=1.0, help="nucleus of the sampling (1)")
+    add("--top-p", type=float, default=1.0, help="probability mass of nucleus sampling (1)")
     add("--seed", type=int, default=0, help="seed of the answers (0)")
-    add("--out", required=True, metavar="FILE.safetensors", help="the file to write; it must not exist")
+    add("--out", required=True, metavar="FILE.safetensors", help="file to write; it must not exist yet")
     add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; returns the exit status. Raises GuiderailError."""
+    """Run the command; return the exit status. Raises GuiderailError."""
     from guiderail.guides.core.types import SamplingSpec
     from guiderail.guides.prompters import Template
     from guiderail.server.models import catalogue
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = Path(args.out)
     if out.exists():
-        raise GuiderailError(f"--out {out}: exists")
+        raise GuiderailError(f"--out {out}: this file already exists")
     if args.samples < 2:
         raise GuiderailError("-n must be at least 2")
     reward = parse_reward(args.scored)

@@ -1,7 +1,7 @@
-"""What a long command has finished, kept on disk as it goes, so that the same command goes on from there.
+"""Journal of a long command: its finished items, kept on disk as it goes, so that the same command can resume.
 
-A file of JSON lines beside the command's output: first what tells the run apart from others (its arguments, data and
-weights), then one line for each finished item. A line that was being written when the process died is dropped.
+A file of JSON lines beside the command's output: first the identity of the run (its arguments, data and weights),
+then one line for each finished item. A line that was being written when the process died is dropped.
 """
 
 import fcntl
@@ -17,23 +17,23 @@ from typing import IO, Any, Self
 
 from guiderail.guides.core.errors import GuiderailError
 
-FEW_FAILURES = 8  # a run goes on in spite of so many, even if nothing has succeeded yet
+FEW_FAILURES = 8  # a run tolerates this many, even if nothing has succeeded yet
 
 
 class JournalError(GuiderailError):
-    """What is kept is of another run, or another process is at it."""
+    """The journal belongs to another run, or another process is using it."""
 
 
 class Journal:
     """The finished items of a run by key; values are whatever JSON holds. Use it as a context manager.
 
-    Items that fail are remembered in `failed` (what it is -> why) and not on disk: the next run tries them again.
+    Failed items are remembered in `failed` (name of the item -> cause) and not on disk: the next run tries them again.
     """
 
     def __init__(
         self, path: Path | None = None, run: Mapping[str, Any] | None = None, say: Callable[[str], None] | None = None
     ) -> None:
-        """`path`: the file, which is made with the first item; None keeps nothing. `run`: what tells the run apart.
+        """Open `path`, which is created with the first item; None keeps nothing. `run` is the identity of the run.
 
         Raises JournalError, naming what differs, if the file is of another run.
         """
@@ -44,14 +44,14 @@ class Journal:
         self._items: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
         self._before: dict[str, Any] | None = None
-        self.resumed = False  # whether there was something to go on from
+        self.resumed = False  # True if there were finished items
         if path is not None and path.exists():
             self._open(path)
             self._before = self._read(path)
             self._compare()
             self.resumed = bool(self._items)
             if self.resumed:
-                self._say(f"going on from {len(self._items)} finished items in {path}")
+                self._say(f"resuming from {len(self._items)} finished items in {path}")
 
     def __enter__(self) -> Self:
         return self
@@ -63,15 +63,15 @@ class Journal:
             self._file.close()
             self._file = None
             if self._items:
-                self._say(f"{len(self._items)} finished items are kept in {self.path}: the same command goes on there")
+                self._say(f"{len(self._items)} finished items are kept in {self.path}: run the same command to resume")
 
     @property
     def run(self) -> Mapping[str, Any]:
-        """What tells the run apart, as JSON holds it."""
+        """The identity of the run, as JSON holds it."""
         return self._run
 
-    def pin(self, **facts: Any) -> None:
-        """Adds to what tells the run apart what is known later, before the first item. Raises JournalError."""
+    def pin(self, **facts: object) -> None:
+        """Add facts that are known later to the run's identity, before the first item. Raises JournalError."""
         self._run |= _plain(facts)
         self._compare()
 
@@ -81,8 +81,8 @@ class Journal:
     def __getitem__(self, key: str) -> Any:
         return self._items[key]
 
-    def keep(self, key: str, value: Any) -> None:
-        """Keeps a finished item."""
+    def keep(self, key: str, value: object) -> None:
+        """Keep a finished item."""
         if self.path is not None:
             if self._file is None:
                 self._open(self.path)
@@ -93,7 +93,7 @@ class Journal:
         self._items[key] = value
 
     def fail(self, item: str, error: Exception) -> None:
-        """Says and remembers that an item failed. Raises `error` if more items fail than succeed."""
+        """Report and remember that an item failed. Raises `error` if more items fail than succeed."""
         if item not in self.failed:
             self._say(f"{item} is left out: {error}")
             self.failed[item] = str(error)
@@ -101,7 +101,7 @@ class Journal:
             raise error
 
     def finish(self) -> None:
-        """Deletes the file: the run's result is written."""
+        """Delete the file, once the run's result is written."""
         if self._file is not None:
             assert self.path is not None
             self.path.unlink(missing_ok=True)
@@ -118,7 +118,7 @@ class Journal:
             raise JournalError(f"{path}: another process is running this command") from None
 
     def _read(self, path: Path) -> dict[str, Any] | None:
-        """Takes up the whole lines, cuts off what comes after them, and returns the first (None: there is none)."""
+        """Load the complete lines, cut off what follows them, and return the first (None if there is none)."""
         assert self._file is not None
         self._file.seek(0)
         first, end = None, 0
@@ -133,14 +133,14 @@ class Journal:
                 self._items[value[0]] = value[1]
             elif end == 0 and line.endswith(b"\n"):
                 self._file.close()
-                raise JournalError(f"{path}: is not what a command has kept; move it away")
+                raise JournalError(f"{path}: not the journal of a command; move it away")
             else:
                 break
             end += len(line)
         self._file.truncate(end)
         return first
 
-    def _write(self, value: Any) -> None:
+    def _write(self, value: object) -> None:
         assert self._file is not None
         self._file.write(json.dumps(value).encode() + b"\n")
         self._file.flush()
@@ -149,8 +149,8 @@ class Journal:
         for name, ours in self._run.items():
             if self._before is not None and self._before.get(name) != ours:
                 raise JournalError(
-                    f"{self.path} is of a run with another {name} ({_short(self._before.get(name))}, now "
-                    f"{_short(ours)}): run it as it was, choose another --out, or delete the file to begin anew"
+                    f"{self.path} belongs to a run with another {name} ({_short(self._before.get(name))}, now "
+                    f"{_short(ours)}): use the same arguments, choose another --out, or delete the file to start again"
                 )
 
 
@@ -159,7 +159,7 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -171,10 +171,10 @@ def beside(out: Path) -> Path:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that is renamed to `out` (absent or empty) at the end: complete or not there."""
+    """Folder to write into, renamed to `out` (absent or empty) at the end: `out` is complete or absent."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     yield scratch
-    os.replace(scratch, out)  # an empty folder of this name gives way
+    os.replace(scratch, out)  # replaces an empty folder of this name

@@ -1,4 +1,4 @@
-"""JSON lines, plain or gzipped: reading them with errors that name file and line and quote no text."""
+"""JSON lines, plain or gzipped, read with errors that name file and line and quote no text."""
 
 import gzip
 import hashlib
@@ -15,12 +15,13 @@ T = TypeVar("T")
 
 
 class DataError(GuiderailError):
-    """A data file cannot be read, or a line of it is not what it should be."""
+    """A data file cannot be read, or one of its lines is malformed."""
 
 
 def read_lines(path: Path, parse: Callable[[dict[str, Any], int], T]) -> tuple[list[T], str]:
-    """What `parse` makes of each line's object and number (from 1; blank lines are passed over), and the file's
-    SHA-256. Raises DataError with file and line when a line is no JSON object or `parse` raises ValueError.
+    """Return the results of `parse(object, line number from 1)` for every non-blank line, and the file's SHA-256.
+
+    Raises DataError with file and line if a line is not a JSON object or `parse` raises ValueError.
     """
     try:
         raw = path.read_bytes()
@@ -51,7 +52,7 @@ def _object(line: str) -> dict[str, Any]:
 
 
 def check_fields(row: dict[str, Any], known: tuple[str, ...]) -> None:
-    """Raises ValueError for a field that is not among those known."""
+    """Raise ValueError for an unknown field."""
     unknown = sorted(set(row) - set(known))
     if unknown:
         raise ValueError(f"unknown field '{unknown[0]}'; there are: {', '.join(known)}")
@@ -65,8 +66,8 @@ def text(row: dict[str, Any], field: str) -> str:
     return value
 
 
-def conversation(value: Any) -> tuple[Message, ...]:
-    """Messages that wait for an answer: a list of {"role", "content"} that ends with the user's. Raises ValueError."""
+def conversation(value: object) -> tuple[Message, ...]:
+    """Messages that await an answer: a list of {"role", "content"} that ends with the user's. Raises ValueError."""
     if not isinstance(value, list) or not value:
         raise ValueError("'messages' must be a list of at least one message")
     for index, item in enumerate(value):
@@ -76,5 +77,5 @@ def conversation(value: Any) -> tuple[Message, ...]:
                 f"'messages[{index}]' must be {{'role', 'content'}} with role system, user or assistant and a text"
             )
     if value[-1]["role"] != "user":
-        raise ValueError("'messages' must end with the user's message, which is to be answered")
+        raise ValueError("'messages' must end with the user's message, the one to answer")
     return tuple(Message(item["role"], item["content"]) for item in value)

@@ -9,7 +9,7 @@ from guiderail.server.settings import Settings
 
 
 def models(settings: Settings, name: str | None) -> int:
-    """Lists the embedded models, or prepares the one named. Raises ModelError."""
+    """List the embedded models, or prepare the one named. Raises ModelError."""
     if name is not None:
         if name not in EMBEDDED:
             raise ModelError(f"no embedded model '{name}'; there are: {', '.join(EMBEDDED)}")
@@ -25,7 +25,7 @@ def models(settings: Settings, name: str | None) -> int:
 
 
 def plugins(kind: str) -> int:
-    """Lists guides or rewards with their parameters."""
+    """List guides or rewards with their parameters."""
     classes = load_guides() if kind == "guides" else load_rewards()
     for name, cls in classes.items():
         print(f"{name}\n    {describe(cls)}")
@@ -35,6 +35,6 @@ def plugins(kind: str) -> int:
 
 
 def version() -> int:
-    """Prints the version."""
+    """Print the version."""
     print(distribution_version("guiderail"))
     return 0

@@ -15,12 +15,11 @@ from guiderail.server.state import ServerState
 
 @asynccontextmanager
 async def offline(settings: Settings, *, engine: bool = True) -> AsyncIterator[ServerState]:
-    """A state whose engine and rewards are ready; they and their processes end with the block.
+    """State with engine and rewards ready; they and their processes end with the block.
 
     SIGTERM and Ctrl-C cancel the task that entered it; during the start they end the process with status
-    130. With `engine=False` no engine is started, and what asks for it raises EngineNeeded. Must be used on
-    the main thread. No request waits here, so a reward may take its time. Raises GuiderailError if something does not
-    start.
+    130. With `engine=False` no engine is started, and using it raises EngineNeeded. Must be used on the main
+    thread. Rewards have no time limit, as no request waits. Raises GuiderailError if something does not start.
     """
     stop = asyncio.Event()
     task = asyncio.current_task()
@@ -41,7 +40,7 @@ async def offline(settings: Settings, *, engine: bool = True) -> AsyncIterator[S
 
 
 def run_offline(settings: Settings, main: Callable[[ServerState], Awaitable[int]], *, engine: bool = True) -> int:
-    """Runs a command over an offline server; returns its exit status, or 130 if a signal stopped it.
+    """Run a command over an offline server; return its exit status, or 130 if a signal stopped it.
 
     Raises what `main` raises, and GuiderailError if the server does not start.
     """

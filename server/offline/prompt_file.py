@@ -10,17 +10,17 @@ from guiderail.server.offline.lines import DataError, check_fields, conversation
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
-    """The prompts of a file, in its order, and the file's own SHA-256."""
+    """The prompts of a file, in order, and the file's SHA-256."""
 
     prompts: tuple[tuple[Message, ...], ...]
     sha256: str
 
 
 def read_prompts(path: Path) -> PromptFile:
-    """Reads a .jsonl or .jsonl.gz file of one object a line, in one of two shapes:
+    """Read a .jsonl or .jsonl.gz file with one object per line, in one of two shapes:
 
     - `{"messages": [{"role", "content"}, ...]}`: a conversation that ends with the user's message;
-    - `{"prompt": "..."}`: a text that the model continues, without its chat template.
+    - `{"prompt": "..."}`: a text for the model to continue, without its chat template.
 
     Raises DataError naming file and line for anything else.
     """
@@ -33,7 +33,7 @@ def read_prompts(path: Path) -> PromptFile:
 def _prompt(row: dict[str, Any], number: int) -> tuple[Message, ...]:
     check_fields(row, ("messages", "prompt"))
     if ("messages" in row) == ("prompt" in row):
-        raise ValueError("give either 'messages' or 'prompt'")
+        raise ValueError("give 'messages' or 'prompt', and not both")
     if "messages" in row:
         return conversation(row["messages"])
     content = text(row, "prompt")

@@ -31,7 +31,7 @@ class Raw:
     """Raw results by key, one JSON line each, written as they come, so that a run that was cut off can be resumed."""
 
     def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool) -> None:
-        """Raises SystemExit if there are results of other settings to resume, or any where none are wanted."""
+        """Raise SystemExit if there are results of other settings to resume, or any where none are wanted."""
         self._found: dict[str, Any] = {}
         settings = json.loads(json.dumps(settings))
         if path.exists():
@@ -112,7 +112,7 @@ def user(text: str) -> list[dict[str, str]]:
 
 
 def publish(rehearse: bool, key: str, title: str, command: str, lines: list[str], data: dict[str, Any]) -> None:
-    """Writes the section; a rehearsal only prints it."""
+    """Write the section; a rehearsal only prints it."""
     if rehearse:
         print("\n".join([f"## {title} (rehearsal: nothing is written)", "", *lines, ""]))
     else:

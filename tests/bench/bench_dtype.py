@@ -89,7 +89,7 @@ async def main(rounds: int, tokens: int) -> None:
 
 
 def report(found: dict[str, list[tuple[float, float]]], auto: str, instructions: str, tokens: int) -> None:
-    """Writes the section."""
+    """Write the section."""
     lines = [
         f"SmolLM2-135M and the bundled reward head on it, answers of {tokens} tokens, instruction set {instructions}. "
         "Medians over rounds; the ratio is the median of bfloat16 / float32 within a round, with the smallest and largest.",

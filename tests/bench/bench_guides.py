@@ -59,7 +59,7 @@ def parts(args: argparse.Namespace) -> dict[str, tuple[str, Part]]:
 
 
 async def main(args: argparse.Namespace) -> None:
-    """Runs the parts and publishes each as it is done."""
+    """Run the parts and publish each as it is done."""
     raw = Raw(args.raw, {key: value for key, value in vars(args).items() if key not in OF_THE_RUN}, resume=args.resume)
     settings = Settings(reward={"harmless": {"path": HEAD}}, rewards=["sentiment", "length"], limits=LIMITS)
     async with offline(settings) as state:

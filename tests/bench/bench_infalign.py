@@ -22,7 +22,7 @@ KLS = (0.25, 1.0)
 
 
 def main() -> None:
-    """Runs all cells and writes the section."""
+    """Run all cells and write the section."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=12, help="requests of a cell (12)")
     parser.add_argument("--candidates", type=int, default=256, help="candidates of a request (256)")

@@ -19,7 +19,7 @@ def cell(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Compiles for every card with every Triton that can be had, and writes the section."""
+    """Compile for every card with every Triton that can be had, and write the section."""
     found = reports(itertools.product(VERSIONS, CAPABILITIES), every=True)
     made: dict[tuple[str, int], dict[str, Any]] = {}
     missing: dict[str, None] = {}

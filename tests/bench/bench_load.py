@@ -23,9 +23,9 @@ import httpx
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
-from figures import verdict
 from load_servers import Server, guiderail, vllm
 from load_turns import Stalls, Turn, table
+from measured import verdict
 from report import write_section
 
 PLAIN = {"name": "plain", "share": 70, "max_tokens": 64}
@@ -48,7 +48,7 @@ STARTS = {"vllm": vllm, "ours": guiderail}
 
 
 def loadtest(server: Server, folder: Path, classes: list[dict[str, Any]], *flags: str) -> dict[str, Any]:
-    """Runs `guiderail loadtest` against a server; gives its JSON."""
+    """Run `guiderail loadtest` against a server; return its JSON."""
     traffic = folder / "traffic.yaml"
     traffic.write_text(json.dumps({"classes": classes}))  # JSON is YAML
     result = folder / f"result-{time.monotonic_ns()}.json"
@@ -130,10 +130,10 @@ def mixed(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
         f"({ratios[0]:.2f}-{ratios[-1]:.2f}); target <= 2: {verdict(value, 2, at_most=True)}.",
     ]
     for name in ("plain", "best_of_8", "transfer_q"):
-        figures = together[-1]["classes"][name]["latency_ms"]
+        metrics = together[-1]["classes"][name]["latency_ms"]
         lines.append(
-            f"- {name}: median TTFT {figures['ttft']['median']:.0f} ms, p99 {figures['ttft']['percentiles']['99']:.0f} ms, "
-            f"median end-to-end {figures['e2el']['median']:.0f} ms."
+            f"- {name}: median TTFT {metrics['ttft']['median']:.0f} ms, p99 {metrics['ttft']['percentiles']['99']:.0f} ms, "
+            f"median end-to-end {metrics['e2el']['median']:.0f} ms."
         )
     return lines, {"saturation_rps": full["request_throughput"], "p99_ttft_ms_mix_alone": pairs}
 
@@ -239,7 +239,7 @@ def chaos(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
 
 
 def main() -> None:
-    """Runs the parts and writes a section for each."""
+    """Run the parts and write a section for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("plain", "mixed", "overload", "chaos"))
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all durations; below 1 is a rehearsal")

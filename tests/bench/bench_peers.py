@@ -26,8 +26,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from asking import QUIET_S, at_once, user
 from bench_server import CLIENTS, PLACES, QUESTIONS
-from figures import interval
 from load_servers import guiderail, vllm
+from measured import interval
 from report import write_section
 
 from guiderail.server.rewards.rules import Length
@@ -59,7 +59,7 @@ class Script:
         return int(body["usage"]["completion_tokens"])
 
     async def streamed(self, i: int) -> int:
-        """Streams one chat to its end; returns its tokens."""
+        """Stream one chat to its end; return its tokens."""
         body = {"messages": question(i), "stream": True, "stream_options": {"include_usage": True}, **ASKED}
         tail = b""
         async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -141,7 +141,7 @@ async def compare(script: Script, guided: Script, pairs: int, turns: dict[str, T
 
 
 def report(found: dict[str, list[list[float]]], pairs: int) -> None:
-    """Writes the section."""
+    """Write the section."""
     lines = [
         f"Tokens per second of Guiderail and of a script over `vllm serve` ({TOKENS} tokens an answer, rule reward "
         f"`length`), {pairs} interleaved pairs of turns. Ratio: median over pairs with its 95 % interval; target: 1.0 "

@@ -22,8 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from asking import LIMITS, Raw, ask, at_once, publish, user
-from quality_figures import figures, picture, table
 from quality_judges import check
+from quality_metrics import metrics, picture, table
 from quality_tasks import BUDGET, GRID, ROWS, Task, body, guides, rows, tasks
 from quality_urial import urial
 from report import ROOT
@@ -76,7 +76,7 @@ async def answer_all(state: ServerState, task: Task, name: str, guide: dict[str,
 
 
 async def compare(state: ServerState, raw: Raw, some: Sequence[Task], seed: int) -> tuple[list[str], dict[str, Any]]:
-    """Every method on every task; lines of the page, and the figures by task and method."""
+    """Every method on every task; lines of the page, and the metrics by task and method."""
     results: dict[str, dict[str, Any]] = {}
     missing: set[str] = set()
     lines: list[str] = []
@@ -91,7 +91,7 @@ async def compare(state: ServerState, raw: Raw, some: Sequence[Task], seed: int)
             )
         even = found[EVEN]["answers"]
         results[task.key] = {
-            name: {**figures(task, each["answers"], even), "seconds": each["seconds"], "guide": guides(task)[name]}
+            name: {**metrics(task, each["answers"], even), "seconds": each["seconds"], "guide": guides(task)[name]}
             for name, each in found.items()
         }
         lines += table(task, results[task.key], EVEN)
@@ -138,8 +138,8 @@ async def choose(state: ServerState, raw: Raw, prompts: int, tokens: int) -> lis
                 if guide["name"] in state.guides:
                     key = f"choose/{task.key}/{name}/{value:g}"
                     made = await raw.get(key, lambda t=task, n=name, g=guide: answer_all(state, t, n, g, 5))
-                    figures_of = [[each[k] for k in ("steered", "judge", "generated")] for each in made["answers"]]
-                    found[value] = np.mean(figures_of, axis=0)
+                    metrics_of = [[each[k] for k in ("steered", "judge", "generated")] for each in made["answers"]]
+                    found[value] = np.mean(metrics_of, axis=0)
             best[task.key][name] = max(found, key=lambda value: found[value][0])
             cells = (
                 f"{value:g}: {row[0]:.3f} (judge {row[1]:.3f}, {row[2]:.0f} tokens)" for value, row in found.items()
@@ -149,7 +149,7 @@ async def choose(state: ServerState, raw: Raw, prompts: int, tokens: int) -> lis
 
 
 async def main(args: argparse.Namespace) -> None:
-    """Runs one part."""
+    """Run one part."""
     raw = Raw(args.raw, {key: value for key, value in vars(args).items() if key not in OF_THE_RUN}, resume=args.resume)
     few = 2 if args.rehearse else None
     if args.part == "urial":

@@ -141,7 +141,7 @@ class Methods:
 
 
 async def apart(work: Callable[..., Any], *args: Any) -> Any:
-    """Runs torch work in the thread that does all of it in the server, too (see scoring_thread)."""
+    """Run torch work in the thread that does all of it in the server, too (see scoring_thread)."""
     from guiderail.server.rewards.models.neural import scoring_thread
 
     return await asyncio.get_running_loop().run_in_executor(scoring_thread(), work, *args)

@@ -136,7 +136,7 @@ def picture(path: Path, summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Runs the comparison and writes its section."""
+    """Run the comparison and write its section."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=16, help="candidates (16)")
     parser.add_argument("--calibration", type=int, default=32, help="calibration answers (32)")

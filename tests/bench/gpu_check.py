@@ -256,7 +256,7 @@ STEPS: dict[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    """Runs the steps; one that fails is written down with its error, and the others go on."""
+    """Run the steps; one that fails is written down with its error, and the others go on."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--steps", default=",".join(STEPS))

@@ -15,7 +15,7 @@ import torch
 
 
 def require_cuda() -> None:
-    """Ends the script, successfully, where there is no GPU."""
+    """End the script, successfully, where there is no GPU."""
     if not torch.cuda.is_available():
         print("no CUDA device: nothing measured")
         sys.exit(0)
@@ -58,7 +58,7 @@ class Limits:
 
 
 def limits() -> Limits:
-    """Copies 2 GiB, and multiplies two 8192 x 8192 bfloat16 matrices."""
+    """Copy 2 GiB, and multiply two 8192 x 8192 bfloat16 matrices."""
     source = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
     copied = 2 * source.numel() * source.element_size() / milliseconds(lambda: target.copy_(source), 10) * 1e3

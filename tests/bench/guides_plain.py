@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from asking import HEAD, QUIET_S, Raw, ask, at_once, seconds, user
 from bench_scoring import apart
-from figures import verdict
+from measured import verdict
 from plain_search import PlainSearch
 
 from guiderail.guides.core.types import Message

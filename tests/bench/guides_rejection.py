@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from asking import EVERYDAY, MORE, Raw, ask, questions, user
-from figures import interval, verdict
+from measured import interval, verdict
 
 from guiderail.guides.core.types import Message, SamplingSpec
 from guiderail.server.offline.evaluate.draw import draw

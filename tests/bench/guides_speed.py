@@ -5,7 +5,7 @@ from itertools import count
 from typing import Any
 
 from asking import EVERYDAY, Raw, ask, at_once, questions, seconds, user
-from figures import verdict
+from measured import verdict
 
 from guiderail.server.state import ServerState
 

@@ -46,7 +46,7 @@ class Server:
         return counts
 
     def kill_engine_after(self, seconds: float) -> None:
-        """Kills the engine's core process later, as the kernel would if memory ran out."""
+        """Kill the engine's core process later, as the kernel would if memory ran out."""
 
         def kill() -> None:
             time.sleep(seconds)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from figures import interval, verdict
+from measured import interval, verdict
 
 WATCH_S = 0.02  # between two looks of a thread that watches for pauses of the machine
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from asking import HEAD, LIMITS, MORE, Raw, ask, at_once, questions, user
-from figures import interval
-from quality_figures import diversity
+from measured import interval
 from quality_judges import CLEAR
+from quality_metrics import diversity
 
 from guiderail.server.api.schemas import ScoreRequest
 from guiderail.server.offline.offline_state import offline
@@ -42,7 +42,7 @@ SCORERS: dict[str, dict[str, Any]] = {
 
 
 async def urial(raw: Raw, prompts: int, seed: int) -> tuple[list[str], dict[str, Any]]:
-    """Lines of the page and figures by method. Starts two engines, one after the other."""
+    """Lines of the page and metrics by method. Starts two engines, one after the other."""
     texts = questions(MORE)[:prompts]
     methods: dict[str, Any] = {}
     async with offline(Settings(model=BASE, rewards=["keywords"], limits=LIMITS)) as state:

@@ -1,4 +1,4 @@
-"""Writes benchmark results: one JSON file per benchmark and one section of BENCHMARKS.md each."""
+"""Write benchmark results: one JSON file per benchmark and one section of BENCHMARKS.md each."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def machine() -> dict[str, str]:
 
 
 def write_section(key: str, title: str, command: str, lines: list[str], data: dict[str, Any]) -> None:
-    """Replaces this benchmark's section of BENCHMARKS.md and its JSON file under benchmarks/."""
+    """Replace this benchmark's section of BENCHMARKS.md and its JSON file under benchmarks/."""
     where = machine()
     folder = ROOT / "benchmarks"
     folder.mkdir(exist_ok=True)

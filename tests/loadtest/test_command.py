@@ -90,7 +90,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--ramp-up-strategy linear", "--ramp-up-strategy needs"),
         ("--ramp-up-start-rps 3", "need --ramp-up-strategy"),
         ("--duration 3", "--duration needs"),
-        ("--sweep-rates 1,2 --request-rate 3", "--sweep-rates and --request-rate exclude"),
+        ("--sweep-rates 1,2 --request-rate 3", "--sweep-rates and --request-rate cannot be used together"),
         ("--sweep-rates fast", "--sweep-rates fast"),
         ("--cancellation-rate 2", "--cancellation-rate"),
         ("--cancel-after-tokens 9-3", "--cancel-after-tokens 9-3"),

@@ -28,7 +28,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {  # class: script, outcome
     "cut": ({"fault": "cut", "tokens": 3}, "stream_error", "without [DONE]"),
     "no_done": ({"fault": "no_done"}, "stream_error", "without [DONE]"),
     "garbage": ({"fault": "garbage", "tokens": 3}, "stream_error", "not a JSON object"),
-    "hanging": ({"fault": "hang", "tokens": 3}, "timeout", "no end after 1.5 s"),
+    "hanging": ({"fault": "hang", "tokens": 3}, "timeout", "not finished after 1.5 s"),
 }
 
 

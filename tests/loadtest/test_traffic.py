@@ -107,7 +107,7 @@ def test_as_many_hang_up_as_asked_within_the_ranges() -> None:
         ("classes: [{name: a, goodput: {ttfs: 3}}]", r"classes\[0\]\.goodput\.ttfs: .*known: ttft, tpot, e2el"),
         ("classes: [{name: a, goodput: {ttft: -3}}]", r"classes\[0\]\.goodput\.ttft: "),
         ("classes: [{name: a, cancellation_rate: 2}]", r"classes\[0\]\.cancellation_rate: "),
-        ("classes: [{name: a}, {name: a}]", r"classes\[1\]\.name: 'a' is there twice"),
+        ("classes: [{name: a}, {name: a}]", r"classes\[1\]\.name: 'a' occurs twice"),
         ("classes: []", r"classes: .*at least 1"),
         ("classes: [{name: a}]\nrate: 3", r"rate: .*known: classes"),
         ("- name: a", r"expected a mapping with the key 'classes'"),

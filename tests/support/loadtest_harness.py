@@ -1,4 +1,4 @@
-"""Runs load tests against the scripted server in the test's own loop."""
+"""Run load tests against the scripted server in the test's own loop."""
 
 import asyncio
 from typing import Any

@@ -1,1 +1,1 @@
-"""What a client does: sends one request and times what comes back. Knows nothing of loads and reports."""
+"""The HTTP client: one request, and the timing of its answer. Knows nothing of loads and reports."""

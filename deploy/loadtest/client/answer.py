@@ -1,4 +1,4 @@
-"""Reads answers, streamed and whole, into a record: when text came, tokens, and the alignment object.
+"""Read answers, streamed and whole, into a record: arrival times, tokens, and the alignment object.
 
 `alignment` is Guiderail's (its shape is in server/api/responses.py and guides/core/budget.py); other servers send none,
 and the fields stay empty. Errors inside a 200 are OpenAI's: an object `error`, or an event of that name.
@@ -30,11 +30,11 @@ class AnswerReader:
 
     @property
     def done(self) -> bool:
-        """Whether the answer has ended, well or not."""
+        """True once the answer has ended, successfully or not."""
         return self._record.outcome is not None
 
     def event(self, name: str, data: bytes, now: float) -> None:
-        """Takes one event of a stream. What comes after the end changes nothing."""
+        """Take one event of a stream. Events after the end change nothing."""
         record = self._record
         if self.done:
             return
@@ -54,10 +54,10 @@ class AnswerReader:
                 record.chunks.append(now)
                 if self._texts is not None:
                     self._texts += [text for text in texts if isinstance(text, str)]
-            self._figures(chunk)
+            self._usage_and_alignment(chunk)
 
     def body(self, data: bytes, now: float) -> None:
-        """Takes a whole JSON answer."""
+        """Take a whole JSON answer."""
         answer = self._object(data, now)
         if answer is None or self._failed("", answer, now):
             return
@@ -67,11 +67,11 @@ class AnswerReader:
                 if self._texts is not None and text:
                     self._texts.append(text)
                 self._record.finish_reason = choice.get("finish_reason")
-            self._figures(answer)
+            self._usage_and_alignment(answer)
             self.end(Outcome.COMPLETED, now)
 
     def end(self, outcome: Outcome, now: float, error: str = "") -> None:
-        """The answer is over, for a reason that it did not give itself. Does nothing if it has ended already."""
+        """End the answer for a reason that it did not give itself. Does nothing if it has ended already."""
         record = self._record
         if self.done:
             return
@@ -104,7 +104,7 @@ class AnswerReader:
         self.end(Outcome.STREAM_ERROR, now, error_text(fault or body))
         return True
 
-    def _figures(self, body: Mapping[str, Any]) -> None:
+    def _usage_and_alignment(self, body: Mapping[str, Any]) -> None:
         record = self._record
         if usage := body.get("usage"):
             record.prompt_tokens = usage.get("prompt_tokens", 0)
@@ -125,7 +125,7 @@ class AnswerReader:
         record.spend = {key: value for key, value in spend.items() if isinstance(value, int | float)}
 
 
-def error_text(fault: Any) -> str:
+def error_text(fault: object) -> str:
     """The message of an error object of any shape, at most 300 characters."""
     if isinstance(fault, dict):
         fault = fault.get("message") or fault.get("detail") or fault.get("type") or fault

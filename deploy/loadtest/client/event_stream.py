@@ -1,12 +1,12 @@
-"""Server-sent events out of the pieces in which they arrive (WHATWG HTML, section 9.2).
+"""Parser of server-sent events from the pieces in which they arrive (WHATWG HTML, section 9.2).
 
-Lines may end in LF or CR LF. A bare CR, which the standard allows too, is sent by no server known to us and is not
-taken for a line end.
+Lines may end in LF or CR LF. A bare CR, which the standard also allows, does not count as a line end: no known server
+sends one.
 """
 
 
 class SseParser:
-    """Keeps what is left of an unfinished event between pieces."""
+    """Parser state: the unfinished event, kept from one piece to the next."""
 
     __slots__ = ("_data", "_name", "_tail")
 

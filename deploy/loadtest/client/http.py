@@ -1,4 +1,4 @@
-"""Sends one request over HTTP and times what comes back into its record."""
+"""Send one request over HTTP and time what comes back into its record."""
 
 import asyncio
 import json
@@ -14,8 +14,8 @@ from guiderail.loadtest.client.event_stream import SseParser
 from guiderail.loadtest.load.plan import Call
 from guiderail.loadtest.report.records import Outcome, Record
 
-# Less than the 5 s after which uvicorn closes an idle connection: reusing one in that moment would look like a
-# failure of the server.
+# Less than the 5 s after which uvicorn closes an idle connection: reusing one at that moment would look like a
+# server failure.
 KEEP_ALIVE_S = 2.0
 
 
@@ -52,7 +52,7 @@ class Client:
             return await response.json()
 
     async def send(self, call: Call, record: Record) -> None:
-        """Sends a request and reads the answer; afterwards the record has an outcome.
+        """Send a request and read the answer; afterwards the record has an outcome.
 
         Raises nothing but CancelledError, which makes the outcome "cancelled" unless the request had ended.
         """
@@ -66,7 +66,7 @@ class Client:
             if hang_up:
                 reader.end(Outcome.CANCELLED, time.perf_counter())
             else:
-                reader.end(Outcome.TIMEOUT, time.perf_counter(), f"no end after {self._timeout_s:g} s")
+                reader.end(Outcome.TIMEOUT, time.perf_counter(), f"not finished after {self._timeout_s:g} s")
         except (aiohttp.ClientError, OSError) as error:
             outcome = Outcome.CONNECTION_ERROR if record.status is None else Outcome.STREAM_ERROR
             reader.end(outcome, time.perf_counter(), f"{type(error).__name__}: {error}")
@@ -104,7 +104,7 @@ async def _stream(response: aiohttp.ClientResponse, call: Call, record: Record, 
 async def _refused(response: aiohttp.ClientResponse, record: Record, reader: AnswerReader) -> None:
     try:
         body = await response.read()
-    except aiohttp.ClientError:  # the status is the news; its reason was cut off
+    except aiohttp.ClientError:  # the status is what matters; its reason was cut off
         body = b""
     try:
         record.retry_after_s = float(response.headers["Retry-After"])

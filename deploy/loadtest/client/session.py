@@ -26,7 +26,7 @@ Watch = Callable[[str, Load], Watcher]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to test and how. `requests.model` and `about.model` may be empty: then the server's first is taken."""
+    """Options of a load test. If `requests.model` and `about.model` are empty, the server's first model is taken."""
 
     requests: Requests
     classes: Sequence[TrafficClass]
@@ -45,9 +45,9 @@ class Options:
 async def measure(
     options: Options, watch: Watch, stop: asyncio.Event | None = None
 ) -> tuple[dict[str, Any], list[Run]]:
-    """Runs a load test; gives its result (result.py, sweep.py) and its runs, the one that finds saturation first.
+    """Run a load test; return its result (result.py, sweep.py) and its runs; the one that finds saturation comes first.
 
-    `stop` ends it early with the result so far. Raises LoadtestError if the server cannot be asked at all.
+    `stop` ends it early with the result so far. Raises LoadtestError if the server cannot be reached at all.
     """
     client = Client(options.headers, timeout_s=options.timeout_s, insecure=options.insecure, keep_text=options.detailed)
     stop = stop or asyncio.Event()
@@ -113,7 +113,7 @@ async def _warm_up(client: Client, plan: Plan, options: Options) -> None:
 
 
 def _about_prompts(plan: Plan, options: Options) -> dict[str, Any]:
-    """What a reader must know to judge how much a prefix cache could help."""
+    """Facts by which a reader can judge how much a prefix cache could help."""
     return {"different": plan.prompt_counts, "unique_prefix": options.requests.unique_prompts}
 
 

@@ -1,6 +1,6 @@
-"""When requests are to be sent: Poisson, gamma and constant arrivals, at a steady or a changing rate.
+"""Schedule of requests: Poisson, gamma and constant arrivals, at a steady or a changing rate.
 
-A process of unit rate is drawn and its clock is then bent to the rate curve: if S_1 < S_2 < ... are its arrivals and
+A process of unit rate is drawn, then its clock is warped to the rate curve: if S_1 < S_2 < ... are its arrivals and
 L(t) is the integral of the rate up to t, the times L^-1(S_k) arrive at the rate L'(t) (time rescaling; Cinlar,
 Introduction to Stochastic Processes, 1975, section 4.7). Gaps of the unit process are gamma with shape `burstiness`
 and mean 1: exponential at 1 (Poisson arrivals), constant at infinity, more bursty below 1.

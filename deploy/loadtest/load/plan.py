@@ -1,4 +1,4 @@
-"""Which request comes next: its class, prompt, body, and whether the client will hang up on it.
+"""The next request: its class, prompt and body, and the point at which the client hangs up, if it does.
 
 Everything is drawn from the seed and the request's number alone, so two servers get the same requests in the same
 order, however fast they answer.
@@ -28,7 +28,7 @@ class Cancellation:
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """What requests have in common, from the flags. `body` goes before a class's own fields."""
+    """Fields common to all requests, from the flags. A class's own fields override `body`."""
 
     base_url: str
     endpoint: str
@@ -112,7 +112,7 @@ class Plan:
         return self
 
     def _prompt(self, which: int) -> Prompt:
-        """Every prompt once in a random order, then all again in another."""
+        """The next prompt: every one once in random order, then all again in another order."""
         own, order = self._prompts[which], self._orders[which]
         if not order:
             rng = np.random.default_rng([self._seed, self._next, which])
@@ -124,7 +124,7 @@ class Plan:
 
 
 def is_chat(endpoint: str) -> bool:
-    """Whether an endpoint takes messages rather than a prompt. Raises LoadtestError if it is neither."""
+    """True if an endpoint takes messages rather than a prompt. Raises LoadtestError if it takes neither."""
     if endpoint.endswith("/chat/completions"):
         return True
     if endpoint.endswith("/completions"):

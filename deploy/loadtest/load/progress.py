@@ -14,7 +14,7 @@ EVERY_S = 0.25  # between redraws; drawing takes time that the schedule needs
 
 
 class Line:
-    """Ended of all, outcomes so far, requests in flight, and the median TTFT of the last 100 answers."""
+    """Line with requests ended, outcomes so far, requests in flight, and the median TTFT of the last 100 answers."""
 
     def __init__(self, title: str, load: Load) -> None:
         expected = load.count
@@ -27,11 +27,11 @@ class Line:
         self._drawn = 0.0
 
     def sent(self, record: Record) -> None:
-        """One more is in flight."""
+        """Count one more request in flight."""
         self._in_flight += 1
 
     def ended(self, record: Record) -> None:
-        """One has ended."""
+        """Count one request as ended."""
         self._in_flight -= 1
         self._outcomes[record.outcome] += 1
         if record.ttft is not None:
@@ -46,10 +46,10 @@ class Line:
         self._bar.update()
 
     def close(self) -> None:
-        """Leaves the last state on the screen."""
+        """Leave the last state on the screen."""
         self._bar.close()
 
 
 def watcher(title: str, load: Load, enabled: bool) -> Watcher:
-    """The display of a load; silent if it is not wanted or standard error is no terminal."""
+    """The display of a load; silent if disabled or if standard error is not a terminal."""
     return Line(title, load) if enabled and sys.stderr.isatty() else Unwatched()

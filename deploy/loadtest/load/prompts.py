@@ -1,4 +1,4 @@
-"""Prompts to send: the short list that ships with the harness, or a file of the user's."""
+"""Prompts to send: the short built-in list, or a file of the user's."""
 
 import json
 from importlib.resources import files
@@ -16,8 +16,8 @@ def shipped() -> list[Prompt]:
 
 
 def load(path: Path) -> list[Prompt]:
-    """The prompts of a file, in order. `.jsonl`: a string, {"prompt": text} or {"messages": [...]} a line;
-    anything else: a prompt a line. Blank lines are skipped. Raises LoadtestError with the line at fault."""
+    """The prompts of a file, in order. `.jsonl`: a string, {"prompt": text} or {"messages": [...]} per line;
+    anything else: one prompt per line. Blank lines are skipped. Raises LoadtestError with the line at fault."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -25,7 +25,7 @@ def load(path: Path) -> list[Prompt]:
     parse = _json_prompt if path.suffix == ".jsonl" else lambda line, where: line
     prompts = [parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise LoadtestError(f"prompts {path}: the file has no prompt")
+        raise LoadtestError(f"prompts {path}: the file has no prompts")
     return prompts
 
 

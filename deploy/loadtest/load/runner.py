@@ -1,9 +1,9 @@
-"""Keeps the schedule: sends the plan's requests when they are due and gathers their records.
+"""Keep the schedule: send the plan's requests when they are due and gather their records.
 
 Open loop (a finite rate): requests go out when they are due, however slow the server is; with a cap on concurrency
-they wait here for a free place, and that wait counts. Closed loop (no rate but a cap): so many users, each of whom
-sends as soon as the last answer ended, which is then the scheduled time; a user who got a 429 first waits as long as
-its Retry-After says.
+they wait here for a free place, and that wait counts. Closed loop (a cap and no rate): that many users, each of whom
+sends as soon as the last answer ended, which is then the scheduled time; after a 429 a user first waits for as long as
+Retry-After says.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ LEAD_S = 0.02  # between making the schedule and its time 0, so that the first r
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much is sent. `count` or `duration_s` must be given."""
+    """Amount and rate of what is sent. `count` or `duration_s` must be given."""
 
     rate: float | Ramp = math.inf
     burstiness: float = 1.0
@@ -37,7 +37,7 @@ class Load:
 
     @property
     def closed(self) -> bool:
-        """Whether the next request waits for an answer, not for a time."""
+        """True if the next request waits for an answer and not for a time."""
         return self.rate == math.inf and self.max_concurrency is not None
 
     @property
@@ -50,7 +50,7 @@ class Load:
 
 @dataclass(slots=True)
 class Run:
-    """What a load came to. `start` is time 0 of the schedule in `time.perf_counter()`."""
+    """Records of a load. `start` is time 0 of the schedule in `time.perf_counter()`."""
 
     load: Load
     start: float
@@ -61,29 +61,29 @@ class Run:
 
 
 class Watcher(Protocol):
-    """Is told of every request as it goes."""
+    """Observer that is told of every request as it goes."""
 
     def sent(self, record: Record) -> None:
-        """A request goes out now."""
+        """Note a request that goes out now."""
 
     def ended(self, record: Record) -> None:
-        """A request has its outcome."""
+        """Note a request that has its outcome."""
 
     def close(self) -> None:
-        """The run is over."""
+        """End the display: the run is over."""
 
 
 class Unwatched:
     """Watches nothing."""
 
     def sent(self, record: Record) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def ended(self, record: Record) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 async def run_load(
@@ -95,7 +95,7 @@ async def run_load(
     watcher: Watcher | None = None,
     stop: asyncio.Event | None = None,
 ) -> Run:
-    """Sends a load and waits until every request has ended. Setting `stop` ends it at once: nothing more is sent,
+    """Send a load and wait until every request has ended. Setting `stop` ends it at once: nothing more is sent,
     and what is in flight is cancelled."""
     gc.collect()
     gc.freeze()  # a full collection in the middle would look like latency
@@ -120,7 +120,7 @@ async def run_load(
 
 
 async def warm_up(client: Client, plan: Plan, count: int, max_concurrency: int | None) -> list[Record]:
-    """Sends requests that are not measured; nobody hangs up on them."""
+    """Send requests that are not measured; nobody hangs up on them."""
     load = Load(max_concurrency=max_concurrency or min(count, 16), count=count)
     sender = _Sender(client, plan, Run(load, time.perf_counter(), datetime.now(UTC)), Unwatched(), hang_ups=False)
     await sender.closed()
@@ -139,7 +139,7 @@ class _Sender:
         self._place = nullcontext() if cap is None else asyncio.Semaphore(cap)
 
     async def open(self, times: Times) -> None:
-        """Sends at given seconds after the start."""
+        """Send at given seconds after the start."""
         async with asyncio.TaskGroup() as tasks:
             for seconds in times:
                 call, due = self._call(), self.run.start + float(seconds)
@@ -147,7 +147,7 @@ class _Sender:
                 tasks.create_task(self._in_place(call, due))
 
     async def closed(self) -> None:
-        """Keeps as many requests in flight as the cap allows."""
+        """Keep as many requests in flight as the cap allows."""
         load = self.run.load
         assert load.max_concurrency is not None
         left = math.inf if load.count is None else load.count

@@ -1,7 +1,7 @@
 """A saturation sweep: the same traffic at rising loads, and where the server stops keeping up.
 
-With rates of its own it runs those. With "auto" it first measures what the server completes per second when a fixed
-number of users never pause (closed loop), then runs open loop at fractions of that throughput, below and above it.
+Given rates, it runs those. With "auto" it first measures the throughput that a fixed number of users who never pause
+get from the server (closed loop), then runs open loop at fractions of it, below and above 1.
 """
 
 import math
@@ -44,7 +44,7 @@ class Sweep:
 def sweep_result(
     stages: Sequence[dict[str, Any]], saturation: dict[str, Any] | None, sweep: Sweep, about: Reporting
 ) -> dict[str, Any]:
-    """The result of a sweep out of those of its stages (result.py).
+    """The result of a sweep, from the results of its stages (result.py).
 
     `knee`: the stage with the most goodput (throughput, if there are no objectives). `capacity`: the highest rate up
     to which every stage had the wanted attainment; None if none had, or without objectives.
@@ -78,5 +78,5 @@ def sweep_result(
 
 
 def _round(rate: float) -> float:
-    """To three significant figures."""
+    """Round to three significant figures."""
     return float(f"{rate:.3g}") if math.isfinite(rate) else rate

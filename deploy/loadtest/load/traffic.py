@@ -1,4 +1,4 @@
-"""Classes of traffic: what a share of the requests looks like, from a YAML file.
+"""Classes of traffic, each a share of the requests, from a YAML file.
 
 classes:
   - name: plain
@@ -20,7 +20,7 @@ from guiderail.loadtest.loadtest_error import LoadtestError
 
 
 class Objectives(BaseModel):
-    """Limits in milliseconds on what a good request may take."""
+    """Latency limits of a good request, in milliseconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -30,12 +30,12 @@ class Objectives(BaseModel):
 
 
 class TrafficClass(BaseModel):
-    """Requests of one kind. What is None comes from the flags of the command."""
+    """Requests of one kind. Fields that are None come from the command's flags."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field("default", min_length=1)
-    share: float = Field(1.0, gt=0, description="weight against the other classes; they need not sum to anything")
+    share: float = Field(1.0, gt=0, description="weight relative to the other classes; weights need not sum to 1")
     endpoint: str | None = None
     model: str | None = None
     stream: bool = True
@@ -74,7 +74,7 @@ def load(path: Path) -> list[TrafficClass]:
         raise LoadtestError(f"--traffic {path}: {_path(loc)}: {first['msg']}{hint}") from error
     for i, kind in enumerate(classes):
         if kind.name in {other.name for other in classes[:i]}:
-            raise LoadtestError(f"--traffic {path}: classes[{i}].name: '{kind.name}' is there twice")
+            raise LoadtestError(f"--traffic {path}: classes[{i}].name: '{kind.name}' occurs twice")
     beside = path.absolute().parent
     return [k.model_copy(update={"prompts": beside / k.prompts}) if k.prompts else k for k in classes]
 

@@ -1,1 +1,1 @@
-"""What a run came to: records, metrics, tables, plots and a page. Sends nothing."""
+"""Results of a run: records, metrics, tables, plots and a page. Sends nothing."""

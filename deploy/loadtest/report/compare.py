@@ -1,4 +1,4 @@
-"""`guiderail loadtest compare a.json b.json`: what b is, as a multiple of a."""
+"""`guiderail loadtest compare a.json b.json`: b as a multiple of a."""
 
 import json
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def rows(a: dict[str, Any], b: dict[str, Any]) -> list[Row]:
-    """Name and both values of every figure that either has. Raises LoadtestError if there is nothing to compare.
+    """Name and both values of every metric that either has. Raises LoadtestError if there is nothing to compare.
 
     Sweeps are compared at the rates that both ran; classes, by name.
     """
@@ -69,39 +69,39 @@ def _group(prefix: str, a: dict[str, Any], b: dict[str, Any]) -> Iterator[Row]:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    figures = [("sent", ("sent",)), ("completed", ("outcomes", "completed")), ("429", ("outcomes", "rejected_429"))]
-    figures += [(key, ("outcomes", key)) for key in ("http_error", "connection_error", "stream_error", "timeout")]
-    figures += [
+    metrics = [("sent", ("sent",)), ("completed", ("outcomes", "completed")), ("429", ("outcomes", "rejected_429"))]
+    metrics += [(key, ("outcomes", key)) for key in ("http_error", "connection_error", "stream_error", "timeout")]
+    metrics += [
         ("throughput (req/s)", ("request_throughput",)),
         ("output (tok/s)", ("output_throughput",)),
         ("goodput (req/s)", ("goodput", "request_goodput")),
         ("good requests (share)", ("goodput", "attainment")),
     ]
     for name, ranks in (PART_LATENCIES if prefix else LATENCIES).items():
-        figures.append((f"{name} mean (ms)", ("latency_ms", name, "mean")))
-        figures += [(f"{name} p{rank} (ms)", ("latency_ms", name, "percentiles", rank)) for rank in ranks]
-    figures += [
+        metrics.append((f"{name} mean (ms)", ("latency_ms", name, "mean")))
+        metrics += [(f"{name} p{rank} (ms)", ("latency_ms", name, "percentiles", rank)) for rank in ranks]
+    metrics += [
         ("reward mean", ("reward", "score", "mean")),
         ("reward per second", ("reward", "per_s")),
         ("reward per second of latency", ("reward", "per_latency_s")),
         ("discarded tokens (share)", ("spend", "discarded_share")),
         ("scoring time (share)", ("spend", "scoring_share")),
     ]
-    for name, path in figures:
+    for name, path in metrics:
         pair = of(a, *path), of(b, *path)
         if pair not in ((None, None), (0, 0)):
             yield (prefix + name, *pair)
 
 
 def ratio(a: float | None, b: float | None) -> str:
-    """b / a as text. A ratio of or to a negative or absent value means nothing and is a dash."""
+    """b / a as text. A dash where a value is negative or absent, as no ratio has a meaning there."""
     if a is None or b is None or a <= 0 or b < 0:
         return "-"
     return f"{b / a:.3f}"
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Settings in which the two differ: a ratio is only worth what these let it be."""
+    """Settings in which the two differ, and on which the meaning of every ratio depends."""
     return [f"{key}: {a.get(key)} against {b.get(key)}" for key in SETTINGS if a.get(key) != b.get(key)]
 
 
@@ -111,7 +111,7 @@ def as_rows(found: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def compare(a: Path, b: Path, html: Path | None) -> None:
-    """Prints the comparison of two saved results, and writes it to `html` if that is given."""
+    """Print the comparison of two saved results, and write it to `html` if that is given."""
     results = load(a), load(b)
     found = rows(*results)
     console = terminal()

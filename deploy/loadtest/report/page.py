@@ -1,4 +1,4 @@
-"""One HTML page for a result: figures, plots and tables, with nothing to load from anywhere else."""
+"""One HTML page for a result: metrics, plots and tables, which loads nothing from anywhere else."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 from guiderail.loadtest.load.runner import Run
 from guiderail.loadtest.report import run_plots as plots
 from guiderail.loadtest.report import sweep_plots as plots_sweep
-from guiderail.loadtest.report.metrics_of_a_run import Plot
+from guiderail.loadtest.report.plot_parts import Plot
 from guiderail.loadtest.report.table import class_rows, latency_rows, notes, number, share, stage_groups, summary_lines
 
 SETTINGS = (
@@ -126,6 +126,6 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     )
 
 
-def _preformatted(title: str, value: Any) -> str:
+def _preformatted(title: str, value: object) -> str:
     text = escape(json.dumps(value, indent=1))
     return f'<section class="wide"><details><summary>{escape(title)}</summary><pre>{text}</pre></details></section>'

@@ -1,8 +1,8 @@
-"""What is recorded of one request, and how it ended.
+"""The record of one request, and its outcome.
 
 All times are seconds of `time.perf_counter()`. Latencies count from the *scheduled* send: a request that the
 schedule wanted at t and that could only go out at t + 1 s has waited that second too (Gil Tene's coordinated
-omission). What counts from the actual send carries `from_send` in its name.
+omission). Latencies from the actual send have `from_send` in their names.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Outcome(StrEnum):
-    """How a request ended. Every request sent has exactly one."""
+    """Outcome of a request. Every request sent has exactly one."""
 
     COMPLETED = "completed"
     REJECTED = "rejected_429"
@@ -26,7 +26,7 @@ class Outcome(StrEnum):
 
 @dataclass(slots=True)
 class Record:
-    """One request. What never happened is None, or NaN for times."""
+    """One request. Events that never happened are None, or NaN for times."""
 
     index: int
     class_name: str
@@ -54,7 +54,7 @@ class Record:
 
     @property
     def first(self) -> float | None:
-        """When the first text came: the first chunk with text; the end, if a completed answer had no such chunk."""
+        """Arrival of the first chunk with text; the end, if a completed answer had no such chunk."""
         if self.chunks:
             return self.chunks[0]
         return self.end if self.outcome is Outcome.COMPLETED else None
@@ -81,7 +81,7 @@ class Record:
 
     @property
     def queue(self) -> float:
-        """How much later than scheduled the request was sent."""
+        """Delay of the send after its schedule."""
         return self.sent - self.scheduled
 
     @property
@@ -98,7 +98,7 @@ class Record:
 
     @property
     def good(self) -> bool:
-        """Whether it completed within its objectives (milliseconds). A TPOT that does not exist is within any."""
+        """True if it completed within its objectives (milliseconds). A missing TPOT is within any."""
         if self.outcome is not Outcome.COMPLETED:
             return False
         measured = {"ttft": self.ttft, "tpot": self.tpot, "e2el": self.e2el}

@@ -1,7 +1,7 @@
-"""The JSON of a run: the keys of `vllm bench serve`, then ours; the files it is saved in.
+"""The JSON of a run: the keys of `vllm bench serve`, then ours; and the files it is saved in.
 
-vLLM's names keep vLLM's meaning, but latencies count from the scheduled send (records.py). Where there are no
-values, a figure is null, not 0.
+vLLM's names keep vLLM's meaning, but latencies count from the scheduled send (records.py). A metric without
+values is null, not 0.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from guiderail.loadtest.load.arrivals import Ramp
 from guiderail.loadtest.load.runner import Run
-from guiderail.loadtest.report.quantiles import max_concurrent, max_tokens_per_s, summarize, word
+from guiderail.loadtest.report.metrics_of_a_run import max_concurrent, max_tokens_per_s, summarize, word
 from guiderail.loadtest.report.records import Outcome, Record
 
 METRICS = ("ttft", "tpot", "itl", "e2el", "ttft_from_send", "e2el_from_send", "client_queue_time", "server_queue_time")
@@ -22,7 +22,7 @@ QUEUE_INCLUSIVE = "e2el_including_client_queue"
 
 @dataclass(frozen=True, slots=True)
 class Reporting:
-    """What goes into a result, from the flags."""
+    """Content and names of a result, from the flags."""
 
     label: str
     model: str
@@ -37,7 +37,7 @@ class Reporting:
 
 
 def result_of(run: Run, about: Reporting, *, detailed: bool = False) -> dict[str, Any]:
-    """The result of one run. `detailed` adds vLLM's lists, an entry a request in the order of sending."""
+    """The result of one run. `detailed` adds vLLM's lists, with one entry per request in the order of sending."""
     load, records = run.load, run.records
     total = summarize(records, run.duration_s, about.percentiles)
     names = list(dict.fromkeys(record.class_name for record in records))
@@ -94,11 +94,11 @@ def _ramp_keys(ramp: Ramp | None) -> dict[str, Any]:
 def _flat(latency: dict[str, Any], about: Reporting) -> dict[str, float | None]:
     keys: dict[str, float | None] = {}
     for name in about.percentile_metrics:
-        figures = latency["e2el" if name == QUEUE_INCLUSIVE else name]
+        metrics = latency["e2el" if name == QUEUE_INCLUSIVE else name]
         for kind in ("mean", "median", "std"):
-            keys[f"{kind}_{name}_ms"] = figures[kind]
+            keys[f"{kind}_{name}_ms"] = metrics[kind]
         for percentile in about.percentiles:
-            keys[f"p{word(percentile)}_{name}_ms"] = figures["percentiles"][word(percentile)]
+            keys[f"p{word(percentile)}_{name}_ms"] = metrics["percentiles"][word(percentile)]
     return keys
 
 
@@ -117,7 +117,7 @@ def _lists(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 def result_path(directory: str | None, filename: str | None, about: Reporting, result: dict[str, Any]) -> Path:
-    """Where to save, in vLLM's way of naming; makes the folder."""
+    """Path to save to, named as vLLM does; makes the folder."""
     cap = result.get("max_concurrency")
     if result["kind"] == "sweep":
         load = "sweep"
@@ -134,12 +134,12 @@ def result_path(directory: str | None, filename: str | None, about: Reporting, r
 
 
 def save_json(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result."""
+    """Write a result."""
     path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def save_requests(path: Path, runs: Sequence[Run]) -> None:
-    """Writes a line of JSON for every request of every run; `stage` counts the runs from 0."""
+    """Write a line of JSON for every request of every run; `stage` counts the runs from 0."""
     with path.open("w") as file:
         for stage, run in enumerate(runs):
             for record in run.records:

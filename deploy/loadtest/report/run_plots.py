@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from guiderail.loadtest.load.runner import Run
-from guiderail.loadtest.report.metrics_of_a_run import (
+from guiderail.loadtest.report.plot_parts import (
     MANY,
     OUTCOME_COLOURS,
     RANKS,
@@ -92,7 +92,7 @@ def _curve(axis: Axes, values: Floats, colour: str, label: str, style: str) -> l
 
 @in_style
 def reward_against_latency(runs: Sequence[Run]) -> Plot:
-    """Every scored answer by what it took and what it scored."""
+    """Every scored answer by its latency and its score."""
     plot = Plot(
         "reward-latency",
         "Reward against latency",
@@ -124,7 +124,7 @@ def reward_against_latency(runs: Sequence[Run]) -> Plot:
 
 @in_style
 def outcomes_over_time(runs: Sequence[Run]) -> Plot:
-    """How requests ended, and how many were in flight, along the clock."""
+    """Outcomes and requests in flight over time."""
     plot = Plot(
         "outcomes-time",
         "Timeline of outcomes",
@@ -161,11 +161,11 @@ def outcomes_over_time(runs: Sequence[Run]) -> Plot:
 
 @in_style
 def where_it_went(runs: Sequence[Run]) -> Plot:
-    """Tokens kept and thrown away, and time by what it was spent on."""
+    """Tokens kept and discarded, and time by what it was spent on."""
     plot = Plot(
         "spend",
         "Where tokens and time went",
-        "By class, from the answers' own account: generated tokens that were kept and that were discarded; the "
+        "By class, from the answers' alignment objects: generated tokens that were kept and that were discarded; the "
         "server's time per answer while it generated, scored and waited (generation and scoring may overlap).",
     )
     told = [r for run in runs for r in _completed(run.records) if r.spend]

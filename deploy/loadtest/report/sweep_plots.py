@@ -1,4 +1,4 @@
-"""The plots of a sweep: what the server does as the load rises."""
+"""The plots of a sweep: the server under rising load."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from guiderail.loadtest.report.metrics_of_a_run import (
+from guiderail.loadtest.report.metrics_of_a_run import word
+from guiderail.loadtest.report.plot_parts import (
     COLOURS,
     OUTCOME_COLOURS,
     RANKS,
@@ -17,7 +18,6 @@ from guiderail.loadtest.report.metrics_of_a_run import (
     new,
     svg,
 )
-from guiderail.loadtest.report.quantiles import word
 from guiderail.loadtest.report.records import Outcome
 
 Stage = dict[str, Any]
@@ -30,8 +30,8 @@ def latency_against_load(result: dict[str, Any]) -> Plot:
     plot = Plot(
         "latency-load",
         "Latency against load",
-        "Percentiles at each offered load, from the scheduled send. Past saturation they depend on how long the load "
-        "lasts, for the queue only grows.",
+        "Percentiles at each offered load, from the scheduled send. Past saturation the queue only grows, so that they "
+        "depend on how long the load lasts.",
     )
     stages = [stage for stage in result["stages"] if stage["completed"]]
     if not stages:

@@ -21,10 +21,10 @@ NAMES = {
     "rejection": "Time to a 429 (ms)",
 }
 ERRORS = ("http_error", "connection_error", "stream_error", "timeout")
-LATE_MS = 10.0  # a schedule kept worse than this says that the client is the bottleneck
+LATE_MS = 10.0  # later than this, the client itself is the bottleneck
 
 
-def number(value: Any) -> str:
+def number(value: float | str | None) -> str:
     """Three or four significant figures; a dash where there is no value."""
     if value is None:
         return "-"
@@ -49,8 +49,8 @@ def latency_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for key, name in NAMES.items():
         of = latency[key]
         if of["count"]:
-            figures = [of["mean"], *(of["percentiles"][rank] for rank in ranks), of["max"]]
-            rows.append([name, *map(number, figures), str(of["count"])])
+            metrics = [of["mean"], *(of["percentiles"][rank] for rank in ranks), of["max"]]
+            rows.append([name, *map(number, metrics), str(of["count"])])
     return head, rows
 
 
@@ -97,7 +97,7 @@ def _without_empty_columns(head: list[str], rows: list[list[str]]) -> list[list[
 
 
 def stage_groups(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the table of classes shows: the classes and all, or the stages of a sweep."""
+    """Groups that the table of classes shows: the classes and their total, or the stages of a sweep."""
     if result["kind"] == "sweep":
         return {f"{stage['request_rate']:g} req/s": stage for stage in result["stages"]}
     classes: dict[str, dict[str, Any]] = result["classes"] if len(result["classes"]) > 1 else {}
@@ -105,16 +105,16 @@ def stage_groups(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """What a reader should not overlook."""
+    """Warnings and errors that a reader should not overlook."""
     stages = result["stages"] if result["kind"] == "sweep" else [result]
-    found = ["The run was interrupted; these are the figures so far."] if result["interrupted"] else []
+    found = ["The run was interrupted; these are the results so far."] if result["interrupted"] else []
     if any(not stage["tokens_counted"] for stage in stages):
         found.append("The server gave no usage: tokens are counted as chunks with text.")
     late = [s["latency_ms"]["client_queue_time"]["percentiles"].get("99") for s in stages if not s["max_concurrency"]]
     if any(value is not None and value > LATE_MS for value in late):
         found.append(
-            f"The client kept its schedule worse than {LATE_MS:g} ms at p99: it was too busy for this load, "
-            "and latencies contain its own delay."
+            f"The client was more than {LATE_MS:g} ms late at p99: it was too busy for this load, "
+            "and the latencies include its own delay."
         )
     messages = sum((Counter(stage["error_messages"]) for stage in stages), Counter())
     return found + [f"{count} x {message}" for message, count in messages.most_common(5)]
@@ -144,7 +144,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
 
 
 def show(result: dict[str, Any], console: Console | None = None) -> None:
-    """Prints a result."""
+    """Print a result."""
     console = console or terminal()
     for line in summary_lines(result):
         console.print(line)
@@ -152,19 +152,19 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
         console.print(as_table("Latency", *latency_rows(result)))
     title = "Loads" if result["kind"] == "sweep" else "Traffic"
     head, rows = class_rows(stage_groups(result))
-    # Turned on its side: there are fewer groups than figures, and a terminal is narrow.
+    # Transposed: there are fewer groups than metrics, and a terminal is narrow.
     console.print(as_table(title, ["", *(row[0] for row in rows)], list(zip(head, *rows, strict=True))[1:]))
     for note in notes(result):
         console.print(note, markup=False)
 
 
 def terminal() -> Console:
-    """Standard output; wide where it is a file or a pipe."""
+    """Console on standard output; wide if that is a file or a pipe."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 def as_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A rich table with numbers on the right."""
+    """A rich table with its numbers right-aligned."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for i, name in enumerate(head):
         table.add_column(name, justify="right" if i else "left", overflow="fold")

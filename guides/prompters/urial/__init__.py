@@ -1,1 +1,1 @@
-"""The prompter URIAL and its text layout. Knows nothing of the model's chat template."""
+"""The prompter URIAL: its text layout, styles and cleaner. Knows nothing of the model's chat template."""

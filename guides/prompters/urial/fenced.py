@@ -1,13 +1,14 @@
-"""Finds where an answer between fences ends, while it is being written; code blocks inside it are kept.
+"""Find the end of an answer between fences while it is being generated; code blocks inside it are kept.
 
-The answer begins behind its opening fence. Lines decide. A line of backticks alone that closes no code block ends
-the answer if nothing, an empty line or a heading follows; if other text follows it opens a code block. Without such
-a line the answer ends at a heading that comes right after a code block, or that opens a new turn: alone on its line
-with a fence on the next (outside of code also an empty line or nothing). White space around the answer is dropped.
+The answer begins after its opening fence. Its end is found line by line. A line of backticks alone that closes no code
+block ends the answer if nothing, an empty line or a heading follows; if other text follows it opens a code block.
+Without such a line the answer ends at a heading that directly follows a code block, or that opens a new turn: alone on
+its line with a fence on the next (outside of code also an empty line or nothing). White space around the answer is
+dropped.
 
 So a code block that begins with an empty line must name its language, and a comment `# Query:` inside a code block
-stays unless a fence follows it at once. The engine's stop strings are the turn openings alone: a stop at `# Query`
-would cut such comments, and one that holds the closing fence would take a code block's last line with it.
+stays unless a fence follows directly. The engine's stop strings are only the openings of turns: a stop at `# Query`
+would cut such comments, and one with the closing fence would remove the last line of a code block.
 """
 
 import re
@@ -15,7 +16,7 @@ import re
 from guiderail.guides.prompters.prompter import Cleaner
 from guiderail.guides.prompters.urial.layout import FENCE
 
-# With a repetition penalty models avoid the words of the prompt and write other headings of the same meaning.
+# Under a repetition penalty, models avoid the words of the prompt and write other headings with the same meaning.
 _NAMES = ("# Query", "# Question", "# Answer", "# Response", "# User")
 STOPS = tuple(f"\n{name}:\n{FENCE}" for name in _NAMES)
 
@@ -23,19 +24,19 @@ _HEADING = re.compile(rf"(?:{'|'.join(_NAMES)})(?::.*|\s*)")
 _OPENING = re.compile(rf"(?:{'|'.join(_NAMES)}):?\s*")
 _BARE = re.compile(r"`{3,}\s*")
 _BARE_SO_FAR = re.compile(r"`+\s*")
-# Small models also put a fence behind text on the same line.
+# Small models also put a fence after text on the same line.
 _BEGINS_CODE = re.compile(r"\s*`{3,}[^`]*|(?:(?!```).)*`{3,}[^\s`]*\s*")
 _ENDS_CODE = re.compile(r"(?:(?!```).)*`{3,}\s*")
 
 
 class FencedCleaner(Cleaner):
-    """Shows an answer up to its closing fence. `continued` is the part of it that stands in the prompt."""
+    """Cleaner that keeps an answer up to its closing fence. `continued` is the part that stands in the prompt."""
 
     def __init__(self, continued: str = "") -> None:
         self._text = continued
         self._begin = len(continued)
         self._shown = len(continued)
-        self._at = 0  # start of the first line that is not decided on
+        self._at = 0  # start of the first undecided line
         self._end: int | None = None
         self._in_code = False
         self._after_code = False
@@ -51,7 +52,7 @@ class FencedCleaner(Cleaner):
         return self._show(len(self._text) if self._end is None else self._end)
 
     def _scan(self, *, last: bool) -> None:
-        """Decides on lines from `_at` on, as far as what follows them is known."""
+        """Decide on lines from `_at` on, as far as the text after them is known."""
         while self._end is None and self._at < len(self._text):
             line = self._line(self._at, last)
             if line is None:
@@ -68,7 +69,7 @@ class FencedCleaner(Cleaner):
             self._at = after
 
     def _ends(self, line: str, following: str | None) -> bool | None:
-        """Whether the answer ends before `line`; None while that hangs on a following line that has not come."""
+        """True if the answer ends before `line`; None while that depends on a line that has not arrived."""
         if self._after_code and _HEADING.fullmatch(line):
             return True
         closing = _BARE.fullmatch(line) and not self._in_code
@@ -82,14 +83,14 @@ class FencedCleaner(Cleaner):
         return following.startswith(FENCE) or not (following.strip() or self._in_code)
 
     def _line(self, start: int, last: bool) -> str | None:
-        """The line from `start`, None while its end has not come."""
+        """The line from `start`; None while its end has not arrived."""
         end = self._text.find("\n", start)
         if end < 0 and not last:
             return None
         return self._text[start : end if end >= 0 else None]
 
     def _safe(self) -> int:
-        """Up to where the text belongs to the answer whatever comes next (white space at the end apart)."""
+        """End of the text that belongs to the answer whatever comes next (trailing white space apart)."""
         if self._end is not None:
             return self._end
         rest = self._text[self._at :]
@@ -107,5 +108,5 @@ class FencedCleaner(Cleaner):
 
 
 def _agree(a: str, b: str) -> bool:
-    """Whether one of the two begins with the other."""
+    """True if one of the two begins with the other."""
     return a.startswith(b) or b.startswith(a)

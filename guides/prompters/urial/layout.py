@@ -16,10 +16,10 @@ A prompt is a sequence of blocks; the instruction comes first, `(fence)` is thre
     answer
     (fence)
 
-Only a heading at the very start of a line counts, and none can come from the texts: `escape` indents every line of
-them that looks like one by four spaces, which Markdown reads as literal text and Python as a comment still. A query
-that has fences gets a longer fence around it, so its code stays as it was written. Answers keep the short fence: it
-is what the model writes itself, so a later turn of the conversation finds the same tokens in the prefix cache.
+Only a heading at the very start of a line counts, and the texts cannot contain one: `escape` indents each of their
+lines that looks like a heading by four spaces, which Markdown reads as literal text and Python still as a comment. A
+query that contains fences gets a longer fence around it, so that its code is unchanged. Answers keep the short fence:
+the model writes it itself, so that a later turn of the conversation finds the same tokens in the prefix cache.
 """
 
 import re
@@ -38,12 +38,12 @@ _FENCED = re.compile(r"\s*(`{3,})[ \t]*\n(.*)\n\1\s*", re.DOTALL)
 
 
 def escape(text: str) -> str:
-    """The text with each line that looks like a heading indented by four spaces more."""
+    """Indent each line that looks like a heading by four more spaces."""
     return _TO_ESCAPE.sub("    ", text)
 
 
 def unescape(text: str) -> str:
-    """What `escape` was given."""
+    """Undo `escape`."""
     return _ESCAPED.sub("", text)
 
 
@@ -60,17 +60,17 @@ def query_block(text: str) -> str:
 
 
 def answer_block(text: str) -> str:
-    """A whole answer, with the empty line before it."""
+    """A complete answer, with the empty line before it."""
     return f"{open_answer(text)}\n{FENCE}\n"
 
 
 def open_answer(beginning: str = "") -> str:
-    """An answer that is still to be written, or to be written on."""
+    """An answer for the model to write or to continue."""
     return f"\n{ANSWER}\n{FENCE}\n{escape(beginning)}"
 
 
 def parse(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """The instruction and the (query, answer) pairs of a prompt file. Raises ValueError saying what is wrong where."""
+    """Return instruction and (query, answer) pairs of a prompt file. Raises ValueError with the place and the fault."""
     before, *rest = _HEADING_LINE.split(text)
     headings, bodies = rest[::2], rest[1::2]
     if before.strip() or not headings or headings[0] != INSTRUCTION:

@@ -17,7 +17,7 @@ Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
 
 class Example(BaseModel):
-    """A question and the answer that it should get."""
+    """A question and its model answer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +26,7 @@ class Example(BaseModel):
 
 
 class Style(BaseModel):
-    """What stands before every conversation."""
+    """Instruction and examples that precede every conversation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +47,7 @@ def parse_style(text: str) -> Style:
 
 
 def load_style(path: Path) -> Style:
-    """Reads a style file in UTF-8. Raises ValueError naming the file, OSError if it cannot be read."""
+    """Read a style file in UTF-8. Raises ValueError naming the file, OSError if it cannot be read."""
     try:
         return parse_style(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,9 +1,9 @@
-"""URIAL: a base model answers as an assistant would because the prompt shows it how (arXiv 2312.01552).
+"""URIAL: a base model answers like an assistant because its prompt shows it how (arXiv 2312.01552).
 
-The prompt is a style's instruction and examples, then the conversation in the same layout (layout.py), and ends
-behind the fence that opens the answer. The part that all requests of a style share comes first, so it stays in the
-engine's prefix cache. System messages become further `# Instruction` blocks at their place in the conversation.
-The paper samples with temperature 0.3 and repetition_penalty 1.1; those are the request's own fields.
+The prompt is a style's instruction and examples, then the conversation in the same layout (layout.py); it ends after
+the fence that opens the answer. The part shared by all requests of a style comes first and stays in the engine's
+prefix cache. System messages become further `# Instruction` blocks at their place in the conversation. The paper
+samples with temperature 0.3 and repetition_penalty 1.1, which are fields of the request itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,19 +42,19 @@ class Urial(Prompter):
 
     @property
     def prefix_text(self) -> str:
-        """What every prompt of these parameters begins with, byte for byte."""
+        """The text with which every prompt of these parameters begins, byte for byte."""
         style = self.files[self.style] if self.style in self.files else built_in(self.style)
         return Style(instruction=self.instruction or style.instruction, examples=self.examples or style.examples).text
 
     @property
     def says(self) -> str:
-        """The request's own instruction and examples; the style's are the operator's."""
+        """The request's own instruction and examples; those of a style are the operator's."""
         own = [] if self.instruction is None else [self.instruction]
         turns = ("".join((layout.query_block(e.query), layout.answer_block(e.answer))) for e in self.examples or ())
         return "\n\n".join([*own, *(turn.strip() for turn in turns)])
 
     def text(self, messages: Sequence[Message], *, continue_final_message: bool = False) -> str:
-        """The prompt as text. Raises RequestError for a conversation with no answer to write."""
+        """Return the prompt as text. Raises RequestError for a conversation that leaves no answer to write."""
         for place, message in enumerate(messages):
             if message.role not in ("system", "user", "assistant"):
                 raise RequestError(f"prompter 'urial' knows no role '{message.role}'", f"messages[{place}].role")
@@ -87,7 +87,7 @@ class Urial(Prompter):
 
 
 def urial_with(styles: Mapping[str, Style]) -> type[Urial]:
-    """Urial with the operator's styles beside the built-in ones; one of the same name takes the built-in's place."""
+    """Return Urial with the operator's styles added; one with a built-in's name replaces it."""
 
     class Extended(Urial):
         __doc__ = Urial.__doc__

@@ -1,1 +1,1 @@
-"""Evaluation of rewards and of best-of-N, offline: `guiderail rewards evaluate` and `guiderail evaluate curve`."""
+"""Offline evaluation: `guiderail rewards evaluate`, `evaluate curve` and `evaluate partial-correlation`."""

@@ -1,45 +1,42 @@
-"""`guiderail evaluate curve`: what best-of-N by one reward does to another, for every N from one pool of samples.
+"""`guiderail evaluate curve`: the effect of best-of-N by one reward on another, for every N from one pool of samples.
 
-M answers to each prompt are drawn from the served model and scored by a proxy (which best-of-N would choose by)
-and by gold (which one cares about). The expected gold of the answer that best-of-N chooses is estimated for each
-N up to M without bias, by the average over all subsets of N answers; beside it stands the selection's KL from the
-served model, at most log N - (N - 1)/N (Beirami et al., arXiv 2401.01879). Where gold falls while proxy rises, the
-proxy is over-optimised (Gao et al., arXiv 2210.10760). Bands are bootstrap intervals over prompts. From the same
-answers HedgeTune (guides/scoring/hedge.py) recommends how hard to select: the N of best-of-n and the mu of
-best_of_poisson that give the largest expected gold. A prompt that a reward fails on is named and left out.
+M answers to each prompt are drawn from the served model and scored by a proxy (the reward that best-of-N would
+choose by) and by gold (the reward that matters). The expected gold of the answer that best-of-N chooses is estimated
+for each N up to M without bias, as the average over all subsets of N answers; beside it stands the selection's KL
+from the served model, at most log N - (N - 1)/N (Beirami et al., arXiv 2401.01879). Where gold falls while the proxy
+rises, the proxy is over-optimised (Gao et al., arXiv 2210.10760). Bands are bootstrap intervals over prompts. From
+the same answers HedgeTune (guides/scoring/hedge.py) recommends a strength of selection: the N of best-of-n and the mu
+of best_of_poisson with the largest expected gold. A prompt that a reward fails on is named and left out.
 
 Answers and scores are kept in OUT.progress.jsonl until the report is written; after an interruption the same command
-goes on there.
+resumes from there.
 """
 
 import argparse
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guiderail.guides.core.errors import GuiderailError
-from guiderail.server.offline.journal import Journal, whole_folder
+from guiderail.server.offline.journal import Journal
 from guiderail.server.offline.options import (
     REWARD_HELP,
     NamedReward,
     add_engine_arguments,
-    describe_prompts,
+    add_prompt_arguments,
     describe_term,
-    journal_of,
     output_folder,
     parse_reward,
-    pin_weights,
-    settings_for,
+    report_on_prompts,
     terms_of,
-    write_report,
 )
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from guiderail.guides.core.types import Message, SamplingSpec
+    from guiderail.guides.core.types import SamplingSpec
+    from guiderail.server.offline.options import Prompts
     from guiderail.server.state import ServerState
 
     Array = npt.NDArray[np.float64]
@@ -49,65 +46,37 @@ HEDGE_RESAMPLES = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the arguments of the command."""
     add = parser.add_argument
-    add("--prompts", required=True, metavar="FILE", help='.jsonl or .jsonl.gz of {"messages": [...]} or {"prompt": ""}')
-    add("--proxy", required=True, metavar="REWARD", help=f"what best-of-N chooses by: {REWARD_HELP}")
-    add("--gold", required=True, metavar="REWARD", help="what is looked at, given likewise")
-    add("-m", "--samples", type=int, default=128, metavar="M", help="answers drawn for each prompt (128)")
+    add("--proxy", required=True, metavar="REWARD", help=f"reward that best-of-N chooses by: {REWARD_HELP}")
+    add("--gold", required=True, metavar="REWARD", help="reward that the chosen answers are judged by, given likewise")
     add("--ns", metavar="N,N,...", help="numbers of candidates (powers of two up to M)")
-    add("--max-tokens", type=int, default=64, help="tokens of an answer at most (64)")
-    add("--temperature", type=float, default=1.0, help="sampling temperature (1)")
-    add("--seed", type=int, default=0, help="seed of the answers and of the bootstrap (0)")
-    add("--limit", type=int, metavar="N", help="use the first N prompts alone")
-    add("--out", required=True, metavar="FOLDER", help="folder for report.json and curve.png, new or empty")
+    add_prompt_arguments(parser, samples=128, picture="curve.png")
     add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; returns the exit status. Raises GuiderailError."""
-    from guiderail.guides.core.types import SamplingSpec
+    """Run the command; return the exit status. Raises GuiderailError."""
     from guiderail.server.offline.evaluate.curve_plot import draw_curve
-    from guiderail.server.offline.offline_state import run_offline
-    from guiderail.server.offline.prompt_file import read_prompts
 
     ns = _numbers(args)
     out = output_folder(args.out)
     rewards = [parse_reward(args.proxy, "proxy"), parse_reward(args.gold, "gold")]
-    settings = settings_for(args, rewards)
-    file = read_prompts(Path(args.prompts))
-    prompts = file.prompts[: args.limit]
-    if len(prompts) < 2:
-        raise GuiderailError(f"--prompts {args.prompts}: at least 2 prompts are needed for an interval")
-    sampling = SamplingSpec(args.max_tokens, args.temperature, seed=args.seed)
 
-    kept = ("proxy", "gold", "samples", "ns", "max_tokens", "temperature", "seed", "limit")
-    with journal_of(out, settings, ours=kept, args=args, data=file.sha256) as journal:
+    async def measure(
+        state: "ServerState", prompts: "Prompts", sampling: "SamplingSpec", journal: Journal
+    ) -> dict[str, Any]:
+        return await evaluate_curve(state, prompts, rewards, args.samples, ns, sampling, journal)
 
-        async def main(state: "ServerState") -> int:
-            pin_weights(journal, state)
-            figures = await evaluate_curve(state, prompts, rewards, args.samples, ns, sampling, journal)
-            report = {
-                "created": datetime.now(UTC).date().isoformat(),
-                "model": settings.model_name,
-                "prompts": describe_prompts(args, file, len(prompts), journal),
-                "sampling": {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed},
-                **figures,
-                "failed": journal.failed,
-            }
-            with whole_folder(out) as folder:
-                write_report(folder, report)
-                draw_curve(folder / "curve.png", report)
-            journal.finish()
-            print(table(report))
-            print(out)
-            return 0
+    def write(folder: Path, report: dict[str, Any]) -> str:
+        draw_curve(folder / "curve.png", report)
+        return table(report)
 
-        return run_offline(settings, main)
+    return report_on_prompts(args, out, rewards, ("proxy", "gold", "ns"), measure, write)
 
 
 def _numbers(args: argparse.Namespace) -> list[int]:
-    """The values of N. Raises GuiderailError for these and other numbers that make no sense."""
+    """The values of N. Raises GuiderailError if these or other numbers are out of range."""
     if args.samples < 2 or args.max_tokens < 1 or args.temperature <= 0 or (args.limit is not None and args.limit < 2):
         raise GuiderailError("-m and --limit must be at least 2, --max-tokens at least 1, --temperature positive")
     if args.ns is None:
@@ -123,14 +92,14 @@ def _numbers(args: argparse.Namespace) -> list[int]:
 
 async def evaluate_curve(
     state: "ServerState",
-    prompts: "Sequence[tuple[Message, ...]]",
+    prompts: "Prompts",
     rewards: Sequence[NamedReward],
     m: int,
     ns: Sequence[int],
     sampling: "SamplingSpec",
     journal: Journal | None = None,
 ) -> dict[str, Any]:
-    """The figures for report.json; `rewards` are proxy and gold. Raises what drawing and scoring raise."""
+    """The metrics for report.json; `rewards` are proxy and gold. Raises the errors of drawing and scoring."""
     import numpy as np
 
     from guiderail.server.offline.evaluate.draw import draw, score_all
@@ -147,12 +116,12 @@ async def evaluate_curve(
         "tokens_per_answer": float(
             np.mean([len(answer.token_ids) for index in whole for answer in pools[index].answers])
         ),
-        **curve_figures(proxy, gold, ns, seed),
+        **curve_metrics(proxy, gold, ns, seed),
         "hedge": hedges(proxy, gold, seed),
     }
 
 
-def curve_figures(proxy: "Array", gold: "Array", ns: Sequence[int], seed: int) -> dict[str, Any]:
+def curve_metrics(proxy: "Array", gold: "Array", ns: Sequence[int], seed: int) -> dict[str, Any]:
     """Curves over N with 95 % bands, from the values [P, M] of both rewards for P prompts; ns ascending from 1."""
     import numpy as np
 
@@ -178,7 +147,7 @@ def curve_figures(proxy: "Array", gold: "Array", ns: Sequence[int], seed: int) -
         "ns": list(ns),
         "kl": [best_of_n_kl(n) for n in ns],
         "gold": band(by_gold),
-        "gold_gain": band(by_gold - by_gold[:, :1]),  # over N = 1: without what differs between prompts
+        "gold_gain": band(by_gold - by_gold[:, :1]),  # over N = 1: differences between prompts cancel
         "proxy": band(by_proxy),
         "gold_best": {"n": ns[best], "largest_n_minus_best": band(by_gold[:, -1] - by_gold[:, best])},
         "spearman_within_prompts": {"mean": float(known.mean()) if len(known) else None, "prompts": len(known)},
@@ -228,7 +197,7 @@ def table(report: dict[str, Any]) -> str:
         ("best_of_poisson", "mu", '{{"select": {{"name": "best_of_poisson", "mu": {:.2f}}}}}'),
     ):
         found = report["hedge"][law]
-        end = "beyond it gold falls" if found["hacked"] else "the most that these answers can tell of: gold still rises"
+        end = "beyond it gold falls" if found["hacked"] else "the limit of these answers: gold still rises"
         lines.append(
             f"HedgeTune: {guide.format(found[name])}, {name} = {found[name]:.2f} ({found['low']:.2f} to "
             f"{found['high']:.2f}), expected gold {found['gold']:.4f}; {end}"

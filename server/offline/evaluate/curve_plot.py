@@ -7,7 +7,7 @@ from guiderail.server.offline.evaluate.plots import new_figure, save_figure
 
 
 def draw_curve(path: Path, report: dict[str, Any]) -> None:
-    """Draws the curves of a report as a PNG."""
+    """Draw the curves of a report as a PNG."""
     figure = new_figure(9.6, 6.8)
     rows = figure.subplots(2, 2, sharex="col", sharey="row")
     ns, kl = report["ns"], report["kl"]

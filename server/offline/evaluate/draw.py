@@ -1,6 +1,6 @@
-"""Draws answers from the served model and scores them, for many prompts, without HTTP and without a guide.
+"""Draw answers from the served model and score them, for many prompts, without HTTP and without a guide.
 
-What is drawn and scored is kept in a journal (server/offline/journal.py) as it comes.
+Answers and scores are kept in a journal (server/offline/journal.py) as they come.
 """
 
 import asyncio
@@ -17,13 +17,13 @@ from guiderail.guides.scoring import RewardTerm
 from guiderail.server.offline.journal import Journal
 from guiderail.server.state import ServerState
 
-SCORED_AT_ONCE = 64  # answers; a call that goes to the engine must not wait for long behind others
-SCORE_CALL = 16  # answers of one call at most
+SCORED_AT_ONCE = 64  # answers; a call that goes to the engine must not wait long behind others
+SCORE_CALL = 16  # answers in one call, at most
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerPool:
-    """Answers to one prompt. `item` is what messages call it, if not "prompt" and its number."""
+    """Answers to one prompt. `item` is its name in messages, by default "prompt" and its number."""
 
     messages: tuple[Message, ...]
     prompt: TokenPrompt
@@ -34,7 +34,7 @@ class AnswerPool:
 def tokens_of(state: ServerState, messages: Sequence[Message]) -> TokenPrompt:
     """The prompt as a request would have it: a conversation in the chat template, a raw prompt as it is.
 
-    Raises RequestError if the template refuses it.
+    Raises RequestError if the template rejects it.
     """
     if messages[0].role == PROMPT:
         return TokenPrompt(tuple(state.renderer.encode(messages[0].content, add_special_tokens=True)))
@@ -50,8 +50,8 @@ async def draw(
 ) -> list[AnswerPool]:
     """n answers to each prompt from the served model, in the order of the prompts, with a progress bar.
 
-    With a seed, each prompt's answers are seeded as the answers of one request are (guides/core/seeds.py). As many
-    prompts are in the engine at once as fill it twice. Raises RequestError for a prompt that the context has no
+    With a seed, each prompt's answers are seeded as the answers of one request are (guides/core/seeds.py). The
+    engine is given enough prompts at once to fill it twice. Raises RequestError for a prompt that the context has no
     room for, before anything is drawn, and EngineUnavailable if the engine is lost.
     """
     kept = journal or Journal()
@@ -97,8 +97,8 @@ async def score(
 ) -> list[tuple[float, ...] | None]:
     """The reward's raw values, one tuple for each pool, with a progress bar; None for a pool that the reward fails on.
 
-    Of a pool that fails nothing counts (see Journal.fail, which may raise). Raises EngineUnavailable (EngineNeeded)
-    if the reward asks for an engine that is not there.
+    A pool that fails is dropped as a whole (see Journal.fail, which may raise). Raises EngineUnavailable (EngineNeeded)
+    if the reward needs an engine that is not there.
     """
     kept = journal or Journal()
     sizes = [len(pool.answers) for pool in pools]
@@ -130,8 +130,8 @@ async def score(
 async def score_all(
     state: ServerState, pools: Sequence[AnswerPool], terms: Sequence[RewardTerm], journal: Journal | None = None
 ) -> tuple[list[int], list[list[tuple[float, ...]]]]:
-    """Indices of the pools that no reward fails on, and each reward's values of these. Raises what `score` does, and
-    GuiderailError if there is no such pool."""
+    """Indices of the pools that no reward fails on, and each reward's values of these. Raises the errors of
+    `score`, and GuiderailError if there is no such pool."""
     kept = journal or Journal()
     columns = [await score(state, pools, term, kept) for term in terms]
     whole = [index for index in range(len(pools)) if all(column[index] is not None for column in columns)]

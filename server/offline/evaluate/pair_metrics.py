@@ -1,7 +1,7 @@
-"""Figures of a reward on preference pairs: accuracy, calibration, and what length has to do with it.
+"""Metrics of a reward on preference pairs: accuracy, calibration, and the influence of length.
 
-Everything takes numpy arrays of float64 with one entry per pair, in one order; lengths are tokens of
-the answer alone. Pairs count as independent of each other.
+All functions take float64 numpy arrays with one entry per pair, in the same order; lengths are tokens of the answer
+alone. Pairs are taken as independent of each other.
 """
 
 import math
@@ -75,7 +75,7 @@ def spearman(x: Array, y: Array) -> float:
 
 
 def evaluate(chosen: Array, rejected: Array, chosen_length: Array, rejected_length: Array) -> dict[str, Any]:
-    """All figures of the held-out part from scores [n] and lengths [n] of both answers, ready for JSON."""
+    """All metrics of the held-out part from scores [n] and lengths [n] of both answers, ready for JSON."""
     margins = chosen - rejected
     longer_by = chosen_length - rejected_length
     hits, shorter, longer = credit(margins), credit(-longer_by), credit(longer_by)
@@ -102,8 +102,8 @@ def evaluate(chosen: Array, rejected: Array, chosen_length: Array, rejected_leng
 
 
 def wilson(credits: Array) -> dict[str, float]:
-    """Mean of [n] values in [0, 1] with its 95 % interval (Wilson 1927). Halves, for ties, only make it wider
-    than it need be. An empty array gives nan."""
+    """Mean of [n] values in [0, 1] with its 95 % interval (Wilson 1927). Halves, for ties, only widen it.
+    An empty array gives nan."""
     n = len(credits)
     if n == 0:
         return {"value": math.nan, "low": math.nan, "high": math.nan, "pairs": 0}
@@ -118,7 +118,7 @@ def temperature(margins: Array) -> float | None:
     """The T > 0 that minimises the mean of log(1 + exp(-margin / T)), that is, the scale on which differences
     of the reward are most nearly log-odds of preference (Guo et al. 2017, arXiv 1706.04599, section 4.2).
 
-    None where there is none: the reward ranks no better than chance, or it ranks every pair right.
+    None if there is none: the reward ranks no better than chance, or ranks every pair correctly.
     """
     scale = float(np.abs(margins).max(initial=0.0))
     if scale == 0.0:

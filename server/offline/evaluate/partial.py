@@ -1,109 +1,78 @@
-"""`guiderail evaluate partial-correlation`: do rewards of partial answers tell which answers will be the best?
+"""`guiderail evaluate partial-correlation`: do rewards of partial answers predict which answers will be the best?
 
-Speculative rejection (Sun et al., arXiv 2410.20290) gives answers up by what they are worth so far; it rests on that.
-M answers to each prompt are drawn from the served model; each is scored whole, and as it stood after its first c
+Speculative rejection (Sun et al., arXiv 2410.20290) depends on it: it rejects answers by their rewards so far.
+M answers to each prompt are drawn from the served model; each is scored whole, and also cut after its first c
 tokens, for each checkpoint c. Reported are Kendall's tau-b between partial and final rewards within prompts, the share
-of prompts whose best answer outlives the rejection of the lower alpha-quantile at c, and what rejecting at all
-checkpoints in turn would keep of best-of-M's reward and save of its tokens. Intervals are bootstraps over prompts. A
-prompt that the reward fails on is named and left out.
+of prompts whose best answer survives the rejection of the lower alpha-quantile at c, and the shares of best-of-M's
+reward and tokens that rejecting at all checkpoints in turn would keep. Intervals are bootstraps over prompts. A prompt
+that the reward fails on is named and left out.
 
 Answers and scores are kept in OUT.progress.jsonl until the report is written; after an interruption the same command
-goes on there.
+resumes from there.
 """
 
 import argparse
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guiderail.guides.core.errors import GuiderailError
-from guiderail.server.offline.journal import Journal, whole_folder
+from guiderail.server.offline.journal import Journal
 from guiderail.server.offline.options import (
     REWARD_HELP,
     NamedReward,
     add_engine_arguments,
-    describe_prompts,
+    add_prompt_arguments,
     describe_term,
-    journal_of,
     output_folder,
     parse_reward,
-    pin_weights,
-    settings_for,
+    report_on_prompts,
     terms_of,
-    write_report,
 )
 
 if TYPE_CHECKING:
-    from guiderail.guides.core.types import Answer, Message, SamplingSpec
+    from guiderail.guides.core.types import Answer, SamplingSpec
     from guiderail.server.offline.evaluate.draw import AnswerPool
+    from guiderail.server.offline.options import Prompts
     from guiderail.server.state import ServerState
 
 SEGMENTS = 4  # of an answer, between the default checkpoints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the arguments of the command."""
     add = parser.add_argument
-    add("--prompts", required=True, metavar="FILE", help='.jsonl or .jsonl.gz of {"messages": [...]} or {"prompt": ""}')
     # Its name in the namespace must not be that of the setting `reward`, which the command line would read.
     add("--reward", dest="scored", required=True, metavar="REWARD", help=REWARD_HELP)
-    add("-m", "--samples", type=int, default=32, metavar="M", help="answers drawn for each prompt (32)")
     add("--checkpoints", metavar="C,C,...", help="numbers of tokens (quarters of --max-tokens)")
     add("--alpha", type=float, default=0.5, help="share of the answers that a checkpoint rejects (0.5)")
-    add("--max-tokens", type=int, default=64, help="tokens of an answer at most (64)")
-    add("--temperature", type=float, default=1.0, help="sampling temperature (1)")
-    add("--seed", type=int, default=0, help="seed of the answers and of the bootstrap (0)")
-    add("--limit", type=int, metavar="N", help="use the first N prompts alone")
-    add("--out", required=True, metavar="FOLDER", help="folder for report.json and partial.png, new or empty")
+    add_prompt_arguments(parser, samples=32, picture="partial.png")
     add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; returns the exit status. Raises GuiderailError."""
-    from guiderail.guides.core.types import SamplingSpec
+    """Run the command; return the exit status. Raises GuiderailError."""
     from guiderail.server.offline.evaluate.partial_plot import draw_partial
-    from guiderail.server.offline.offline_state import run_offline
-    from guiderail.server.offline.prompt_file import read_prompts
 
     checkpoints = _checkpoints(args)
     out = output_folder(args.out)
     reward = parse_reward(args.scored)
-    settings = settings_for(args, [reward])
-    file = read_prompts(Path(args.prompts))
-    prompts = file.prompts[: args.limit]
-    if len(prompts) < 2:
-        raise GuiderailError(f"--prompts {args.prompts}: at least 2 prompts are needed for an interval")
-    sampling = SamplingSpec(args.max_tokens, args.temperature, seed=args.seed)
 
-    kept = ("scored", "samples", "checkpoints", "alpha", "max_tokens", "temperature", "seed", "limit")
-    with journal_of(out, settings, ours=kept, args=args, data=file.sha256) as journal:
+    async def measure(
+        state: "ServerState", prompts: "Prompts", sampling: "SamplingSpec", journal: Journal
+    ) -> dict[str, Any]:
+        m, alpha = args.samples, args.alpha
+        return await evaluate_partial(state, prompts, reward, m, checkpoints, alpha, sampling, journal)
 
-        async def main(state: "ServerState") -> int:
-            pin_weights(journal, state)
-            m, alpha = args.samples, args.alpha
-            figures = await evaluate_partial(state, prompts, reward, m, checkpoints, alpha, sampling, journal)
-            report = {
-                "created": datetime.now(UTC).date().isoformat(),
-                "model": settings.model_name,
-                "prompts": describe_prompts(args, file, len(prompts), journal),
-                "sampling": {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed},
-                **figures,
-                "failed": journal.failed,
-            }
-            with whole_folder(out) as folder:
-                write_report(folder, report)
-                draw_partial(folder / "partial.png", report)
-            journal.finish()
-            print(table(report))
-            print(out)
-            return 0
+    def write(folder: Path, report: dict[str, Any]) -> str:
+        draw_partial(folder / "partial.png", report)
+        return table(report)
 
-        return run_offline(settings, main)
+    return report_on_prompts(args, out, [reward], ("scored", "checkpoints", "alpha"), measure, write)
 
 
 def _checkpoints(args: argparse.Namespace) -> list[int]:
-    """The checkpoints. Raises GuiderailError for these and other numbers that make no sense."""
+    """The checkpoints. Raises GuiderailError if these or other numbers are out of range."""
     if args.samples < 2 or args.max_tokens < 2 or args.temperature <= 0 or (args.limit is not None and args.limit < 2):
         raise GuiderailError("-m, --max-tokens and --limit must be at least 2, --temperature positive")
     if not 0 <= args.alpha < 1:
@@ -123,7 +92,7 @@ def _checkpoints(args: argparse.Namespace) -> list[int]:
 
 async def evaluate_partial(
     state: "ServerState",
-    prompts: "Sequence[tuple[Message, ...]]",
+    prompts: "Prompts",
     reward: NamedReward,
     m: int,
     checkpoints: Sequence[int],
@@ -131,11 +100,11 @@ async def evaluate_partial(
     sampling: "SamplingSpec",
     journal: Journal | None = None,
 ) -> dict[str, Any]:
-    """The figures for report.json; checkpoints ascending. Raises what drawing and scoring raise."""
+    """The metrics for report.json; checkpoints ascending. Raises the errors of drawing and scoring."""
     import numpy as np
 
     from guiderail.server.offline.evaluate.draw import draw
-    from guiderail.server.offline.evaluate.partial_metrics import partial_figures
+    from guiderail.server.offline.evaluate.partial_metrics import partial_metrics
 
     (term,), journal = terms_of(state, [reward]), journal or Journal()
     pools = await draw(state, prompts, m, sampling, journal)
@@ -145,7 +114,7 @@ async def evaluate_partial(
         "m": m,
         "reward": describe_term(term),
         "tokens_per_answer": float(lengths.mean()),
-        **partial_figures(final, partial, lengths, checkpoints, alpha, sampling.seed or 0),
+        **partial_metrics(final, partial, lengths, checkpoints, alpha, sampling.seed or 0),
     }
 
 
@@ -156,8 +125,10 @@ async def score_beginnings(
     checkpoints: Sequence[int],
     journal: Journal | None = None,
 ) -> "tuple[list[AnswerPool], Any, Any]":
-    """The pools that the reward does not fail on, and rewards [P, M] of their whole answers and [P, M, C] of the
-    answers' beginnings. Raises what scoring raises."""
+    """The pools that the reward can score, with rewards [P, M] of whole answers and [P, M, C] of their beginnings.
+
+    Raises the errors of scoring.
+    """
     from dataclasses import replace
 
     import numpy as np
@@ -165,7 +136,7 @@ async def score_beginnings(
     from guiderail.server.offline.evaluate.draw import score_all
 
     (term,) = terms_of(state, [reward])
-    # An answer's beginnings stand beside it, so that a reward model reads what they share once.
+    # An answer and its beginnings are neighbours, so that a reward model reads their shared prefix once.
     parts = []
     for pool in pools:
         versions = [[*(beginning(state, pool, each, c) for c in checkpoints), each] for each in pool.answers]
@@ -176,7 +147,7 @@ async def score_beginnings(
 
 
 def beginning(state: "ServerState", pool: "AnswerPool", answer: "Answer", tokens: int) -> "Answer":
-    """What an answer was after so many tokens; one that had ended by then is itself."""
+    """The first `tokens` tokens of an answer; the answer itself if it had ended by then."""
     from guiderail.guides.core.decoder import Decoder
     from guiderail.guides.core.types import Answer
 
@@ -187,7 +158,7 @@ def beginning(state: "ServerState", pool: "AnswerPool", answer: "Answer", tokens
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures as lines of text."""
+    """The metrics as lines of text."""
     lines = [f"{'tokens':>7}{'ended':>8}{'tau-b':>9}  {'95 % interval':18}{'best survives':>14}  95 % interval"]
     for row in report["checkpoints"]:
         tau, survives = row["tau"], row["winner_survives"]

@@ -1,4 +1,4 @@
-"""Figures of `guiderail evaluate partial-correlation`: what rewards of partial answers tell of the final ones.
+"""Metrics of `guiderail evaluate partial-correlation`: how well partial rewards predict final ones.
 
 For P prompts with M answers each: `final` [P, M] are the rewards of whole answers, `partial` [P, M, C] those of
 their beginnings at C checkpoints, `lengths` [P, M] the answers' tokens. An answer that has ended by a checkpoint
@@ -29,33 +29,33 @@ def kendall(x: Array, y: Array) -> float:
 
 
 def best(values: Array, alpha: float) -> Ints:
-    """Indices [K] that outlive the rejection of the lower alpha-quantile of [n] values, ascending.
+    """Indices [K] that survive the rejection of the lower alpha-quantile of [n] values, ascending.
 
-    As in guides/speculative_rejection.py: round((1 - alpha) n) of them but at least one, of equal values the first.
+    As in guides/speculative_rejection.py: round((1 - alpha) n) of them, at least one; the first of equal values.
     """
     order = np.argsort(-values, kind="stable")[: max(1, round((1 - alpha) * len(values)))]
     return np.sort(order)
 
 
 def reject(final: Array, partial: Array, lengths: Ints, checkpoints: Sequence[int], alpha: float) -> tuple[Ints, int]:
-    """Speculative rejection of one prompt's pool: the rows [K] that are never rejected, and the tokens all rows took.
+    """Speculative rejection of one prompt's pool: the survivors [K], and the tokens that all answers took.
 
-    final [M], partial [M, C], lengths [M]. What the engine writes while partial answers are scored is not counted.
+    final [M], partial [M, C], lengths [M]. Tokens generated while partial answers are scored are not counted.
     """
     alive, tokens = np.arange(len(final)), 0
     for column, checkpoint in enumerate(checkpoints):
         if not (lengths[alive] > checkpoint).any():
-            break  # every answer that is left is whole
+            break  # every remaining answer is complete
         kept = alive[best(partial[alive, column], alpha)]
         tokens += int(np.minimum(lengths[np.setdiff1d(alive, kept)], checkpoint).sum())
         alive = kept
     return alive, tokens + int(lengths[alive].sum())
 
 
-def partial_figures(
+def partial_metrics(
     final: Array, partial: Array, lengths: Ints, checkpoints: Sequence[int], alpha: float, seed: int
 ) -> dict[str, Any]:
-    """The figures for report.json, with 95 % bootstrap intervals over prompts; checkpoints ascending."""
+    """The metrics for report.json, with 95 % bootstrap intervals over prompts; checkpoints ascending."""
     rng = np.random.default_rng(seed)
     top = final.max(axis=1)
     rows = []
@@ -73,14 +73,14 @@ def partial_figures(
     return {
         "alpha": alpha,
         "checkpoints": rows,
-        "all_checkpoints": rejection_figures(final, partial, lengths, checkpoints, alpha, rng),
+        "all_checkpoints": rejection_metrics(final, partial, lengths, checkpoints, alpha, rng),
     }
 
 
-def rejection_figures(
+def rejection_metrics(
     final: Array, partial: Array, lengths: Ints, checkpoints: Sequence[int], alpha: float, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """What rejecting at each of the checkpoints in turn would have kept of best-of-M, and saved of its tokens."""
+    """Shares of best-of-M's reward and tokens that rejecting at every checkpoint in turn would have kept."""
     top = final.max(axis=1)
     found, spent = [], []
     for each, beginning, length in zip(final, partial, lengths, strict=True):
@@ -100,7 +100,7 @@ def rejection_figures(
 
 
 def band(values: Array, rng: np.random.Generator) -> dict[str, Any]:
-    """Mean of one value a prompt with the 2.5 % and 97.5 % quantiles of its bootstrap; nan for no prompt."""
+    """Mean of one value per prompt, with the 2.5 % and 97.5 % quantiles of its bootstrap; nan for no prompt."""
     if not len(values):
         return {"value": math.nan, "low": math.nan, "high": math.nan, "prompts": 0}
     means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)

@@ -7,7 +7,7 @@ from guiderail.server.offline.evaluate.plots import new_figure, save_figure
 
 
 def draw_partial(path: Path, report: dict[str, Any]) -> None:
-    """Draws the figures of a report as a PNG."""
+    """Draw the metrics of a report as a PNG."""
     figure = new_figure(9.6, 4.2)
     left, right = figure.subplots(1, 2)
     rows = report["checkpoints"]
@@ -27,7 +27,7 @@ def draw_partial(path: Path, report: dict[str, Any]) -> None:
     left.legend(fontsize=8)
     alpha = report["alpha"]
     right.axhline(1 - alpha, color="0.6", linewidth=1, linestyle="--", label="rejecting at random")
-    right.set_title(f"the best answer outlives rejecting {alpha:g} of {report['m']}", fontsize=9)
+    right.set_title(f"the best answer survives rejecting {alpha:g} of {report['m']}", fontsize=9)
     right.set_ylabel("share of prompts")
     right.set_ylim(-0.02, 1.02)
     right.legend(fontsize=8, loc="lower right")

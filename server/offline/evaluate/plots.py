@@ -1,10 +1,10 @@
-"""Small PNG figures by matplotlib (Agg, no display), and the parts that several of them share."""
+"""Small PNG pictures by matplotlib (Agg, no display), and the parts that several of them share."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -17,11 +17,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG without anything that differs from run to run."""
+    """Write a PNG without anything that differs from run to run."""
     figure.savefig(path, dpi=90, metadata={"Software": None})
 
 
-def draw_reliability(axes: Any, bins: Sequence[dict[str, float]], label: str) -> None:
+def draw_reliability(axes: Axes, bins: Sequence[dict[str, float]], label: str) -> None:
     """Accuracy against confidence from `calibration`'s bins, with one standard error and the pairs of each bin."""
     confidence = [row["confidence"] for row in bins]
     accuracy = [row["accuracy"] for row in bins]

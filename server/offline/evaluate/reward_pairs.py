@@ -1,10 +1,10 @@
-"""`guiderail rewards evaluate`: what rewards make of preference pairs, as figures, pictures and report.json.
+"""`guiderail rewards evaluate`: rewards on preference pairs, as metrics, pictures and report.json.
 
-A reward's raw values are compared within pairs. Nothing here is fitted except the temperature, on the same
-pairs, which the report says. The engine is started only for rewards that ask for it. A pair that a reward fails on
-(it is too long for it, say) is named and left out for all of them, so that they are compared on the same pairs.
+A reward's raw values are compared within pairs. Nothing is fitted except the temperature, on the same pairs, as
+the report says. The engine is started only for rewards that need it. A pair that one reward fails on (because it is
+too long for it, say) is named and left out for all rewards, so that they are compared on the same pairs.
 
-Scores are kept in OUT.progress.jsonl until the report is written; after an interruption the same command goes on there.
+Scores are kept in OUT.progress.jsonl until the report is written; after an interruption the same command resumes there.
 """
 
 import argparse
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the arguments of the command."""
     add = parser.add_argument
     add("--pairs", required=True, metavar="FILE", help="preference pairs, .jsonl or .jsonl.gz")
     # Its name in the namespace must not be that of the setting `reward`, which the command line would read.
     add("--reward", dest="scored", required=True, action="append", metavar="REWARD", help=f"{REWARD_HELP}; repeatable")
-    add("--limit", type=int, metavar="N", help="use the first N pairs alone")
+    add("--limit", type=int, metavar="N", help="use only the first N pairs")
     add("--out", required=True, metavar="FOLDER", help="folder for report.json and the pictures, new or empty")
     add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; returns the exit status. Raises GuiderailError."""
+    """Run the command; return the exit status. Raises GuiderailError."""
     from guiderail.server.announce import say
     from guiderail.server.engines.null import EngineNeeded
     from guiderail.server.offline.evaluate.reward_report import draw_report, table
@@ -89,17 +89,17 @@ def run(args: argparse.Namespace) -> int:
 async def evaluate_rewards(
     state: "ServerState", rewards: Sequence[NamedReward], pairs: "Sequence[Pair]", journal: Journal | None = None
 ) -> dict[str, Any]:
-    """The figures of each reward by its label, and of the two rules about length, for report.json.
+    """The metrics of each reward by its label, and of the two rules about length, for report.json.
 
     Raises GuiderailError for wrong parameters or if no pair is left, RewardFailed if a reward fails on most pairs, and
-    EngineNeeded before the bulk of the work.
+    EngineNeeded early, before most of the work.
     """
     import numpy as np
 
     from guiderail.guides.core.types import Answer
     from guiderail.server.offline.evaluate.draw import AnswerPool, score, score_all, tokens_of
     from guiderail.server.offline.evaluate.pair_metrics import credit, wilson
-    from guiderail.server.offline.evaluate.reward_report import reward_figures
+    from guiderail.server.offline.evaluate.reward_report import reward_metrics
 
     terms, journal = terms_of(state, rewards), journal or Journal()
     pools = []
@@ -107,19 +107,19 @@ async def evaluate_rewards(
         answers = (Answer(text, tuple(state.renderer.encode(text))) for text in (pair.chosen, pair.rejected))
         prompt = tokens_of(state, pair.messages)
         pools.append(AnswerPool(pair.messages, prompt, tuple(answers), f"the pair of line {pair.line}"))
-    for term in terms:  # a reward that needs the engine says so now, and not after the others have been scored
+    for term in terms:  # a reward that needs the engine says so now, before the others are scored
         await score(state, pools[:1], term, journal)
     whole, columns = await score_all(state, pools, terms, journal)
     lengths = np.array([[len(answer.token_ids) for answer in pools[index].answers] for index in whole], float)
     longer_by = lengths[:, 0] - lengths[:, 1]
-    figures = {}
+    metrics = {}
     for term, values in zip(terms, columns, strict=True):
-        figures[term.label] = {"reward": describe_term(term), **reward_figures(np.array(values), lengths)}
+        metrics[term.label] = {"reward": describe_term(term), **reward_metrics(np.array(values), lengths)}
     return {
         "tokenizer": state.settings.model_name,
         "shorter_wins": wilson(credit(-longer_by)),
         "longer_wins": wilson(credit(longer_by)),
-        "rewards": figures,
+        "rewards": metrics,
     }
 
 

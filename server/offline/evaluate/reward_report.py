@@ -1,6 +1,6 @@
-"""The report of rewards on preference pairs: figures of one reward, a table, and the pictures.
+"""The report of rewards on preference pairs: metrics of one reward, a table, and the pictures.
 
-The pictures are drawn from the report's figures alone.
+The pictures are drawn from the report alone.
 """
 
 import re
@@ -17,8 +17,8 @@ HISTOGRAM_BINS = 30
 LENGTH_BINS = 5
 
 
-def reward_figures(values: Array, lengths: Array) -> dict[str, Any]:
-    """All figures of one reward from its values [n, 2] of chosen and rejected answers and their lengths [n, 2]."""
+def reward_metrics(values: Array, lengths: Array) -> dict[str, Any]:
+    """All metrics of one reward from its values [n, 2] of chosen and rejected answers and their lengths [n, 2]."""
     margins, longer_by = values[:, 0] - values[:, 1], lengths[:, 0] - lengths[:, 1]
     scale, rescaled = pf.temperature(margins), None
     if scale is not None:
@@ -58,37 +58,37 @@ def _by_difference(margins: Array, longer_by: Array) -> list[dict[str, float]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report's main figures as lines of text."""
+    """The report's main metrics as lines of text."""
     lines = [f"{'':24}{'accuracy':>8}  {'95 % interval':15}{'ties':>6}{'ECE':>7}{'rescaled':>10}{'r(length)':>11}"]
 
     def row(name: str, share: dict[str, float], rest: str = "") -> str:
         return f"{name:24}{share['value']:8.3f}  {share['low']:.3f} to {share['high']:.3f}  {rest}".rstrip()
 
-    for label, figures in report["rewards"].items():
-        rescaled = figures["rescaled"]
+    for label, metrics in report["rewards"].items():
+        rescaled = metrics["rescaled"]
         error = f"{rescaled['calibration_error']:10.3f}" if rescaled else f"{'-':>10}"
-        correlation = figures["length"]["pearson_within_pairs"]
-        rest = f"{figures['ties']:6}{figures['calibration_error']:7.3f}{error}{correlation:11.2f}"
-        lines.append(row(label, figures["accuracy_95"], rest))
+        correlation = metrics["length"]["pearson_within_pairs"]
+        rest = f"{metrics['ties']:6}{metrics['calibration_error']:7.3f}{error}{correlation:11.2f}"
+        lines.append(row(label, metrics["accuracy_95"], rest))
     lines += [row(name.replace("_", " "), report[name]) for name in ("shorter_wins", "longer_wins")]
     return "\n".join([
         *lines,
-        f"{report['pairs']['pairs']} pairs; ties count half. ECE: of sigmoid(difference) as it stands; rescaled: after",
+        f"{report['pairs']['pairs']} pairs; ties count half. ECE: of sigmoid(difference), unscaled; rescaled: after",
         "division by the temperature that fits these same pairs best (-: there is none). r(length): of the",
         "differences of reward and of length within pairs.",
     ])  # fmt: skip
 
 
 def draw_report(out: Path, report: dict[str, Any]) -> None:
-    """Draws accuracy.png and one picture for each reward into the folder."""
+    """Draw accuracy.png and one picture for each reward into the folder."""
     _draw_accuracy(out / "accuracy.png", report)
-    for number, (label, figures) in enumerate(report["rewards"].items(), 1):
-        _draw_reward(out / f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}.png", label, figures)
+    for number, (label, metrics) in enumerate(report["rewards"].items(), 1):
+        _draw_reward(out / f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}.png", label, metrics)
 
 
 def _draw_accuracy(path: Path, report: dict[str, Any]) -> None:
     rows = {name.replace("_", " "): report[name] for name in ("longer_wins", "shorter_wins")}
-    rows |= {label: figures["accuracy_95"] for label, figures in reversed(report["rewards"].items())}
+    rows |= {label: metrics["accuracy_95"] for label, metrics in reversed(report["rewards"].items())}
     figure = new_figure(6.4, 1.3 + 0.35 * len(rows))
     axes = figure.add_subplot()
     for height, (name, share) in enumerate(rows.items()):
@@ -104,15 +104,15 @@ def _draw_accuracy(path: Path, report: dict[str, Any]) -> None:
     save_figure(figure, path)
 
 
-def _draw_reward(path: Path, label: str, figures: dict[str, Any]) -> None:
+def _draw_reward(path: Path, label: str, metrics: dict[str, Any]) -> None:
     figure = new_figure(9.6, 7.6)
     (raw, rescaled), (scores, length) = figure.subplots(2, 2)
-    draw_reliability(raw, figures["calibration_bins"], "sigmoid(difference)")
-    raw.set_title(f"as it stands: calibration error {figures['calibration_error']:.3f}", fontsize=9)
+    draw_reliability(raw, metrics["calibration_bins"], "sigmoid(difference)")
+    raw.set_title(f"as it stands: calibration error {metrics['calibration_error']:.3f}", fontsize=9)
     raw.legend(loc="lower right", fontsize=8)
-    fitted = figures["rescaled"]
+    fitted = metrics["rescaled"]
     if fitted is None:
-        perfect = figures["accuracy"]["value"] == 1
+        perfect = metrics["accuracy"]["value"] == 1
         text = "T → 0: every pair is ranked as labelled" if perfect else "T → ∞: it does not rank better than a coin"
         rescaled.set_axis_off()
         rescaled.text(0.5, 0.5, text, ha="center", transform=rescaled.transAxes)
@@ -122,22 +122,22 @@ def _draw_reward(path: Path, label: str, figures: dict[str, Any]) -> None:
         rescaled.set_title(f"T = {fitted['temperature']:.3g}, fitted on these pairs: error {error:.3f}", fontsize=9)
         rescaled.legend(loc="lower right", fontsize=8)
 
-    edges = figures["histogram"]["edges"]
+    edges = metrics["histogram"]["edges"]
     for side in ("chosen", "rejected"):
-        scores.stairs(figures["histogram"][side], edges, fill=True, alpha=0.45, label=side)
+        scores.stairs(metrics["histogram"][side], edges, fill=True, alpha=0.45, label=side)
     scores.set(xlabel="raw reward", ylabel="answers")
     scores.set_title("distribution of the values", fontsize=9)
     scores.legend(fontsize=8)
 
-    groups = figures["by_length_difference"]
+    groups = metrics["by_length_difference"]
     share = [row["value"] for row in groups]
     ends = [[row["value"] - row["low"] for row in groups], [row["high"] - row["value"] for row in groups]]
     length.errorbar([row["mean"] for row in groups], share, yerr=ends, marker="o", capsize=3)
     length.axhline(0.5, color="0.7", linewidth=1, linestyle="--")
     length.set(ylim=(-0.02, 1.05), xlabel="tokens by which the chosen answer is longer")
     length.set_ylabel("share ranked as labelled")
-    correlation = figures["length"]["pearson_within_pairs"]
+    correlation = metrics["length"]["pearson_within_pairs"]
     length.set_title(f"fifths of the pairs: flat without length bias; r = {correlation:.2f}", fontsize=9)
-    accuracy = figures["accuracy_95"]
+    accuracy = metrics["accuracy_95"]
     figure.suptitle(f"{label}: accuracy {accuracy['value']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f})")
     save_figure(figure, path)

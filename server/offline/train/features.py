@@ -28,7 +28,7 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class AnswerTokens:
-    """What the backbone reads for one answer; `answer_length` is in tokens, before any cut, without end of turn."""
+    """Tokens that the backbone reads for one answer; `answer_length` is before any cut, without end of turn."""
 
     ids: tuple[int, ...]
     answer_length: int
@@ -36,14 +36,14 @@ class AnswerTokens:
 
 
 def end_of_turn(renderer: ChatRenderer) -> int:
-    """Token that ends an assistant's turn in this chat template. Raises TrainingError if there is none to be seen."""
+    """Token that ends an assistant's turn in this chat template. Raises TrainingError if none is found."""
     if not renderer.has_chat_template:
         raise TrainingError("this base has no chat template (it is a base model): choose an instruction-tuned one")
     asked = (Message("user", "a"),)
     before = [*renderer.render(asked).token_ids, *renderer.encode("b")]
     whole = renderer.render((*asked, Message("assistant", "b")), add_generation_prompt=False).token_ids
     if list(whole[: len(before)]) != before or len(whole) == len(before):
-        raise TrainingError("the base's chat template does not put the answer right behind the generation prompt")
+        raise TrainingError("the base's chat template does not put the answer directly after the generation prompt")
     return whole[len(before)]
 
 
@@ -93,8 +93,8 @@ def features(
 ) -> Tensor:
     """States [S, H] float32 of all sequences, in their order; batched by length. The bar is in tokens.
 
-    Batches that the journal has under this title are not computed again; the others are kept in it. They are the same
-    batches in every run, so that the states are too.
+    Batches found in the journal under this title are not computed again; the others are added to it. Batches are the
+    same in every run, and therefore the states too.
     """
     kept = journal or Journal()
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))

@@ -25,7 +25,7 @@ L2_GRID = tuple(10.0 ** (step / 2) for step in range(-6, 5))  # 0.001 .. 100, on
 
 
 def hashed(key: str, seed: int, salt: str) -> float:
-    """A number in [0, 1) that depends on key, seed and salt alone (SHA-256), the same on every machine."""
+    """Number in [0, 1) that depends on key, seed and salt alone (SHA-256), the same on every machine."""
     digest = hashlib.sha256(f"{salt}\0{seed}\0{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2.0**64
 
@@ -49,7 +49,7 @@ def folds(keys: Sequence[str], seed: int, count: int) -> list[int]:
 def spread(states: Tensor) -> Tensor:
     """Standard deviation [H] float64 of states [S, H], with 1 where a feature is constant.
 
-    Means cancel in differences of scores, so the deviation is all of the standardisation.
+    Means cancel in differences of scores, so that dividing by the deviation is the whole standardisation.
     """
     deviation = states.double().std(dim=0, correction=0)
     return torch.where(deviation > 1e-12, deviation, torch.ones_like(deviation))
@@ -85,7 +85,7 @@ def fit(differences: Tensor, l2: float) -> Tensor:
 
 
 def fit_folded(chosen: Tensor, rejected: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-    """Fits on features [n, H] standardised by their own statistics. Returns (w / deviation, deviation), both [H]
+    """Fit on features [n, H] standardised by their own statistics. Returns (w / deviation, deviation), both [H]
     float64: the first is for features as they are, so that nothing of the standardisation is needed later."""
     deviation = spread(torch.cat([chosen, rejected]))
     weight = fit((chosen.double() - rejected.double()) / deviation, l2)
@@ -94,7 +94,7 @@ def fit_folded(chosen: Tensor, rejected: Tensor, l2: float) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """What one penalty scored over the folds: loss in nats per pair with the standard error of the folds' means."""
+    """Cross-validated loss of one penalty, in nats per pair, with the standard error of the folds' means."""
 
     l2: float
     log_loss: float
@@ -105,9 +105,9 @@ class Tried:
 def cross_validate(
     chosen: Tensor, rejected: Tensor, fold: Sequence[int], grid: Sequence[float] = L2_GRID
 ) -> tuple[float, list[Tried]]:
-    """The penalty with the least held-in-fold loss, and what each of the grid scored. Features are [n, H].
+    """The penalty with the least cross-validated loss, and the scores of the whole grid. Features are [n, H].
 
-    Each fold is scored by a head, and standardised by statistics, that have not seen it.
+    Each fold is scored by a head, and standardised by statistics, from the other folds.
     """
     numbers = torch.tensor(fold)
     tried = []
@@ -127,7 +127,7 @@ def cross_validate(
 @dataclass(slots=True)
 class Tuned:
     """Outcome of fine-tuning. `parameters` (the tuned layers' whole tensors, float32, by the causal model's names)
-    and `weight` [H] float64 are of the best epoch; with `best_epoch` 0 nothing was better than the frozen backbone."""
+    and `weight` [H] float64 are of the best epoch; `best_epoch` 0 means that no epoch beat the frozen backbone."""
 
     best_epoch: int
     validation_loss: list[float]
@@ -151,11 +151,11 @@ def finetune(
     patience: int = 2,
     checkpoint: Checkpoint | None = None,
 ) -> Tuned:
-    """Fine-tunes the last `layers` layers and the head with AdamW on the same loss; leaves the best in `model`.
+    """Fine-tune the last `layers` layers and the head with AdamW on the same loss; leave the best in `model`.
 
     `sequences` holds chosen and rejected of pair i at 2i and 2i + 1; `frozen` is fit_folded's result on
     the `train` pairs alone; the epoch with the least loss on the `validation` pairs counts, and training stops
-    after `patience` epochs without a better one. With a checkpoint it goes on after the last whole epoch of the same
+    after `patience` epochs without a better one. With a checkpoint it resumes after the last complete epoch of the same
     run. Raises TrainingError for a model without a list `layers`.
     """
     blocks = getattr(model, "layers", None)

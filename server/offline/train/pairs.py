@@ -18,12 +18,12 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 class TrainingError(GuiderailError):
-    """A head cannot be trained from what was given."""
+    """A head cannot be trained from these arguments, pairs or base."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two answers to the same messages, `chosen` preferred to `rejected` by whoever labelled them.
+    """Two answers to the same messages, `chosen` preferred to `rejected` by their labeller.
 
     `line` counts from 1. The answers are stripped of surrounding whitespace, as chat templates expect.
     """
@@ -35,9 +35,9 @@ class Pair:
 
     @property
     def key(self) -> str:
-        """What pairs are kept together by: the conversation's first user message, else all of its messages.
+        """Key that keeps pairs together: the conversation's first user message, or else all of its messages.
 
-        Coarser than the prompt, so that two prompts which continue one conversation also stay together.
+        It is coarser than the prompt, so that two prompts that continue one conversation also stay together.
         """
         opening = next((m.content for m in self.messages if m.role == "user"), None)
         return json.dumps([[m.role, m.content] for m in self.messages]) if opening is None else opening
@@ -57,13 +57,13 @@ class _Unusable(Exception):
 
 
 def read_pairs(path: Path) -> PairFile:
-    """Reads a .jsonl or .jsonl.gz file in one of two shapes, line by line:
+    """Read a .jsonl or .jsonl.gz file in one of two shapes, line by line:
 
     - `{"chosen": dialogue, "rejected": dialogue}` with turns marked "\\n\\nHuman:" and "\\n\\nAssistant:"
       (HH-RLHF, Bai et al. 2022); the turns that both share are the prompt;
     - `{"messages": [{"role", "content"}, ...], "chosen": answer, "rejected": answer}`.
 
-    Lines whose dialogues part before the last answer, or whose answers are equal, are left out and
+    Lines whose dialogues diverge before the last answer, or whose answers are equal, are left out and
     counted. Raises DataError naming file and line for anything malformed.
     """
     skipped: dict[str, int] = {}
@@ -116,5 +116,5 @@ def _from_dialogues(texts: list[str]) -> tuple[tuple[Message, ...], str, str]:
         dialogues.append(messages)
     first, second = dialogues
     if first[:-1] != second[:-1]:
-        raise _Unusable("the dialogues part before their last answer")
+        raise _Unusable("the dialogues diverge before their last answer")
     return first[:-1], first[-1].content, second[-1].content

@@ -1,9 +1,9 @@
-"""`guiderail rewards train`: pairs in, a folder with a reward head, its report and its card out.
+"""`guiderail rewards train`: from preference pairs to a folder with a reward head, its report and its card.
 
-What the backbone makes of the answers is kept in OUT.progress.jsonl and each epoch of fine-tuning in OUT.progress.pt
-until the folder is written; after an interruption the same command goes on there.
+The features of the answers are kept in OUT.progress.jsonl and each epoch of fine-tuning in OUT.progress.pt until the
+folder is written; after an interruption the same command resumes from there.
 
-Nothing heavy is imported before `train` runs: the command line imports this module for its arguments.
+Imports nothing heavy at its top, because the command line imports it for the arguments.
 """
 
 import argparse
@@ -29,25 +29,25 @@ WEIGHTS, CONFIG = "head.safetensors", "reward.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command. Their names are none of `guiderail serve`'s settings."""
+    """Add the arguments of the command. Their names differ from all settings of `guiderail serve`."""
     add = parser.add_argument
     add("--pairs", required=True, metavar="FILE", help="preference pairs, .jsonl or .jsonl.gz")
     add("--base", metavar="NAME", help="backbone: embedded name, folder or Hub id (smollm2-135m-instruct)")
-    add("--out", metavar="FOLDER", help="folder to write, new or empty (PAIRS-BASE in the working folder)")
+    add("--out", metavar="FOLDER", help="folder to write, new or empty (PAIRS-BASE in the current folder)")
     add("--max-tokens", type=int, default=256, help="tokens of prompt and answer, cut on the left (256)")
     add("--held-out", type=float, default=0.25, metavar="SHARE", help="share of conversations held out (0.25)")
     add("--folds", type=int, default=5, help="cross-validation folds inside the training part (5)")
     add("--seed", type=int, default=0, help="seed of the split, the folds and fine-tuning (0)")
     add("--unfreeze", type=int, default=0, metavar="N", help="also fine-tune the last N layers (0; slow on CPU)")
     add("--lr", type=float, default=1e-5, help="learning rate of those layers (1e-5)")
-    add("--epochs", type=int, default=5, help="most epochs of fine-tuning; one fold stops it early (5)")
+    add("--epochs", type=int, default=5, help="maximum epochs of fine-tuning; one fold decides on stopping early (5)")
     add("--data-name", default="unnamed", metavar="TEXT", help="name of the data, for the card")
     add("--data-licence", default="not stated", metavar="TEXT", help="licence of the data, for the card")
     add("--threads", type=int, metavar="N", help="CPU threads (torch's choice)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; returns 0. Raises GuiderailError for wrong arguments, pairs or bases."""
+    """Run the command; return 0. Raises GuiderailError for wrong arguments, pairs or bases."""
     from guiderail.server.offline.train.pairs import TrainingError, read_pairs
 
     fault = _fault(args)
@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
     name = source.name.removesuffix(".gz").removesuffix(".jsonl")
     out = Path(args.out or f"{name}-{Path(args.base).name}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TrainingError(f"--out {out}: exists and is not an empty folder")
+        raise TrainingError(f"--out {out}: already exists and is not an empty folder")
     data = read_pairs(source)
     _say(f"{len(data.pairs)} pairs; lines left out: {data.skipped or 'none'}")
     ours = ("base", "max_tokens", "held_out", "folds", "seed", "unfreeze", "lr", "epochs")
     facts = {"data": data.sha256, **{name: getattr(args, name) for name in ours}}
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the command as Ctrl-C does
     try:
         with Journal(beside(out), facts, _say) as journal:
             report, weight, tuned = _run(args, data, journal, _epochs(out))
@@ -105,7 +105,7 @@ def _epochs(out: Path) -> Path:
 def _run(
     args: argparse.Namespace, data: "PairFile", journal: Journal, epochs: Path
 ) -> "tuple[dict[str, Any], Tensor, dict[str, Tensor]]":
-    """Report, weight [H] float32 and tuned parameters. The held-out answers are scored in the last step alone."""
+    """Report, weight [H] float32 and tuned parameters. The held-out answers are scored only in the last step."""
     import numpy as np
     import torch
 
@@ -160,13 +160,13 @@ def _run(
             checkpoint=Checkpoint(epochs, journal.run),
         )
         tuning = {"best_epoch": tuned.best_epoch, "validation_loss": tuned.validation_loss}
-        if tuned.best_epoch:  # else the frozen head, fitted on the whole training part, stands
+        if tuned.best_epoch:  # otherwise the frozen head, fitted on the whole training part, is kept
             weight, parameters = tuned.weight, tuned.parameters
             states = states_of(inside, "tuned features")
 
     kept = weight.float()  # what is saved is what is evaluated
     trained = (states.double() @ kept.double()).numpy()
-    _say("the one look at the held-out part")
+    _say("scoring the held-out part, once")
     states = states_of(outside, "held out")
     scores = (states.double() @ kept.double()).numpy()
     lengths = np.array([[tokens[2 * index + side].answer_length for side in (0, 1)] for index in outside], float)
@@ -209,7 +209,7 @@ def _run(
 
 
 def reward_config(report: dict[str, Any], hidden_size: int) -> dict[str, Any]:
-    """Contents of reward.json, by which the server knows the folder as a reward head."""
+    """Contents of reward.json, which marks the folder as a reward head for the server."""
     recipe = report["recipe"]
     return {
         "format": FORMAT,
@@ -234,7 +234,7 @@ def exact_command(args: argparse.Namespace, out: Path) -> str:
 
 
 def save_weights(folder: Path, weight: "Tensor", tuned: "dict[str, Tensor]") -> None:
-    """Writes head.safetensors, float32: `score.weight` [1, H] and, whole, the base's parameters that were tuned."""
+    """Write head.safetensors, float32: `score.weight` [1, H] and, whole, the base's parameters that were tuned."""
     from safetensors.torch import save_file
 
     tensors = {"score.weight": weight.float().reshape(1, -1), **{name: p.float() for name, p in tuned.items()}}
@@ -261,7 +261,7 @@ def _say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command on its own: `python -P -m guiderail.server.offline.train.train_head`."""
+    """Run the command on its own: `python -P -m guiderail.server.offline.train.train_head`."""
     from guiderail.guides.core.errors import GuiderailError
 
     parser = argparse.ArgumentParser(prog="guiderail rewards train", description=__doc__)

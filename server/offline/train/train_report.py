@@ -1,4 +1,4 @@
-"""The model card of a head: what it scored on held-out pairs, whichever way it falls."""
+"""The model card of a head: its results on held-out pairs, good or bad."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from guiderail.server.offline.evaluate.plots import draw_reliability, new_figure
 
 
 def reliability_plot(path: Path, held_out: dict[str, Any], title: str) -> None:
-    """Draws accuracy against confidence with error bars of one standard error, as a small PNG."""
+    """Draw accuracy against confidence with error bars of one standard error, as a small PNG."""
     figure = new_figure(4.5, 4.2)
     axes = figure.add_subplot()
     draw_reliability(axes, held_out["calibration_bins"], "head (1 standard error)")
@@ -18,7 +18,7 @@ def reliability_plot(path: Path, held_out: dict[str, Any], title: str) -> None:
 
 
 def verdict(held_out: dict[str, Any]) -> str:
-    """Sentences that put the accuracy beside chance and the better of the two length rules, by standard errors."""
+    """Sentences that compare the accuracy with chance and with the better length rule, by standard errors."""
     accuracy = held_out["accuracy"]
     rule = max(("shorter_wins", "longer_wins"), key=lambda name: held_out[name]["value"])
     difference = held_out[f"minus_{rule}"]
@@ -30,7 +30,7 @@ def verdict(held_out: dict[str, Any]) -> str:
 
 
 def summary(held_out: dict[str, Any]) -> str:
-    """How far to trust the head, in bold: weak below 65 % of pairs or where a rule about length is not beaten."""
+    """Sentence in bold on how far to trust the head: weak below 65 % of pairs, or if it does not beat a length rule."""
     accuracy = held_out["accuracy"]["value"]
     rules = [held_out["minus_shorter_wins"], held_out["minus_longer_wins"]]
     beaten = all(rule["value"] >= 2 * rule["se"] for rule in rules)
@@ -42,18 +42,18 @@ def summary(held_out: dict[str, Any]) -> str:
 
 
 def _against(difference: float, error: float, what: str) -> str:
-    figures = f"({100 * difference:+.1f} ± {100 * error:.1f} points)"
+    points = f"({100 * difference:+.1f} ± {100 * error:.1f} points)"
     if not abs(difference) >= 2 * error:  # also for nan
-        return f"It is not shown to differ from {what} {figures}."
-    return f"It is {'better' if difference > 0 else 'worse'} than {what} by at least two standard errors {figures}."
+        return f"It is not shown to differ from {what} {points}."
+    return f"It is {'better' if difference > 0 else 'worse'} than {what} by at least two standard errors {points}."
 
 
 def card(report: dict[str, Any], command: str) -> str:
     """The README of a head, from its report and the command that made it."""
     data, recipe, held = report["data"], report["recipe"], report["held_out"]
 
-    def row(name: str, figure: dict[str, float]) -> str:
-        return f"| {name} | {figure['value']:.3f} ± {figure['se']:.3f} |"
+    def row(name: str, metric: dict[str, float]) -> str:
+        return f"| {name} | {metric['value']:.3f} ± {metric['se']:.3f} |"
 
     left_out = ", ".join(f"{count} ({reason})" for reason, count in data["skipped"].items()) or "none"
     tuned = bool(report["fine_tuning"]) and report["fine_tuning"]["best_epoch"] > 0
@@ -111,7 +111,7 @@ def card(report: dict[str, Any], command: str) -> str:
         f"$ {command}",
         "```",
         "",
-        "All figures: [report.json](report.json). The weights are safetensors: loading them runs no code.",
+        "All metrics: [report.json](report.json). The weights are safetensors: loading them runs no code.",
         "",
     ]
     return "\n".join(lines)

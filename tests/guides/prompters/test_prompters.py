@@ -154,7 +154,7 @@ def test_the_cleaner_knows_the_answer_that_goes_on() -> None:
 
 @pytest.mark.parametrize("style", BUILT_IN)
 def test_shipped_styles_are_in_the_layout_and_clean_themselves(style: str) -> None:
-    raw = files("guiderail.guides.prompters").joinpath(f"examples/{style}.md").read_text(encoding="utf-8")
+    raw = files("guiderail.guides.prompters.urial").joinpath(f"examples/{style}.md").read_text(encoding="utf-8")
     urial = Urial(style=style)
     assert urial.prefix_text == raw
     _, pairs = parse(raw)

@@ -1,4 +1,4 @@
-"""Evaluation of rewards on pairs and of best-of-N over a pool: readers, figures, and both commands on fakes."""
+"""Evaluation of rewards on pairs and of best-of-N over a pool: readers, metrics, and both commands on fakes."""
 
 import argparse
 import json
@@ -15,8 +15,7 @@ from guiderail.guides.core.errors import GuiderailError, RequestError
 from guiderail.guides.core.seeds import Seeds
 from guiderail.guides.core.types import PROMPT, Answer, Message, SamplingSpec
 from guiderail.server.offline import options
-from guiderail.server.offline.evaluate import draw, reward_report
-from guiderail.server.offline.evaluate import pair_metrics as pair_figures
+from guiderail.server.offline.evaluate import draw, pair_metrics, reward_report
 from guiderail.server.offline.evaluate import reward_pairs as rewards
 from guiderail.server.offline.lines import DataError
 from guiderail.server.offline.prompt_file import read_prompts
@@ -62,7 +61,7 @@ class TestPrompts:
             ("{", "not JSON at column 2"),
             ([], "not a JSON object"),
             ({"prompt": "SECRET", "text": ""}, "unknown field 'text'"),
-            ({}, "either 'messages' or 'prompt'"),
+            ({}, "'messages' or 'prompt'"),
             ({"prompt": " "}, "'prompt' is empty"),
             ({"prompt": 3}, "'prompt' must be a string"),
             ({"messages": [{"role": "assistant", "content": "SECRET"}]}, "must end with the user's"),
@@ -82,15 +81,15 @@ class TestPrompts:
 
 class TestFigures:
     def test_the_wilson_interval(self) -> None:
-        share = pair_figures.wilson(np.array([1.0] * 8 + [0.0] * 2))
+        share = pair_metrics.wilson(np.array([1.0] * 8 + [0.0] * 2))
         assert share == {"value": 0.8, "low": pytest.approx(0.4901625), "high": pytest.approx(0.9433178), "pairs": 10}
-        assert pair_figures.wilson(np.ones(5))["high"] == pytest.approx(1)
-        assert math.isnan(pair_figures.wilson(np.array([]))["value"])
+        assert pair_metrics.wilson(np.ones(5))["high"] == pytest.approx(1)
+        assert math.isnan(pair_metrics.wilson(np.array([]))["value"])
 
     def test_the_wilson_interval_contains_its_share(self) -> None:
         """Of one-sided answers too, where rounding would put 0 or 1 outside of it and no picture could be drawn."""
         for n in range(1, 200):
-            for share in (pair_figures.wilson(np.zeros(n)), pair_figures.wilson(np.ones(n))):
+            for share in (pair_metrics.wilson(np.zeros(n)), pair_metrics.wilson(np.ones(n))):
                 assert share["low"] <= share["value"] <= share["high"]
 
     @pytest.mark.parametrize("scale", [1e-6, 1.0, 300.0])
@@ -98,40 +97,40 @@ class TestFigures:
         random = np.random.default_rng(0)
         odds = random.normal(0, 2, 20000)
         margins = scale * np.where(random.random(20000) < 1 / (1 + np.exp(-odds)), odds, -odds)
-        fitted = pair_figures.temperature(margins)
+        fitted = pair_metrics.temperature(margins)
         assert fitted == pytest.approx(scale, rel=0.05)
         losses = [np.logaddexp(0, -margins / (fitted * factor)).mean() for factor in (0.98, 1.0, 1.02)]
         assert losses[1] == min(losses)
 
     def test_there_is_no_temperature_for_chance_or_perfection(self) -> None:
-        assert pair_figures.temperature(np.array([1.0, 2.0])) is None
-        assert pair_figures.temperature(np.array([1.0, -2.0])) is None
-        assert pair_figures.temperature(np.zeros(4)) is None
+        assert pair_metrics.temperature(np.array([1.0, 2.0])) is None
+        assert pair_metrics.temperature(np.array([1.0, -2.0])) is None
+        assert pair_metrics.temperature(np.zeros(4)) is None
 
     def test_length_bias_is_seen(self) -> None:
         random = np.random.default_rng(1)
         lengths = random.integers(1, 90, (400, 2)).astype(float)
-        figures = reward_report.reward_figures(lengths + random.normal(0, 5, (400, 2)), lengths)
+        metrics = reward_report.reward_metrics(lengths + random.normal(0, 5, (400, 2)), lengths)
         assert (
-            figures["by_length"]["chosen_longer"]["value"] > 0.9 > 0.1 > figures["by_length"]["chosen_shorter"]["value"]
+            metrics["by_length"]["chosen_longer"]["value"] > 0.9 > 0.1 > metrics["by_length"]["chosen_shorter"]["value"]
         )
-        groups = figures["by_length_difference"]
+        groups = metrics["by_length_difference"]
         assert [g["value"] for g in groups] == sorted(g["value"] for g in groups)
         assert sum(g["pairs"] for g in groups) == 400
-        fair = reward_report.reward_figures(random.normal(0, 1, (400, 2)), lengths)
-        assert abs(fair["length"]["pearson_within_pairs"]) < 0.15 < 0.9 < figures["length"]["pearson_within_pairs"]
+        fair = reward_report.reward_metrics(random.normal(0, 1, (400, 2)), lengths)
+        assert abs(fair["length"]["pearson_within_pairs"]) < 0.15 < 0.9 < metrics["length"]["pearson_within_pairs"]
 
     def test_odd_values_are_reported_and_drawn(self, tmp_path: Path) -> None:
         """Constant, perfect and single-pair rewards, with a label that is no file name."""
         same = np.full((6, 2), 3.0)
         perfect = np.array([[2.0, 1.0]] * 6)
         lengths = np.array([[4.0, 4.0]] * 6)
-        figures = {"../a b": same, "perfect": perfect, "one": perfect[:1]}
+        metrics = {"../a b": same, "perfect": perfect, "one": perfect[:1]}
         report = {
             "pairs": {"pairs": 6, "file": "p.jsonl"},
-            "shorter_wins": pair_figures.wilson(np.full(6, 0.5)),
-            "longer_wins": pair_figures.wilson(np.full(6, 0.5)),
-            "rewards": {k: reward_report.reward_figures(v, lengths[: len(v)]) for k, v in figures.items()},
+            "shorter_wins": pair_metrics.wilson(np.full(6, 0.5)),
+            "longer_wins": pair_metrics.wilson(np.full(6, 0.5)),
+            "rewards": {k: reward_report.reward_metrics(v, lengths[: len(v)]) for k, v in metrics.items()},
         }
         assert report["rewards"]["../a b"]["ties"] == 6
         assert report["rewards"]["../a b"]["accuracy"]["value"] == 0.5

@@ -126,18 +126,18 @@ class TestCurveCommand:
         engine = ScriptedEngine(script=lambda seed: [f"w{seed * 7 % 10}"])
         state = make_state(engine, {"hump": Hump()})
         named = [options.parse_reward("last_digit", "proxy"), options.parse_reward("hump", "gold")]
-        figures = await curve.evaluate_curve(state, [ASK] * 3, named, m, ns, SamplingSpec(4, seed=1))
+        metrics = await curve.evaluate_curve(state, [ASK] * 3, named, m, ns, SamplingSpec(4, seed=1))
         pools = [[seed * 7 % 10 for seed in Seeds(1, p).stream(m) if seed is not None] for p in range(3)]
         for i, n in enumerate(ns):
             best = [max(some) for pool in pools for some in combinations(pool, n)]
-            assert figures["proxy"]["value"][i] == pytest.approx(np.mean(best))
-            assert figures["gold"]["value"][i] == pytest.approx(np.mean([-abs(digit - 5) for digit in best]))
-            assert figures["kl"][i] == pytest.approx(math.log(n) - (n - 1) / n)
+            assert metrics["proxy"]["value"][i] == pytest.approx(np.mean(best))
+            assert metrics["gold"]["value"][i] == pytest.approx(np.mean([-abs(digit - 5) for digit in best]))
+            assert metrics["kl"][i] == pytest.approx(math.log(n) - (n - 1) / n)
         for name in ("proxy", "gold"):
-            for value, low, high in zip(*(figures[name][key] for key in ("value", "low", "high")), strict=True):
+            for value, low, high in zip(*(metrics[name][key] for key in ("value", "low", "high")), strict=True):
                 assert low <= value <= high
-        assert figures["gold_best"]["n"] < 8
-        assert figures["gold_best"]["largest_n_minus_best"]["high"] < 0, "chasing the digit costs gold"
+        assert metrics["gold_best"]["n"] < 8
+        assert metrics["gold_best"]["largest_n_minus_best"]["high"] < 0, "chasing the digit costs gold"
 
     def test_hedgetune_recommends_how_hard_to_select(self) -> None:
         """Gold u - u^8 / 2 is largest at N = 6 in expectation; the prompts differ in the rewards' scale alone."""
@@ -157,7 +157,7 @@ class TestCurveCommand:
         random, hits = np.random.default_rng(0), 0
         for _ in range(60):
             proxy = random.random((40, 6)) + random.normal(0, 0.5, (40, 1))
-            gold = curve.curve_figures(proxy, proxy, [1, 3], 0)["gold"]
+            gold = curve.curve_metrics(proxy, proxy, [1, 3], 0)["gold"]
             hits += gold["low"][1] <= 0.75 <= gold["high"][1]
         assert hits >= 51, "60 intervals of 95 %: fewer than 51 hits would be a matter of 0.1 %"
 
@@ -215,8 +215,8 @@ class TestCurveCommand:
 async def test_a_curve_from_the_real_engine(live: Live) -> None:
     named = [options.parse_reward("sentiment", "proxy"), options.parse_reward("judge", "gold")]
     prompts = read_prompts(EVERYDAY).prompts[:2]
-    figures = await curve.evaluate_curve(live.state, prompts, named, 4, [1, 2, 4], SamplingSpec(12, seed=3))
-    assert figures["proxy"]["value"] == sorted(figures["proxy"]["value"]), "the proxy's own curve cannot fall"
-    assert all(0 < value < 1 for value in figures["gold"]["value"])
-    assert 0 < figures["tokens_per_answer"] <= 12
+    metrics = await curve.evaluate_curve(live.state, prompts, named, 4, [1, 2, 4], SamplingSpec(12, seed=3))
+    assert metrics["proxy"]["value"] == sorted(metrics["proxy"]["value"]), "the proxy's own curve cannot fall"
+    assert all(0 < value < 1 for value in metrics["gold"]["value"])
+    assert 0 < metrics["tokens_per_answer"] <= 12
     assert live.state.engine.num_running() == 0

@@ -38,7 +38,7 @@ class TestJournal:
             journal.finish()
         assert not path.exists()
         assert "1 finished items are kept" in said[0]
-        assert "going on from 1 finished items" in said[1]
+        assert "resuming from 1 finished items" in said[1]
         assert len(said) == 2
 
     def test_another_run_is_refused_by_what_differs(self, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ class TestInterrupted:
         assert scored > 0
         engine, reward = Drawing(), Digits()
         assert bench.run("parts", engine, reward) == 0
-        assert "going on from" in capsys.readouterr().err
+        assert "resuming from" in capsys.readouterr().err
         assert bench.result("parts") == bench.result("whole")
         assert sorted(asked + engine.asked) == sorted(whole.asked), "no answer is drawn twice"
         assert scored + reward.scored == every.scored, "no answer is scored twice"
@@ -337,6 +337,6 @@ class TestFailingItems:
         prompts = [(Message("user", text),) for text in ("first", "second", "third")]
         named = [options.parse_reward("last_digit", "proxy"), options.parse_reward("touchy", "gold")]
         state, journal = make_state(Drawing(), {"touchy": Touchy()}), Journal()
-        figures = await curve.evaluate_curve(state, prompts, named, 4, [1, 2], SamplingSpec(4, seed=1), journal)
+        metrics = await curve.evaluate_curve(state, prompts, named, 4, [1, 2], SamplingSpec(4, seed=1), journal)
         assert journal.failed.keys() == {"prompt 2"}
-        assert figures["spearman_within_prompts"]["prompts"] <= 2
+        assert metrics["spearman_within_prompts"]["prompts"] <= 2

@@ -111,24 +111,24 @@ class TestFigures:
         """Partial rewards that are right keep all; the opposite keeps what is left of the pool."""
         final = np.array([[0.0, 1.0, 2.0, 3.0]] * 3)
         lengths = np.full((3, 4), 10)
-        right = pf.partial_figures(final, final[:, :, None], lengths, [4], 0.5, 0)
+        right = pf.partial_metrics(final, final[:, :, None], lengths, [4], 0.5, 0)
         assert right["checkpoints"][0]["tau"] == {"value": 1.0, "low": 1.0, "high": 1.0, "prompts": 3}
         assert right["checkpoints"][0]["winner_survives"]["value"] == 1
         assert right["all_checkpoints"]["gain_kept"]["value"] == 1
         assert right["all_checkpoints"]["tokens_share"]["value"] == pytest.approx((2 * 10 + 2 * 4) / 40)
-        wrong = pf.partial_figures(final, -final[:, :, None], lengths, [4], 0.5, 0)
+        wrong = pf.partial_metrics(final, -final[:, :, None], lengths, [4], 0.5, 0)
         assert wrong["checkpoints"][0]["tau"]["value"] == -1
         assert wrong["checkpoints"][0]["winner_survives"]["value"] == 0
         assert wrong["all_checkpoints"]["reward"]["value"] == 1
         assert wrong["all_checkpoints"]["gain_kept"]["value"] == pytest.approx((1 - 1.5) / (3 - 1.5))
 
     def test_a_reward_that_does_not_tell_answers_apart(self) -> None:
-        figures = pf.partial_figures(np.ones((3, 4)), np.ones((3, 4, 1)), np.full((3, 4), 9), [4], 0.5, 0)
-        row = figures["checkpoints"][0]
+        metrics = pf.partial_metrics(np.ones((3, 4)), np.ones((3, 4, 1)), np.full((3, 4), 9), [4], 0.5, 0)
+        row = metrics["checkpoints"][0]
         assert math.isnan(row["tau"]["value"])
         assert row["tau"]["prompts"] == 0
         assert row["winner_survives"]["value"] == 1
-        assert math.isnan(figures["all_checkpoints"]["gain_kept"]["value"])
+        assert math.isnan(metrics["all_checkpoints"]["gain_kept"]["value"])
 
     def test_intervals_cover_the_truth(self) -> None:
         random, hits = np.random.default_rng(0), 0
@@ -141,19 +141,19 @@ class TestCommand:
     async def test_beginnings_are_what_was_written_by_then(self) -> None:
         reward = Weight()
         state = make_state(Letters(script=spell), {"weight": reward})
-        figures = await partial.evaluate_partial(
+        metrics = await partial.evaluate_partial(
             state, [ASK] * 2, options.parse_reward("weight"), 3, [1, 3], 0.5, SamplingSpec(8, seed=5)
         )
         texts = ["".join(spell(seed)) for prompt in (0, 1) for seed in Seeds(5, prompt).stream(3) if seed is not None]
         assert sorted(reward.asked) == sorted(part for text in texts for part in (text[:1], text[:3], text))
         values = np.array([[reward.score_text("", t, None) for t in texts[i : i + 3]] for i in (0, 3)])
-        for row in figures["checkpoints"]:
+        for row in metrics["checkpoints"]:
             begun = np.array([reward.score_text("", t[: row["tokens"]], None) for t in texts]).reshape(2, 3)
             taus = [stats.kendalltau(*pair).statistic for pair in zip(begun, values, strict=True)]
             assert row["tau"]["value"] == pytest.approx(np.nanmean(taus))
             assert row["ended"] == np.mean([len(text) <= row["tokens"] for text in texts])
-        assert figures["all_checkpoints"]["best_of_m"]["value"] == values.max(axis=1).mean()
-        assert figures["tokens_per_answer"] == np.mean([len(text) for text in texts])
+        assert metrics["all_checkpoints"]["best_of_m"]["value"] == values.max(axis=1).mean()
+        assert metrics["tokens_per_answer"] == np.mean([len(text) for text in texts])
 
     def test_the_whole_command(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -194,10 +194,10 @@ def parsed(*words: str) -> argparse.Namespace:
 @pytest.mark.slow
 async def test_the_real_engine(live: Live) -> None:
     prompts = read_prompts(EVERYDAY).prompts[:2]
-    figures = await partial.evaluate_partial(
+    metrics = await partial.evaluate_partial(
         live.state, prompts, options.parse_reward("sentiment"), 4, [4, 8], 0.5, SamplingSpec(12, seed=3)
     )
-    assert all(-1 <= row["tau"]["value"] <= 1 for row in figures["checkpoints"] if row["tau"]["prompts"])
-    every = figures["all_checkpoints"]
+    assert all(-1 <= row["tau"]["value"] <= 1 for row in metrics["checkpoints"] if row["tau"]["prompts"])
+    every = metrics["all_checkpoints"]
     assert every["plain"]["value"] <= every["reward"]["value"] <= every["best_of_m"]["value"]
     assert live.state.engine.num_running() == 0

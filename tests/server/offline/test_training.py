@@ -1,4 +1,4 @@
-"""Training of reward heads: pairs, split, fit, fine-tuning, figures, and the whole command on the real model."""
+"""Training of reward heads: pairs, split, fit, fine-tuning, metrics, and the whole command on the real model."""
 
 import argparse
 import gzip
@@ -15,7 +15,7 @@ import torch
 from guiderail.guides.core.types import Message
 from guiderail.server.models import catalogue
 from guiderail.server.models.renderer import ChatRenderer
-from guiderail.server.offline.evaluate import pair_metrics as pair_figures
+from guiderail.server.offline.evaluate import pair_metrics
 from guiderail.server.offline.lines import DataError
 from guiderail.server.offline.train import features
 from guiderail.server.offline.train import head_fit as head
@@ -283,28 +283,28 @@ class TestFeatures:
 
 
 class TestReport:
-    def test_hand_computed_figures(self) -> None:
+    def test_hand_computed_metrics(self) -> None:
         chosen, rejected = np.array([2.0, 0.0, 1.0, 5.0]), np.array([1.0, 1.0, 1.0, 2.0])
-        figures = pair_figures.evaluate(
+        metrics = pair_metrics.evaluate(
             chosen, rejected, np.array([3.0, 9.0, 4.0, 2.0]), np.array([5.0, 9.0, 1.0, 7.0])
         )
         # head: right, wrong, tie, right; shorter: right, tie, wrong, right
-        assert figures["accuracy"]["value"] == 2.5 / 4
-        assert figures["accuracy"]["se"] == pytest.approx(math.sqrt((2 * 0.375**2 + 0.625**2 + 0.125**2) / 3) / 2)
-        assert figures["shorter_wins"]["value"] == 2.5 / 4
-        assert figures["longer_wins"]["value"] == 1.5 / 4
-        assert figures["minus_shorter_wins"]["value"] == 0  # 0, -0.5, 0.5, 0
-        assert figures["minus_shorter_wins"]["se"] == pytest.approx(math.sqrt(0.5 / 3) / 2)
-        assert figures["minus_longer_wins"]["value"] == 1 / 4  # 1, -0.5, -0.5, 1
-        assert figures["minus_longer_wins"]["se"] == pytest.approx(math.sqrt((2 * 0.75**2 + 2 * 0.75**2) / 3) / 2)
+        assert metrics["accuracy"]["value"] == 2.5 / 4
+        assert metrics["accuracy"]["se"] == pytest.approx(math.sqrt((2 * 0.375**2 + 0.625**2 + 0.125**2) / 3) / 2)
+        assert metrics["shorter_wins"]["value"] == 2.5 / 4
+        assert metrics["longer_wins"]["value"] == 1.5 / 4
+        assert metrics["minus_shorter_wins"]["value"] == 0  # 0, -0.5, 0.5, 0
+        assert metrics["minus_shorter_wins"]["se"] == pytest.approx(math.sqrt(0.5 / 3) / 2)
+        assert metrics["minus_longer_wins"]["value"] == 1 / 4  # 1, -0.5, -0.5, 1
+        assert metrics["minus_longer_wins"]["se"] == pytest.approx(math.sqrt((2 * 0.75**2 + 2 * 0.75**2) / 3) / 2)
         sig = [math.log1p(math.exp(-m)) for m in (1, -1, 0, 3)]
-        assert figures["log_loss"]["value"] == pytest.approx(np.mean(sig))
+        assert metrics["log_loss"]["value"] == pytest.approx(np.mean(sig))
 
     def test_standard_error_is_the_binomial_one(self) -> None:
         values = np.array([1.0] * 30 + [0.0] * 10)
-        assert pair_figures.estimate(values) == pytest.approx({"value": 0.75, "se": math.sqrt(0.75 * 0.25 / 39)})
+        assert pair_metrics.estimate(values) == pytest.approx({"value": 0.75, "se": math.sqrt(0.75 * 0.25 / 39)})
         random = np.random.default_rng(0)
-        drawn = [pair_figures.estimate((random.random(50) < 0.75).astype(float))["value"] for _ in range(4000)]
+        drawn = [pair_metrics.estimate((random.random(50) < 0.75).astype(float))["value"] for _ in range(4000)]
         assert np.std(drawn) == pytest.approx(math.sqrt(0.75 * 0.25 / 50), rel=0.05)
 
     def test_calibration_error_by_hand(self) -> None:
@@ -312,17 +312,17 @@ class TestReport:
             return math.log(p / (1 - p))
 
         # two pairs at 0.62 (one right), two at 0.97 (both right): 0.5 * |0.5 - 0.62| + 0.5 * |1 - 0.97|
-        error, bins = pair_figures.calibration(np.array([logit(0.62), -logit(0.62), logit(0.97), logit(0.97)]))
+        error, bins = pair_metrics.calibration(np.array([logit(0.62), -logit(0.62), logit(0.97), logit(0.97)]))
         assert error == pytest.approx(0.075)
         assert [(round(b["from"], 2), b["pairs"], b["accuracy"]) for b in bins] == [(0.6, 2, 0.5), (0.95, 2, 1.0)]
-        assert pair_figures.calibration(np.array([0.0, 50.0]))[0] == pytest.approx(0, abs=1e-9), "both ends have a bin"
+        assert pair_metrics.calibration(np.array([0.0, 50.0]))[0] == pytest.approx(0, abs=1e-9), "both ends have a bin"
 
     def test_a_calibrated_score_has_little_error(self) -> None:
         random = np.random.default_rng(0)
         margins = random.normal(0, 1.5, 40000)
         margins = np.abs(margins) * np.where(random.random(40000) < 1 / (1 + np.exp(-np.abs(margins))), 1, -1)
-        assert pair_figures.calibration(margins)[0] < 0.01
-        assert pair_figures.calibration(3 * margins)[0] > 0.1
+        assert pair_metrics.calibration(margins)[0] < 0.01
+        assert pair_metrics.calibration(3 * margins)[0] > 0.1
 
     def test_correlations_match_scipy(self) -> None:
         from scipy import stats
@@ -330,24 +330,24 @@ class TestReport:
         random = np.random.default_rng(0)
         x = random.integers(0, 9, 80).astype(float)
         y = x + random.normal(0, 5, 80).round()
-        assert pair_figures.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
-        assert pair_figures.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-        assert math.isnan(pair_figures.pearson(np.ones(3), np.arange(3.0)))
+        assert pair_metrics.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
+        assert pair_metrics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+        assert math.isnan(pair_metrics.pearson(np.ones(3), np.arange(3.0)))
 
     @pytest.mark.parametrize(
         ("accuracy", "rule", "words"),
         [(0.52, 0.58, "not shown to differ from chance"), (0.7, 0.58, "better than the rule “shorter wins”"), (0.5, 0.7, "worse than the rule")],
     )  # fmt: skip
     def test_the_verdict_falls_whichever_way_the_figures_do(self, accuracy: float, rule: float, words: str) -> None:
-        figures = {
+        metrics = {
             "accuracy": {"value": accuracy, "se": 0.02},
             "shorter_wins": {"value": rule, "se": 0.02},
             "longer_wins": {"value": 1 - rule, "se": 0.02},
             "minus_shorter_wins": {"value": accuracy - rule, "se": 0.03},
             "minus_longer_wins": {"value": accuracy - 1 + rule, "se": 0.03},
         }
-        assert words in report.verdict(figures)
-        assert ("Weak" in report.summary(figures)) == (accuracy < 0.65)
+        assert words in report.verdict(metrics)
+        assert ("Weak" in report.summary(metrics)) == (accuracy < 0.65)
 
 
 class TestCommand:
@@ -458,12 +458,12 @@ def test_the_whole_command(model_path: str, made_up: Path, tmp_path: Path, unfre
     tensors = load_file(out / "head.safetensors")
     assert tensors["score.weight"].shape == (1, 576)
     assert tensors["score.weight"].dtype == torch.float32
-    figures = json.loads((out / "report.json").read_text())
-    tuned = bool(figures["fine_tuning"]) and figures["fine_tuning"]["best_epoch"] > 0
+    metrics = json.loads((out / "report.json").read_text())
+    tuned = bool(metrics["fine_tuning"]) and metrics["fine_tuning"]["best_epoch"] > 0
     assert (len(tensors) > 1) == tuned
     assert all(name.startswith("model.layers.29.") for name in tensors if name != "score.weight")
-    assert figures["data"]["train"] + figures["data"]["held_out"] == 24
-    assert figures["held_out"]["accuracy"]["value"] > 0.8, "kind against curt is plain to see"
+    assert metrics["data"]["train"] + metrics["data"]["held_out"] == 24
+    assert metrics["held_out"]["accuracy"]["value"] > 0.8, "kind against curt is plain to see"
     card = (out / "README.md").read_text()
     assert "made-up pairs" in card
     assert str(tmp_path) not in card
@@ -510,7 +510,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
             assert len((tmp_path / "parts.progress.jsonl").read_text().splitlines()) > before or unfreeze
         assert runs < 20, "it goes on"
     assert runs > 1
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     whole, parts = (load_file(folder / "head.safetensors") for folder in (tmp_path / "whole", out))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

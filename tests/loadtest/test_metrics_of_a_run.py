@@ -9,7 +9,7 @@ from timed_server import Scripted
 
 from guiderail.loadtest.load.arrivals import Ramp
 from guiderail.loadtest.load.runner import Load
-from guiderail.loadtest.report import quantiles as stats
+from guiderail.loadtest.report import metrics_of_a_run
 from guiderail.loadtest.report.records import Outcome, Record
 from guiderail.loadtest.report.result import Reporting, result_path, save_json, save_requests
 
@@ -64,11 +64,11 @@ def record(**fields: object) -> Record:
 
 def test_percentiles_are_numpys_and_reach_p99_9() -> None:
     values = np.random.default_rng(0).lognormal(size=5000)
-    made = stats.distribution([*values, None])
+    made = metrics_of_a_run.distribution([*values, None])
     assert made["count"] == 5000
     for rank in (50, 90, 95, 99, 99.9):
         assert made["percentiles"][f"{rank:g}"] == pytest.approx(np.percentile(values, rank))
-    assert stats.distribution([None])["mean"] is None
+    assert metrics_of_a_run.distribution([None])["mean"] is None
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_a_good_request_completes_within_every_objective(slos: dict, fields: dic
 def test_goodput_counts_per_second_and_leaves_cancelled_requests_out() -> None:
     some = [record(slos={"e2el": 2000})] * 6 + [record(slos={"e2el": 1})] * 2
     some += [record(slos={"e2el": 2000}, outcome=Outcome.CANCELLED)] * 2
-    made = stats.summarize(some, duration_s=3.0)["goodput"]
+    made = metrics_of_a_run.summarize(some, duration_s=3.0)["goodput"]
     assert made == {"good": 6, "counted": 8, "attainment": 0.75, "request_goodput": 2.0}
-    assert stats.summarize([record()], 1.0)["goodput"] is None
+    assert metrics_of_a_run.summarize([record()], 1.0)["goodput"] is None
 
 
 async def test_reward_and_spend_come_from_the_alignment_object(server: Scripted) -> None:
@@ -157,6 +157,6 @@ async def test_names_of_files_tell_the_load(server: Scripted) -> None:
 def test_concurrency_and_token_peaks() -> None:
     some = [record(sent=0.0, end=2.0, chunks=[0.5, 1.2, 1.3]), record(sent=1.0, end=3.0, chunks=[1.9])]
     some.append(record(sent=3.0, end=4.0))
-    assert stats.max_concurrent(some) == 2
-    assert stats.max_tokens_per_s(some) == 3
-    assert stats.max_concurrent([]) == stats.max_tokens_per_s([]) == 0
+    assert metrics_of_a_run.max_concurrent(some) == 2
+    assert metrics_of_a_run.max_tokens_per_s(some) == 3
+    assert metrics_of_a_run.max_concurrent([]) == metrics_of_a_run.max_tokens_per_s([]) == 0

@@ -1,4 +1,4 @@
-"""Figures, table and picture of bench_quality.py, from the answers and their scores."""
+"""Metrics, table and picture of bench_quality.py, from the answers and their scores."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from figures import interval
+from measured import interval
 from quality_tasks import Task
 
 
@@ -24,7 +24,7 @@ def worst_tenth(rows: np.ndarray) -> np.ndarray:
     return np.sort(rows, axis=-1)[..., : max(1, rows.shape[-1] // 10)].mean(axis=-1)
 
 
-def figures(task: Task, answers: Sequence[dict[str, Any]], even: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
+def metrics(task: Task, answers: Sequence[dict[str, Any]], even: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
     """Of one method on one task; `even`: the answers of best-of-n at the same budget, to be compared prompt by prompt."""
     steered, judged = ([answer[key] for answer in answers] for key in ("steered", "judge"))
     found = {
