@@ -1,199 +1,93 @@
-"""The JSON of responses: OpenAI's chat and text completions, whole and in chunks, and the alignment report."""
+"""Responses: a request's events folded once, into one JSON body or into server-sent events. Metrics see them here."""
 
 import time
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncGenerator
 
-from guiderail.guides.core.types import Candidate, Final, TokenLogprob
-from guiderail.guides.scoring import token_entropy
-from guiderail.server.models.renderer import ChatRenderer
-from guiderail.server.requests.build import Job
+from guiderail.guides.core.types import Event, Final, Scored, Token, TokenLogprob
+from guiderail.server.api.bodies import Body, Json, alignment_report, envelope, usage
+from guiderail.server.api.transport import DONE, error_event, json_event
+from guiderail.server.requests.run import running
+from guiderail.server.state import ServerState
 
 
-@dataclass(slots=True)
-class ChatWire:
-    """Builds the bodies of one chat response."""
+class _Fold:
+    """The ends of a response's answers, as far as they have come."""
 
-    job: Job
-    renderer: ChatRenderer
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
+    def __init__(self, state: ServerState, body: Body) -> None:
+        self.finals: dict[int, Final] = {}
+        self.count = len(body.request.contexts)
+        self._metrics = state.metrics
+        self._request = body.request
+        self._silent = True
 
-    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None, final: Final) -> dict[str, Any]:
-        """One answer of a whole response."""
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._logprobs(logprobs),
-            "finish_reason": final.finish_reason,
-            "stop_reason": final.stop_reason,
-        }
+    def take(self, index: int, event: Event) -> None:
+        """Note an event of an answer, and tell the metrics."""
+        if isinstance(event, Final):
+            self.finals[index] = event
+            self._metrics.selected(self._request.label, self._request.contexts[index].report)
+        elif self._silent and isinstance(event, Token):
+            self._silent = False
+            self._metrics.first_token(self._request.label, time.monotonic() - self._request.spend.started)
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The choice of the first chunk of an answer."""
-        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-
-    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-        """The choice of a chunk that brings text."""
-        return {
-            "index": index,
-            "delta": {"content": text},
-            "logprobs": self._logprobs(logprobs),
-            "finish_reason": None,
-        }
-
-    def closing(self, index: int, final: Final) -> dict[str, Any]:
-        """The choice of an answer's last chunk."""
-        return {
-            "index": index,
-            "delta": {},
-            "logprobs": None,
-            "finish_reason": final.finish_reason,
-            "stop_reason": final.stop_reason,
-        }
-
-    def _logprobs(self, rows: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        if rows is None:
-            return None
-        count = self.job.contexts[0].sampling.logprobs or 0
-        content = []
-        for row in rows:
-            top = [self._entry(token, logprob) for token, logprob in row.top[:count]]
-            content.append({**self._entry(row.token_id, row.logprob), "top_logprobs": top})
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.renderer.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def report(self) -> Json:
+        """Return the `alignment` of a response whose answers have all ended."""
+        return alignment_report(self._request, [self.finals[i] for i in range(self.count)])
 
 
-@dataclass(slots=True)
-class TextWire:
-    """Builds the bodies of one text completion response."""
-
-    job: Job
-    renderer: ChatRenderer
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-    offsets: dict[int, int] = field(default_factory=dict)
-    whole_object = "text_completion"
-    chunk_object = "text_completion"
-
-    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None, final: Final) -> dict[str, Any]:
-        """One answer of a whole response."""
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": self._logprobs(index, logprobs),
-            "finish_reason": final.finish_reason,
-            "stop_reason": final.stop_reason,
-        }
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """Text completions have no opening chunk."""
-        return None
-
-    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-        """The choice of a chunk that brings text."""
-        return {"index": index, "text": text, "logprobs": self._logprobs(index, logprobs), "finish_reason": None}
-
-    def closing(self, index: int, final: Final) -> dict[str, Any]:
-        """The choice of an answer's last chunk."""
-        return self.choice(index, "", None, final)
-
-    def _logprobs(self, index: int, rows: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        if rows is None:
-            return None
-        count = self.job.contexts[0].sampling.logprobs or 0
-        offset = self.offsets.get(index, 0)
-        tokens, offsets = [], []
-        for row in rows:
-            text = self.renderer.token_text(row.token_id)
-            tokens.append(text)
-            offsets.append(offset)
-            offset += len(text)
-        self.offsets[index] = offset
-        return {
-            "tokens": tokens,
-            "token_logprobs": [row.logprob for row in rows],
-            "top_logprobs": [
-                {self.renderer.token_text(token): logprob for token, logprob in row.top[:count]} for row in rows
-            ],
-            "text_offset": offsets,
-        }
+async def whole(state: ServerState, body: Body) -> Json:
+    """Run the request; return the response that is not streamed."""
+    fold = _Fold(state, body)
+    texts: list[list[str]] = [[] for _ in range(fold.count)]
+    logprobs: list[list[TokenLogprob]] = [[] for _ in range(fold.count)]
+    async with running(state, body.request) as events:
+        async for index, event in events:
+            fold.take(index, event)
+            if isinstance(event, Token):
+                texts[index].append(event.text)
+                logprobs[index].extend(event.logprobs or ())
+    wanted = body.request.contexts[0].sampling.logprobs is not None
+    choices = [
+        body.choice(i, "".join(texts[i]), logprobs[i] if wanted else None, fold.finals[i]) for i in range(fold.count)
+    ]
+    return envelope(body, body.whole_object, choices) | {"usage": usage(body.request), "alignment": fold.report()}
 
 
-Wire = ChatWire | TextWire
+async def stream(state: ServerState, body: Body, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    """Run the request; yield the response as server-sent events. An error after the first is an event of its own.
 
+    Raises what the request raises before its first event, so that it can still become an HTTP status.
+    """
+    fold = _Fold(state, body)
+    opened: set[int] = set()
 
-def envelope(wire: Wire, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-    """What every body and chunk has around its choices."""
-    return {
-        "id": wire.id,
-        "object": kind,
-        "created": wire.created,
-        "model": wire.job.model,
-        "system_fingerprint": wire.job.system_fingerprint,
-        "choices": choices,
-    }
+    def chunk(*choices: Json, **more: object) -> bytes:
+        return json_event(
+            envelope(body, body.chunk_object, [*choices]) | ({"usage": None} if include_usage else {}) | more
+        )
 
-
-def usage(job: Job) -> dict[str, int]:
-    """OpenAI's usage: the prompt once and the answers returned. What was discarded is in the spend."""
-    prompt, completion = job.spend.prompt_tokens, job.spend.tokens_accepted
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def alignment_report(job: Job, finals: Sequence[Final]) -> dict[str, Any]:
-    """The response's `alignment`: resolved configuration, scores and spend."""
-    return {
-        "config": job.alignment.echo(),
-        "choices": [_choice_report(i, final, job) for i, final in enumerate(finals)],
-        "warnings": list(dict.fromkeys(warning for ctx in job.contexts for warning in ctx.report.warnings)),
-        "spend": job.spend.report(),
-    }
-
-
-def _choice_report(index: int, final: Final, job: Job) -> dict[str, Any]:
-    chosen = final.candidates[final.chosen]
-    selection = job.contexts[index].report
-    report: dict[str, Any] = {
-        "index": index,
-        "chosen": final.chosen,
-        "stopped_by": final.stopped_by,
-        "score": chosen.combined,
-        "rewards": chosen.rewards,
-        "transformed": chosen.transformed,
-        "calibration": selection.calibration,
-        "diagnostics": {
-            "kl": None if selection.kl is None else round(selection.kl, 6),
-            "selections": selection.picks,
-            "effective_sample_size": selection.effective_sample_size,
-            **token_entropy(chosen.logprobs),
-            **selection.detail,
-            "warnings": selection.warnings,
-        },
-    }
-    if job.alignment.return_candidates:
-        clean = job.contexts[index].clean
-        report["candidates"] = [
-            {**_candidate_report(candidate), "text": clean(candidate.text)} for candidate in final.candidates
-        ]
-    return report
-
-
-def _candidate_report(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "index": candidate.index,
-        "tokens": len(candidate.token_ids),
-        "finish_reason": candidate.finish_reason,
-        "score": candidate.combined,
-        "rewards": candidate.rewards,
-        "transformed": candidate.transformed,
-        "adjusted_score": candidate.adjusted,
-        "weight": candidate.weight,
-    }
+    try:
+        async with running(state, body.request) as events:
+            async for index, event in events:
+                fold.take(index, event)
+                if isinstance(event, Scored):
+                    continue
+                if index not in opened:
+                    opened.add(index)
+                    if (choice := body.opening(index)) is not None:
+                        yield chunk(choice)
+                if isinstance(event, Token):
+                    if event.text or event.logprobs is not None:  # else held back: what may become a stop string
+                        yield chunk(body.delta(index, event.text, event.logprobs))
+                    continue
+                last = len(fold.finals) == fold.count
+                report = {"alignment": fold.report()} if last else {}
+                if last and include_usage:
+                    yield chunk(body.closing(index, event))
+                    yield chunk(usage=usage(body.request), **report)
+                else:
+                    yield chunk(body.closing(index, event), **report)
+    except Exception as error:
+        if not opened:
+            raise
+        yield error_event(error)
+    yield DONE

@@ -1,11 +1,10 @@
-"""The HTTP routes. Handlers only: read, make a job, answer."""
+"""The HTTP routes. Handlers only: read, build a request, respond."""
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Coroutine
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ValidationError
@@ -13,13 +12,13 @@ from starlette.responses import Response
 
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.guides.core.registry import describe
-from guiderail.server.api.fold import chunks, resumed, whole
-from guiderail.server.api.responses import ChatWire, TextWire, Wire
+from guiderail.server.api.bodies import Body, ChatBody, Json, TextBody
+from guiderail.server.api.responses import stream, whole
 from guiderail.server.api.schemas import UNSUPPORTED, ChatRequest, CompletionRequest, ScoreRequest
 from guiderail.server.api.transport import (
     ClientGone,
-    EventStream,
     error_response,
+    event_stream,
     json_response,
     read_object,
     until_disconnect,
@@ -27,13 +26,12 @@ from guiderail.server.api.transport import (
 from guiderail.server.metrics import Load
 from guiderail.server.models.cpu_features import description
 from guiderail.server.openai_errors import ApiError, bad_request, from_exception, from_validation
-from guiderail.server.requests.build import chat_job, completion_job
-from guiderail.server.requests.score import score_request
+from guiderail.server.requests import build
+from guiderail.server.requests.score import score, scoring
 from guiderail.server.rewards.models.neural import NeuralReward
 from guiderail.server.state import ServerState
 
 log = logging.getLogger("guiderail.server")
-HEADERS_AFTER_S = 2.0  # how long a stream's start may wait for a first event, to report errors by status
 
 
 def build_router(state: ServerState) -> APIRouter:
@@ -93,15 +91,13 @@ def build_router(state: ServerState) -> APIRouter:
         return json_response({"object": "list", "data": data})
 
     @router.post("/v1/rewards/score", openapi_extra=_body(ScoreRequest))
-    async def score(request: Request) -> Response:
+    async def score_answers(request: Request) -> Response:
         """Scores given answers to given messages: raw values by reward, and combined."""
         try:
-            parsed = parse(ScoreRequest, await read_object(request))
-            return json_response(await until_disconnect(request.receive, score_request(state, parsed)))
-        except ClientGone:
-            return Response(status_code=499)
-        except Exception as error:
-            return _failure("score", error)
+            work = scoring(state, parse(ScoreRequest, await read_object(request)))
+        except (ApiError, GuiderailError) as error:
+            return _rejected(state, error)
+        return await _answered(work.label, _whole(request, score(state, work)))
 
     @router.get("/health")
     async def health() -> Response:
@@ -139,60 +135,52 @@ def build_router(state: ServerState) -> APIRouter:
 
 
 async def _complete(
-    state: ServerState, request: Request, model: type[ChatRequest] | type[CompletionRequest]
+    state: ServerState, request: Request, schema: type[ChatRequest] | type[CompletionRequest]
 ) -> Response:
     arrived = time.monotonic()
     try:
-        parsed = parse(model, await read_object(request))
-        wire: Wire
+        parsed = parse(schema, await read_object(request))
+        body: Body
         if isinstance(parsed, ChatRequest):
-            wire = ChatWire(chat_job(state, parsed, arrived), state.renderer)
+            body = ChatBody(build.chat(state, parsed, arrived), state.renderer)
         else:
-            wire = TextWire(completion_job(state, parsed, arrived), state.renderer)
+            body = TextBody(build.completion(state, parsed, arrived), state.renderer)
     except (ApiError, GuiderailError) as error:
-        state.metrics.rejected()
-        return error_response(from_exception(error))
+        return _rejected(state, error)
+    if not parsed.stream:
+        return await _answered(body.request.label, _whole(request, whole(state, body)))
+    usage = parsed.stream_options is not None and parsed.stream_options.include_usage
+    events = stream(state, body, include_usage=usage)
+    return await _answered(body.request.label, event_stream(request.receive, events))
+
+
+async def _whole(request: Request, work: Coroutine[object, None, Json]) -> Response:
+    return json_response(await until_disconnect(request.receive, work))
+
+
+def _rejected(state: ServerState, error: Exception) -> Response:
+    """The response to a request that is refused before it runs."""
+    state.metrics.rejected()
+    return error_response(from_exception(error))
+
+
+async def _answered(label: str, work: Coroutine[object, None, Response]) -> Response:
+    """The response to a request that runs, an error if it fails."""
     try:
-        if parsed.stream:
-            usage = parsed.stream_options is not None and parsed.stream_options.include_usage
-            return await _stream(request, chunks(wire.job, wire, state.metrics, include_usage=usage))
-        return json_response(await until_disconnect(request.receive, whole(wire.job, wire, state.metrics)))
+        return await work
     except ClientGone:
         return Response(status_code=499)  # nobody reads it
     except Exception as error:
-        return _failure(wire.job.alignment.guide_name, error)
+        failure = from_exception(error)
+        if failure.body["error"]["code"] in ("internal_error", "guide_failed"):
+            log.error("request failed (%s)", label, exc_info=error)
+        return error_response(failure)
 
 
-async def _stream(request: Request, source: AsyncGenerator[bytes, None]) -> Response:
-    """Starts the stream once its first event is there, so that early errors have an HTTP status."""
-    first: asyncio.Task[bytes] = asyncio.ensure_future(anext(source))
-    try:
-        await until_disconnect(request.receive, _ready(first))
-    except BaseException:
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        await source.aclose()
-        raise
-    return EventStream(resumed(first, source))
+S = TypeVar("S", bound=BaseModel)
 
 
-async def _ready(first: "asyncio.Task[bytes]") -> None:
-    done, _ = await asyncio.wait({first}, timeout=HEADERS_AFTER_S)
-    if done:
-        first.result()
-
-
-def _failure(what: str, error: Exception) -> Response:
-    api_error = from_exception(error)
-    if api_error.body["error"]["code"] in ("internal_error", "guide_failed"):
-        log.error("request failed (%s)", what, exc_info=error)
-    return error_response(api_error)
-
-
-W = TypeVar("W", bound=BaseModel)
-
-
-def parse(model: type[W], body: dict[str, Any]) -> W:
+def parse(model: type[S], body: Json) -> S:
     """The wire model of a body. Raises ApiError (400)."""
     for name, reason in UNSUPPORTED.items():
         if name in body:
@@ -205,6 +193,6 @@ def parse(model: type[W], body: dict[str, Any]) -> W:
         ) from error
 
 
-def _body(model: type[BaseModel]) -> dict[str, Any]:
+def _body(model: type[BaseModel]) -> Json:
     schema = model.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

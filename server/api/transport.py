@@ -3,26 +3,29 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import TypeVar
 
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from guiderail.server.openai_errors import ApiError
+from guiderail.server.openai_errors import ApiError, from_exception
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 16 * 2**20
 KEEP_ALIVE_S = 10.0  # proxies cut silent connections, and a guide may search for minutes before it commits to a word
 KEEP_ALIVE = b": keep-alive\n\n"
+HEADERS_AFTER_S = 2.0  # how long a stream's start may wait for a first event, to report errors by status
+DONE = b"data: [DONE]\n\n"
 
 
 class ClientGone(Exception):
     """The client closed its connection before the answer was ready."""
 
 
-async def read_object(request: Request) -> dict[str, Any]:
+async def read_object(request: Request) -> dict[str, object]:
     """The request's JSON object, null fields left out. Raises ApiError (400, 413)."""
     body = bytearray()
     async for chunk in request.stream():
@@ -38,7 +41,7 @@ async def read_object(request: Request) -> dict[str, Any]:
     return {key: item for key, item in value.items() if item is not None}
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def until_disconnect(receive: Receive, work: Coroutine[object, None, T]) -> T:
     """Runs `work`, cancelling it when the client goes away. Raises ClientGone then."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(receive))
@@ -58,7 +61,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON body, written by pydantic's fast encoder."""
     return Response(to_json(value), status, headers, media_type="application/json")
 
@@ -67,6 +70,43 @@ def error_response(error: ApiError) -> Response:
     """The HTTP form of an error."""
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return json_response(error.body, error.status, headers)
+
+
+def json_event(value: object) -> bytes:
+    """A server-sent event."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+def error_event(error: Exception) -> bytes:
+    """The event that tells the client of an error."""
+    return json_event(from_exception(error).body)
+
+
+async def event_stream(receive: Receive, source: AsyncGenerator[bytes, None]) -> "EventStream":
+    """Start a stream once its first event is there, or after HEADERS_AFTER_S; close `source` if it is not to start.
+
+    Raises what `source` raises until then, so that early errors have an HTTP status, and ClientGone.
+    """
+    first: asyncio.Task[bytes] = asyncio.ensure_future(anext(source))
+    try:
+        await until_disconnect(receive, _ready(first))
+    except BaseException:
+        await _ended(first, source)
+        raise
+    return EventStream(first, source)
+
+
+async def _ready(first: "asyncio.Task[bytes]") -> None:
+    done, _ = await asyncio.wait({first}, timeout=HEADERS_AFTER_S)
+    if done:
+        first.result()
+
+
+async def _ended(first: "asyncio.Task[bytes]", source: AsyncGenerator[bytes, None]) -> None:
+    first.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        await first
+    await source.aclose()
 
 
 class EventStream(Response):
@@ -78,10 +118,12 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, first: "asyncio.Task[bytes]", source: AsyncGenerator[bytes, None]) -> None:
+        """first: `source`'s first event, asked for already. An error that comes in its stead is sent as an event."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._chunks = chunks
+        self._first = first
+        self._source = source
         self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,27 +132,35 @@ class EventStream(Response):
         except (ClientGone, OSError):
             pass
         finally:
-            await self._chunks.aclose()
+            await _ended(self._first, self._source)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        clock = asyncio.get_running_loop().time
-        self._last_sent = clock()
-        # A task of its own, and not a timer around each chunk: that would cost more than the chunk does.
+        self._last_sent = asyncio.get_running_loop().time()
+        # A task of its own, and not a timer around each event: that would cost more than the event does.
         keeping_alive = asyncio.create_task(self._keep_alive(send))
         try:
-            async for chunk in self._chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                self._last_sent = clock()
+            await self._send_event(send, await self._first_event())
+            async for event in self._source:
+                await self._send_event(send, event)
         finally:
             keeping_alive.cancel()
             await asyncio.gather(keeping_alive, return_exceptions=True)
         await send({"type": "http.response.body", "body": b""})
+
+    async def _first_event(self) -> bytes:
+        try:
+            return await self._first
+        except Exception as error:  # too late for a status; `source` has ended with it
+            return error_event(error) + DONE
+
+    async def _send_event(self, send: Send, event: bytes) -> None:
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+        self._last_sent = asyncio.get_running_loop().time()
 
     async def _keep_alive(self, send: Send) -> None:
         clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(max(0.0, self._last_sent + KEEP_ALIVE_S - clock()))
             if clock() >= self._last_sent + KEEP_ALIVE_S:
-                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-                self._last_sent = clock()
+                await self._send_event(send, KEEP_ALIVE)

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from guiderail.guides.core.budget import Spend
 from guiderail.guides.core.errors import DeadlinePassed
 from guiderail.server.metrics import Metrics
 from guiderail.server.openai_errors import ApiError
@@ -22,6 +23,22 @@ from guiderail.server.settings import OperatorLimits
 
 LONGEST_RETRY_S = 120
 SMOOTHING = 0.2  # weight of the newest request in the estimate of tokens per second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A request as admission and the metrics know it.
+
+    label: the guide's name, or what else the request asks for. rows, tokens: what it takes of the engine at most.
+    deadline: a time.monotonic() value.
+    """
+
+    label: str
+    spend: Spend
+    rows: int
+    tokens: int
+    priority: int = 0
+    deadline: float | None = None
 
 
 @dataclass(order=True, slots=True)

@@ -1,26 +1,16 @@
-"""From a wire request to a Job: checked against the model and the operator's limits, and run as events.
+"""From a wire request to a Request: rendered, checked against the model and the operator's limits, with its cost."""
 
-A Job has one guide run per answer (`n`, times the prompts of a completion request); the runs share one
-spend and one deadline, and their events come merged.
-"""
-
-import asyncio
-import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
 from guiderail.guides.core.budget import Spend
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.guide import Limits
-from guiderail.guides.core.types import PROMPT, Event, Final, Message, Token, TokenPrompt
+from guiderail.guides.core.types import PROMPT, Message, TokenPrompt
 from guiderail.guides.prompters import Template
 from guiderail.server.api.schemas import ChatRequest, CompletionRequest, SamplingFields
 from guiderail.server.openai_errors import ApiError, bad_request
-from guiderail.server.requests.admission import Admission
-from guiderail.server.requests.contract import guided
-from guiderail.server.requests.delivered import Delivered
+from guiderail.server.requests.admission import Work
 from guiderail.server.requests.resolve import Alignment
 from guiderail.server.requests.sampling_fields import refuse_unkept, sampling_spec
 from guiderail.server.state import ServerState
@@ -29,85 +19,17 @@ from guiderail.server.state import ServerState
 REPLY_SHARE, REPLY_S = 0.05, 0.3
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request ready to run. `rows` and `tokens` are what it may take of the engine at most."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request(Work):
+    """A request for answers, ready to run: one Context an answer."""
 
     model: str
     alignment: Alignment
     contexts: tuple[Context, ...]
-    spend: Spend
-    admission: Admission
-    priority: int
-    rows: int
-    tokens: int
     system_fingerprint: str
 
-    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """(answer's index, event) of all answers as they come, once admitted. Closing it cancels all work.
 
-        Raises ApiError (429) at once if the server is overloaded.
-        """
-        deadline = self.contexts[0].limits.deadline
-        async with self.admission.slot(self.rows, self.tokens, priority=self.priority, deadline=deadline) as waited:
-            self.spend.queued_s = waited
-            began = time.monotonic()
-            try:
-                async with aclosing(self._events()) as events:
-                    async for item in events:
-                        yield item
-            finally:
-                self.admission.finished(self.spend.tokens_generated, time.monotonic() - began, self.rows)
-
-    async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        if len(self.contexts) == 1:
-            async with aclosing(self._run(0)) as events:
-                async for event in events:
-                    yield 0, event
-            return
-        queue: asyncio.Queue[tuple[int, Event] | BaseException | None] = asyncio.Queue()
-
-        async def pump(index: int) -> None:
-            try:
-                async with aclosing(self._run(index)) as events:
-                    async for event in events:
-                        queue.put_nowait((index, event))
-                queue.put_nowait(None)
-            except Exception as error:
-                queue.put_nowait(error)
-
-        tasks = [asyncio.create_task(pump(index)) for index in range(len(self.contexts))]
-        try:
-            for _ in tasks:
-                while (item := await queue.get()) is not None:
-                    if isinstance(item, BaseException):
-                        raise item
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _run(self, index: int) -> AsyncGenerator[Event, None]:
-        accepted, ctx = 0, self.contexts[index]
-        cleaner = ctx.cleaner()
-        delivered = None if ctx.sampling.logprobs is None else Delivered(ctx.decoder())
-        async with ctx, aclosing(guided(self.alignment.guide_name, self.alignment.guide, ctx)) as events:
-            async for event in events:
-                if isinstance(event, Token):
-                    accepted += len(event.token_ids)
-                    text, logprobs = cleaner.push(event.text), None  # log-probabilities may be for selection alone
-                    if delivered is not None:
-                        logprobs = delivered.take(event.logprobs or (), event.text, text) or None
-                    event = Token(text, event.token_ids, logprobs)
-                elif isinstance(event, Final):
-                    if rest := cleaner.finish():
-                        yield Token(rest, (), None if delivered is None else delivered.take((), "", rest) or None)
-                    self.spend.tokens_accepted += accepted
-                yield event
-
-
-def chat_job(state: ServerState, request: ChatRequest, arrived: float) -> Job:
+def chat(state: ServerState, request: ChatRequest, arrived: float) -> Request:
     """Checks and renders a chat request that came at `arrived` (time.monotonic()). Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
     alignment = state.resolver.resolve(request.alignment, profile)
@@ -119,11 +41,11 @@ def chat_job(state: ServerState, request: ChatRequest, arrived: float) -> Job:
         continue_final_message=request.continue_final_message,
     )
     prompts = [(messages, TokenPrompt(prompt.token_ids, adapter))]
-    return _job(state, request, model, alignment, prompts, arrived)
+    return _request(state, request, model, alignment, prompts, arrived)
 
 
-def completion_job(state: ServerState, request: CompletionRequest, arrived: float) -> Job:
-    """Checks and tokenizes a completion request; see chat_job. Raises ApiError or RequestError."""
+def completion(state: ServerState, request: CompletionRequest, arrived: float) -> Request:
+    """Checks and tokenizes a completion request; see chat. Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
     alignment = state.resolver.resolve(request.alignment, profile)
     if not isinstance(alignment.prompter, Template):
@@ -137,17 +59,17 @@ def completion_job(state: ServerState, request: CompletionRequest, arrived: floa
         if not ids:
             raise bad_request("'prompt' is empty", "prompt")
         prompts.append(((Message(PROMPT, text),), TokenPrompt(tuple(ids), adapter)))
-    return _job(state, request, model, alignment, prompts, arrived)
+    return _request(state, request, model, alignment, prompts, arrived)
 
 
-def _job(
+def _request(
     state: ServerState,
     request: ChatRequest | CompletionRequest,
     model: str,
     alignment: Alignment,
     prompts: list[tuple[tuple[Message, ...], TokenPrompt]],
     arrived: float,
-) -> Job:
+) -> Request:
     limits = state.settings.limits
     if request.n > limits.max_n:
         raise bad_request(f"'n' is {request.n}; this server allows at most {limits.max_n}", "n")
@@ -202,10 +124,18 @@ def _job(
     tokens = sum(alignment.guide.cost(ctx.sampling.max_tokens) for ctx in contexts)
     if alignment.calibration.source in ("auto", "drawn") and any(term.chain.needs_sample for term in alignment.rewards):
         tokens += len(prompts) * alignment.calibration.n * max(ctx.sampling.max_tokens for ctx in contexts)
-    return Job(
-        model, alignment, tuple(contexts), spend, state.admission, request.priority, rows, tokens,
-        state.system_fingerprint,
-    )  # fmt: skip
+    return Request(
+        label=alignment.guide_name,
+        spend=spend,
+        rows=rows,
+        tokens=tokens,
+        priority=request.priority,
+        deadline=deadline,
+        model=model,
+        alignment=alignment,
+        contexts=tuple(contexts),
+        system_fingerprint=state.system_fingerprint,
+    )
 
 
 def _goes_on(request: SamplingFields) -> bool:

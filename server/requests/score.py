@@ -1,6 +1,7 @@
 """POST /v1/rewards/score: raw, transformed and combined scores of given answers, without generating candidates."""
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from guiderail.guides.core.budget import Spend
 from guiderail.guides.core.context import Context
@@ -11,23 +12,54 @@ from guiderail.guides.scoring.calibration_sample import CalibrationSpec
 from guiderail.guides.scoring.selection.best import Argmax
 from guiderail.server.api.schemas import ScoreInput, ScoreRequest
 from guiderail.server.openai_errors import bad_request
+from guiderail.server.requests.admission import Work
 from guiderail.server.requests.parsing import parse
+from guiderail.server.requests.run import admitted
 from guiderail.server.state import ServerState
 
 
-async def score_request(state: ServerState, request: ScoreRequest) -> dict[str, Any]:
-    """The response body. Raises ApiError for bad rewards, RewardFailed if one fails."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring(Work):
+    """A request for scores, ready to run: for each input its Context and the answers."""
+
+    inputs: tuple[tuple[Context, list[Candidate]], ...]
+
+
+def scoring(state: ServerState, request: ScoreRequest) -> Scoring:
+    """Check and render a request for scores. Raises ApiError (400), or RequestError for what cannot be rendered."""
     spec: CalibrationSpec = parse(CalibrationSpec, dict(request.calibration), "calibration")
     spend = Spend()
-    jobs = [_context(state, request, item, spec, spend) for item in request.inputs]
-    inputs = await together(_score(ctx, candidates) for ctx, candidates in jobs)
-    data = [{"index": index, **scored} for index, scored in enumerate(inputs)]
-    warnings = list(dict.fromkeys(warning for ctx, _ in jobs for warning in ctx.report.warnings))
-    usage = {"reward_tokens": spend.reward_tokens, "calibration_tokens": spend.calibration_tokens}
+    inputs = tuple(_context(state, request, item, spec, spend) for item in request.inputs)
+    rows, tokens = _cost(state, inputs)
+    return Scoring(label="score", spend=spend, rows=rows, tokens=tokens, inputs=inputs)
+
+
+async def score(state: ServerState, work: Scoring) -> dict[str, object]:
+    """Run the request, once admitted; return the response. Raises ApiError (429), or RewardFailed if a reward fails."""
+    async with admitted(state, work):
+        scored = await together(_score(ctx, candidates) for ctx, candidates in work.inputs)
+    data = [{"index": index, **each} for index, each in enumerate(scored)]
+    warnings = list(dict.fromkeys(warning for ctx, _ in work.inputs for warning in ctx.report.warnings))
+    usage = {"reward_tokens": work.spend.reward_tokens, "calibration_tokens": work.spend.calibration_tokens}
     return {"object": "list", "data": data, "usage": usage, "warnings": warnings}
 
 
-async def _score(ctx: Context, candidates: list[Candidate]) -> dict[str, Any]:
+def _cost(state: ServerState, inputs: Sequence[tuple[Context, list[Candidate]]]) -> tuple[int, int]:
+    """The sequences and tokens that scores take of the engine at most: calibration draws, and answers that rewards
+    ask the engine about. A request that takes none counts as one sequence of the tokens that its rewards read.
+    """
+    rows = tokens = 0
+    for ctx, candidates in inputs:
+        read = sum(len(candidate.token_ids) for candidate in candidates)
+        tokens += read * len(ctx.rewards)
+        rows += len(candidates) * sum(not state.rewards[term.name].batched for term in ctx.rewards)
+        if ctx.calibration.source in ("auto", "drawn") and any(term.chain.needs_sample for term in ctx.rewards):
+            rows += ctx.calibration.n
+            tokens += ctx.calibration.n * ctx.sampling.max_tokens
+    return max(1, rows), tokens
+
+
+async def _score(ctx: Context, candidates: list[Candidate]) -> dict[str, object]:
     async with ctx:
         await ctx.score(candidates)
     ctx.rate(candidates)

@@ -11,11 +11,11 @@ from typing import Any
 
 from report import ROOT, write_section
 
-from guiderail.server.api.fold import whole
-from guiderail.server.api.responses import ChatWire, TextWire
+from guiderail.server.api.bodies import Body, ChatBody, TextBody
+from guiderail.server.api.responses import whole
 from guiderail.server.api.schemas import ChatRequest, CompletionRequest
 from guiderail.server.offline.prompt_file import read_prompts
-from guiderail.server.requests.build import chat_job, completion_job
+from guiderail.server.requests import build
 from guiderail.server.settings import OperatorLimits
 from guiderail.server.state import ServerState
 
@@ -73,12 +73,14 @@ def _lines(text: str) -> list[dict[str, Any]]:
 async def ask(state: ServerState, **body: Any) -> dict[str, Any]:
     """The response to a chat request, or to a text completion if it has a `prompt`, with `wall_s` in it."""
     started = time.perf_counter()
+    asked: Body
     if "prompt" in body:
-        job = completion_job(state, CompletionRequest.model_validate(body), time.monotonic())
-        response = await whole(job, TextWire(job, state.renderer), state.metrics)
+        asked = TextBody(
+            build.completion(state, CompletionRequest.model_validate(body), time.monotonic()), state.renderer
+        )
     else:
-        job = chat_job(state, ChatRequest.model_validate(body), time.monotonic())
-        response = await whole(job, ChatWire(job, state.renderer), state.metrics)
+        asked = ChatBody(build.chat(state, ChatRequest.model_validate(body), time.monotonic()), state.renderer)
+    response = await whole(state, asked)
     return response | {"wall_s": time.perf_counter() - started}
 
 

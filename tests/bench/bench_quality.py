@@ -30,7 +30,7 @@ from report import ROOT
 
 from guiderail.server.api.schemas import ScoreRequest
 from guiderail.server.offline.offline_state import offline
-from guiderail.server.requests.score import score_request
+from guiderail.server.requests.score import score, scoring
 from guiderail.server.settings import Settings
 from guiderail.server.state import ServerState
 
@@ -65,7 +65,7 @@ async def answer_all(state: ServerState, task: Task, name: str, guide: dict[str,
             "inputs": [{"messages": user(task.prompts[index]), "answers": [answers[index]["text"]]}],
             "rewards": [{**task.rewards[index], "label": "steered"}, {**task.judge_reward, "label": "judge"}],
         }
-        response = await score_request(state, ScoreRequest.model_validate(request))
+        response = await score(state, scoring(state, ScoreRequest.model_validate(request)))
         values = response["data"][0]["answers"][0]["rewards"]
         return [values["steered"], values["judge"]]
 

@@ -10,7 +10,7 @@ from typing import Any
 from asking import user
 
 from guiderail.server.api.schemas import ScoreRequest
-from guiderail.server.requests.score import score_request
+from guiderail.server.requests.score import score, scoring
 from guiderail.server.state import ServerState
 
 
@@ -62,7 +62,7 @@ async def check(state: ServerState) -> dict[str, tuple[int, int]]:
     for name, (judge, pairs) in PAIRS.items():
         inputs = [{"messages": user(question), "answers": [better, worse]} for question, better, worse in pairs]
         request = ScoreRequest.model_validate({"inputs": inputs, "rewards": [{**judge, "label": "judge"}]})
-        rows = (await score_request(state, request))["data"]
+        rows = (await score(state, scoring(state, request)))["data"]
         values = [[answer["rewards"]["judge"] for answer in row["answers"]] for row in rows]
         found[name] = (sum(better > worse for better, worse in values), len(pairs))
     return found

@@ -16,7 +16,7 @@ from quality_metrics import diversity
 
 from guiderail.server.api.schemas import ScoreRequest
 from guiderail.server.offline.offline_state import offline
-from guiderail.server.requests.score import score_request
+from guiderail.server.requests.score import score, scoring
 from guiderail.server.settings import Settings
 
 BASE = "gemma3-270m"
@@ -76,7 +76,7 @@ async def urial(raw: Raw, prompts: int, seed: int) -> tuple[list[str], dict[str,
                 ],
                 "rewards": [{**spec, "label": label} for label, spec in SCORERS.items()],
             }
-            response = await score_request(state, ScoreRequest.model_validate(request))
+            response = await score(state, scoring(state, ScoreRequest.model_validate(request)))
             return [row["answers"][0]["rewards"] for row in response["data"]]
 
         for name, found in methods.items():

@@ -13,7 +13,7 @@ from virtual_time import in_virtual_time
 from waiting import until
 
 from guiderail.server.api.schemas import ChatRequest
-from guiderail.server.requests.build import chat_job
+from guiderail.server.requests import build
 from guiderail.server.settings import OperatorLimits
 
 BODY = {"messages": [{"role": "user", "content": "q"}], "seed": 10, "max_tokens": 400}
@@ -121,7 +121,7 @@ async def test_an_error_before_the_first_event_has_a_status(stream: bool) -> Non
 
 async def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("guiderail.server.api.transport.KEEP_ALIVE_S", 0.05)
-    monkeypatch.setattr("guiderail.server.api.routes.HEADERS_AFTER_S", 0.05)
+    monkeypatch.setattr("guiderail.server.api.transport.HEADERS_AFTER_S", 0.05)
     engine = ScriptedEngine(step_s=0.1)
     async with serving(make_state(engine)) as url, httpx.AsyncClient(base_url=url) as client:
         response = await client.post("/v1/chat/completions", json=BODY | {"stream": True, "alignment": BEST})
@@ -131,7 +131,7 @@ async def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_a_late_error_of_a_silent_stream_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("guiderail.server.api.routes.HEADERS_AFTER_S", 0.02)
+    monkeypatch.setattr("guiderail.server.api.transport.HEADERS_AFTER_S", 0.02)
     engine = ScriptedEngine(step_s=0.05, fail_after=2)
     async with serving(make_state(engine)) as url, httpx.AsyncClient(base_url=url) as client:
         chunks = await events(client, BODY | {"stream": True, "alignment": BEST})
@@ -171,9 +171,9 @@ async def test_deadline_and_budget_are_reported() -> None:
 @pytest.mark.parametrize(("within", "kept"), [(100, 0.3), (2, 0.1)])
 def test_a_deadline_counts_from_arrival_and_leaves_time_to_answer(within: float, kept: float) -> None:
     body = BODY | {"alignment": {"budget": {"deadline_s": within}}}
-    job = chat_job(make_state(ScriptedEngine()), ChatRequest.model_validate(body), 1000.0)
-    assert job.contexts[0].limits.deadline == pytest.approx(1000 + within - kept)
-    assert job.spend.started == 1000
+    request = build.chat(make_state(ScriptedEngine()), ChatRequest.model_validate(body), 1000.0)
+    assert request.contexts[0].limits.deadline == pytest.approx(1000 + within - kept)
+    assert request.spend.started == 1000
 
 
 async def test_usage_and_spend_add_up() -> None:

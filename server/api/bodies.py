@@ -1,0 +1,200 @@
+"""The JSON of a response: OpenAI's chat and text completions, whole and in chunks, and the alignment report."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from guiderail.guides.core.types import Candidate, Final, TokenLogprob
+from guiderail.guides.scoring import token_entropy
+from guiderail.server.models.renderer import ChatRenderer
+from guiderail.server.requests.build import Request
+
+Json = dict[str, object]
+
+
+@dataclass(slots=True)
+class ChatBody:
+    """Builds the bodies of one chat response."""
+
+    request: Request
+    renderer: ChatRenderer
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None, final: Final) -> Json:
+        """One answer of a whole response."""
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self._logprobs(logprobs),
+            "finish_reason": final.finish_reason,
+            "stop_reason": final.stop_reason,
+        }
+
+    def opening(self, index: int) -> Json | None:
+        """The choice of the first chunk of an answer."""
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> Json:
+        """The choice of a chunk that brings text."""
+        return {
+            "index": index,
+            "delta": {"content": text},
+            "logprobs": self._logprobs(logprobs),
+            "finish_reason": None,
+        }
+
+    def closing(self, index: int, final: Final) -> Json:
+        """The choice of an answer's last chunk."""
+        return {
+            "index": index,
+            "delta": {},
+            "logprobs": None,
+            "finish_reason": final.finish_reason,
+            "stop_reason": final.stop_reason,
+        }
+
+    def _logprobs(self, found: Sequence[TokenLogprob] | None) -> Json | None:
+        if found is None:
+            return None
+        count = self.request.contexts[0].sampling.logprobs or 0
+        content = []
+        for each in found:
+            top = [self._entry(token, logprob) for token, logprob in each.top[:count]]
+            content.append({**self._entry(each.token_id, each.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> Json:
+        text = self.renderer.token_text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+@dataclass(slots=True)
+class TextBody:
+    """Builds the bodies of one text completion response."""
+
+    request: Request
+    renderer: ChatRenderer
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    offsets: dict[int, int] = field(default_factory=dict)
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None, final: Final) -> Json:
+        """One answer of a whole response."""
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprobs(index, logprobs),
+            "finish_reason": final.finish_reason,
+            "stop_reason": final.stop_reason,
+        }
+
+    def opening(self, index: int) -> Json | None:
+        """Text completions have no opening chunk."""
+        return None
+
+    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> Json:
+        """The choice of a chunk that brings text."""
+        return {"index": index, "text": text, "logprobs": self._logprobs(index, logprobs), "finish_reason": None}
+
+    def closing(self, index: int, final: Final) -> Json:
+        """The choice of an answer's last chunk."""
+        return self.choice(index, "", None, final)
+
+    def _logprobs(self, index: int, found: Sequence[TokenLogprob] | None) -> Json | None:
+        if found is None:
+            return None
+        count = self.request.contexts[0].sampling.logprobs or 0
+        offset = self.offsets.get(index, 0)
+        tokens, offsets = [], []
+        for each in found:
+            text = self.renderer.token_text(each.token_id)
+            tokens.append(text)
+            offsets.append(offset)
+            offset += len(text)
+        self.offsets[index] = offset
+        return {
+            "tokens": tokens,
+            "token_logprobs": [each.logprob for each in found],
+            "top_logprobs": [
+                {self.renderer.token_text(token): logprob for token, logprob in each.top[:count]} for each in found
+            ],
+            "text_offset": offsets,
+        }
+
+
+Body = ChatBody | TextBody
+
+
+def envelope(body: Body, kind: str, choices: list[Json]) -> Json:
+    """What every body and chunk has around its choices."""
+    return {
+        "id": body.id,
+        "object": kind,
+        "created": body.created,
+        "model": body.request.model,
+        "system_fingerprint": body.request.system_fingerprint,
+        "choices": choices,
+    }
+
+
+def usage(request: Request) -> dict[str, int]:
+    """OpenAI's usage: the prompt once and the answers returned. What was discarded is in the spend."""
+    prompt, completion = request.spend.prompt_tokens, request.spend.tokens_accepted
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def alignment_report(request: Request, finals: Sequence[Final]) -> Json:
+    """The response's `alignment`: resolved configuration, scores and spend."""
+    return {
+        "config": request.alignment.echo(),
+        "choices": [_choice_report(i, final, request) for i, final in enumerate(finals)],
+        "warnings": list(dict.fromkeys(warning for ctx in request.contexts for warning in ctx.report.warnings)),
+        "spend": request.spend.report(),
+    }
+
+
+def _choice_report(index: int, final: Final, request: Request) -> Json:
+    chosen = final.candidates[final.chosen]
+    selection = request.contexts[index].report
+    report: Json = {
+        "index": index,
+        "chosen": final.chosen,
+        "stopped_by": final.stopped_by,
+        "score": chosen.combined,
+        "rewards": chosen.rewards,
+        "transformed": chosen.transformed,
+        "calibration": selection.calibration,
+        "diagnostics": {
+            "kl": None if selection.kl is None else round(selection.kl, 6),
+            "selections": selection.picks,
+            "effective_sample_size": selection.effective_sample_size,
+            **token_entropy(chosen.logprobs),
+            **selection.detail,
+            "warnings": selection.warnings,
+        },
+    }
+    if request.alignment.return_candidates:
+        clean = request.contexts[index].clean
+        report["candidates"] = [
+            {**_candidate_report(candidate), "text": clean(candidate.text)} for candidate in final.candidates
+        ]
+    return report
+
+
+def _candidate_report(candidate: Candidate) -> Json:
+    return {
+        "index": candidate.index,
+        "tokens": len(candidate.token_ids),
+        "finish_reason": candidate.finish_reason,
+        "score": candidate.combined,
+        "rewards": candidate.rewards,
+        "transformed": candidate.transformed,
+        "adjusted_score": candidate.adjusted,
+        "weight": candidate.weight,
+    }
