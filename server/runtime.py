@@ -28,10 +28,12 @@ from guiderail.server.api.listener import Listener
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.null import NoEngine
 from guiderail.server.engines.remote_policy import RemotePolicy
-from guiderail.server.engines.supervised import LocalEngine, SupervisedEngine
-from guiderail.server.engines.vllm import forkserver as vllm_ahead
-from guiderail.server.engines.vllm.engine import EngineSettings, build
-from guiderail.server.engines.vllm.launch import on_cpu, usual_rows
+from guiderail.server.engines.served_engine import LocalEngine, ServedEngine
+from guiderail.server.engines.supervised import SupervisedEngine
+from guiderail.server.engines.vllm import forkserver
+from guiderail.server.engines.vllm.engine import build
+from guiderail.server.engines.vllm.engine_args import EngineSettings, default_max_num_seqs
+from guiderail.server.engines.vllm.environment import on_cpu
 from guiderail.server.memory.shares import EngineShare, Plan
 from guiderail.server.metrics import Metrics
 from guiderail.server.models import catalogue, cpu_features
@@ -49,7 +51,7 @@ from guiderail.server.scoring.batcher import BatchingScorer
 from guiderail.server.scoring.calibration_file import StoredCalibration
 from guiderail.server.scoring.calibrator import Calibrator
 from guiderail.server.settings import Settings, SettingsError
-from guiderail.server.state import ServedEngine, ServerState
+from guiderail.server.state import ServerState
 
 
 def serve(settings: Settings) -> int:
@@ -104,7 +106,7 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
     for name, spec in settings.reward.items():
         check_source(name, spec)
     if engine and not settings.batch_invariant:  # whose environment vLLM reads when it is imported
-        vllm_ahead.begin()
+        forkserver.start_preload()
     step = steps()
     metrics = Metrics(settings.model_name)
     step(f"preparing {settings.model}")
@@ -114,7 +116,7 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
     for line in plan.lines:
         say(line)
     if plan.engine is not None and settings.max_num_seqs is None:
-        rows = await asyncio.to_thread(usual_rows, settings.tensor_parallel_size)
+        rows = await asyncio.to_thread(default_max_num_seqs, settings.tensor_parallel_size)
         settings = settings.model_copy(update={"max_num_seqs": rows})
     remote = {name: RemotePolicy(name, spec) for name, spec in settings.policy.items()} if engine else {}
     served = (
@@ -144,7 +146,7 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
         for policy in remote.values():
             await policy.close()
         if engine:
-            vllm_ahead.end()
+            forkserver.end_preload()
         _end(processes)
 
 

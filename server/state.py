@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
-from guiderail.guides.core.guide import Engine, Guide, Helpers
+from guiderail.guides.core.guide import Guide, Helpers
 from guiderail.guides.core.reward import Reward
-from guiderail.server.engines.engine_stats import EngineStats
+from guiderail.server.engines.served_engine import ServedEngine
 from guiderail.server.metrics import Metrics
 from guiderail.server.models.renderer import ChatRenderer
 from guiderail.server.requests.admission import Admission
@@ -14,23 +13,6 @@ from guiderail.server.requests.resolve import Resolver
 from guiderail.server.scoring.batcher import BatchingScorer
 from guiderail.server.settings import Settings
 from guiderail.server.system_fingerprint import system_fingerprint
-
-
-class ServedEngine(Engine, Protocol):
-    """The engine as the routes see it: with its limits and its health."""
-
-    max_model_len: int
-    vocab_size: int
-    max_logprobs: int
-    dtype: str
-
-    @property
-    def up(self) -> bool: ...
-
-    @property
-    def stats(self) -> EngineStats: ...
-
-    def num_running(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from serving import Live, engine_dtype, serving
 from guiderail.guides.core.registry import load_guides, load_rewards
 from guiderail.guides.core.reward import Reward, Services
 from guiderail.server.engines.supervised import SupervisedEngine
-from guiderail.server.engines.vllm.engine import EngineSettings, build
+from guiderail.server.engines.vllm.engine import build
+from guiderail.server.engines.vllm.engine_args import EngineSettings
 from guiderail.server.metrics import Metrics
 from guiderail.server.models import catalogue
 from guiderail.server.models.renderer import ChatRenderer

@@ -1,4 +1,4 @@
-"""Checks of LoRA adapters before the engine is asked to load them."""
+"""Check of LoRA adapters before the engine is asked to load them."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from guiderail.guides.core.errors import RequestError
 
 
 def check_adapter(name: str, path: str, max_rank: int) -> None:
-    """Raises RequestError unless `path` holds a LoRA adapter that vLLM can be asked to load."""
+    """Raise RequestError unless `path` holds a LoRA adapter that vLLM can be asked to load."""
     config_file = os.path.join(path, "adapter_config.json")
     try:
         with open(config_file) as file:

@@ -1,4 +1,4 @@
-"""No engine, for commands that only score: whatever asks for generation or log-probabilities is refused."""
+"""Absence of an engine, for commands that only score: generation and log-probabilities are refused."""
 
 from collections.abc import Sequence
 from typing import NoReturn
@@ -9,11 +9,11 @@ from guiderail.server.engines.engine_stats import EngineStats
 
 
 class EngineNeeded(EngineUnavailable):
-    """Something asked for the engine where none was started."""
+    """The engine was asked for, but none was started."""
 
 
 class NoEngine:
-    """guiderail.guides.Engine in name alone: every use raises EngineNeeded."""
+    """server.engines.served_engine.ServedEngine whose every use raises EngineNeeded."""
 
     max_model_len = vocab_size = max_logprobs = 0
     dtype = ""
@@ -21,13 +21,13 @@ class NoEngine:
     stats = EngineStats()
 
     async def start(self) -> None:
-        """There is nothing to start."""
+        """Do nothing."""
 
     async def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing."""
 
     def num_running(self) -> int:
-        """Rows in the engine: none."""
+        """Sequences in the engine: none."""
         return 0
 
     def generate(

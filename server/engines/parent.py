@@ -1,4 +1,4 @@
-"""A process of the engine ends with the server that started it, however that ended."""
+"""End of an engine's process together with the server that started it, however the server ended."""
 
 import functools
 import multiprocessing
@@ -8,10 +8,10 @@ import threading
 
 @functools.cache
 def end_with_parent() -> None:
-    """Ends this process once the one that started it by `multiprocessing` is gone, without further ado.
+    """Exit at once when the process that started this one by `multiprocessing` is gone.
 
-    vLLM's processes are ended by the server. One that was killed (out of memory, `kill -9`) cannot do that; they would
-    wait for it for good, hold the memory that its successor needs and, while it is gone, heed no SIGTERM.
+    The server ends vLLM's processes. A server that was killed (out of memory, `kill -9`) cannot; they would wait for it
+    forever, hold the memory that its successor needs, and ignore SIGTERM.
     """
     if (parent := multiprocessing.parent_process()) is None:
         return

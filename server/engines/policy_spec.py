@@ -1,4 +1,4 @@
-"""What the operator says of a policy on another server: `--policy name=http://host:port[,option=value...]` or YAML."""
+"""Options of a policy on another server: `--policy name=http://host:port[,option=value...]`, or YAML."""
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -6,7 +6,7 @@ from guiderail.server.remote.remote_options import named_options, usable_url
 
 
 class RemotePolicySpec(BaseModel):
-    """One `--policy name=...`: where it is served."""
+    """Options of one `--policy name=...`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -21,5 +21,5 @@ class RemotePolicySpec(BaseModel):
 
 
 def parse_flag(text: str) -> tuple[str, dict[str, str]]:
-    """Splits name=url[,key=value...]. Raises GuiderailError."""
+    """Split name=url[,key=value...]. Raises GuiderailError."""
     return named_options(text, "url", "--policy takes NAME=http://host:port[,model=...][,key_env=...]")

@@ -1,7 +1,7 @@
-"""Why the processes of an engine ended: what they wrote to stderr at last, and the signal or status they ended with.
+"""Cause of death of an engine's processes, from the end of their stderr and the signal or status they ended with.
 
-Their stderr is a pipe to this process, which passes everything on at once and remembers the end of it. That also keeps
-what no Python code in them could tell any more: an abort inside a library, a processor without an instruction.
+Their stderr is a pipe to this process, which passes everything on at once and remembers the end of it. So even what no
+Python code in them could report is kept: an abort inside a library, an instruction that the processor lacks.
 """
 
 import asyncio
@@ -17,35 +17,35 @@ from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 
 REMEMBERED_LINES = 400
-RECENT_S = 10.0  # an error that was written longer before the end is not taken for its cause
-PATIENCE_S = 3.0  # for the end of processes that are known to be dying, and of what they wrote
+RECENT_S = 10.0  # an error written longer before the end is not taken for its cause
+PATIENCE_S = 3.0  # to wait for processes that are known to be dying, and for the end of their stderr
 HINTS = {
     signal.SIGKILL: "out of memory?",
     signal.SIGILL: "an instruction that this processor does not have",
     signal.SIGBUS: "is shared memory full?",
 }
-PREFIX = re.compile(r"^(?:\(\w+[^)]*\) )?(?:(?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] )?")  # vLLM's, of each line
+PREFIX = re.compile(r"^(?:\(\w+[^)]*\) )?(?:(?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] )?")  # vLLM's, on every line
 EXCEPTION = re.compile(r"^(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Failure)(?:: .*)?$")
 ABORT = re.compile(r"^\s*(?:what\(\): +|(?=Fatal Python error|LLVM ERROR|.*Assertion .* failed))(.+)$")
 
-_one_at_a_time = threading.Lock()  # stderr is the process's: two engines that start together would mix theirs up
+_one_at_a_time = threading.Lock()  # file descriptor 2 is shared: engines that start together would mix up theirs
 
 
 class ProcessMonitor:
-    """Hears what the processes that are started within `listen` write to stderr, and sees how they end."""
+    """Keeps the end of stderr, and the exit status, of processes that are started within `watch`."""
 
     def __init__(self) -> None:
         self.processes: list[BaseProcess] = []
         self._lines: deque[tuple[float, str]] = deque(maxlen=REMEMBERED_LINES)
-        self._silent = threading.Event()
+        self._closed = threading.Event()  # their stderr, by all of them
         self._ended_at = 0.0
-        self._telling: asyncio.Task[str] | None = None
+        self._finding: asyncio.Task[str] | None = None
 
     @contextmanager
-    def listen(self) -> Iterator[None]:
-        """Processes that this one starts within the block write their stderr through us."""
+    def watch(self) -> Iterator[None]:
+        """Pass on the stderr of processes that this one starts within the block."""
         with _one_at_a_time:
-            # This helper of Python's outlives every engine; started within the block it would hold the pipe open.
+            # This helper process of Python outlives every engine; started within the block it would hold the pipe open.
             multiprocessing.resource_tracker.ensure_running()
             source, sink = os.pipe()
             ours, copy = os.dup(2), os.dup(2)
@@ -66,20 +66,20 @@ class ProcessMonitor:
                 os.dup2(ours, 2)
                 os.close(ours)
 
-    def cause(self) -> str:
-        """In one line, why the processes ended. Waits for their end for PATIENCE_S: not for the event loop."""
+    def wait_for_cause(self) -> str:
+        """Return why the processes ended, in one line. Blocks up to PATIENCE_S for their end: not on the event loop."""
         until = time.monotonic() + PATIENCE_S
-        self._silent.wait(PATIENCE_S)
+        self._closed.wait(PATIENCE_S)
         while not (status := next((p.exitcode for p in self.processes if p.exitcode), 0)) and time.monotonic() < until:
             time.sleep(0.02)  # its pipe is closed a little before a process is over
         ended_at = self._ended_at or time.monotonic()
         return describe_end(status, [line for at, line in list(self._lines) if at >= ended_at - RECENT_S])
 
-    async def tell(self) -> str:
-        """As `cause`, for the event loop; however many ask, it is found out once."""
-        if self._telling is None:
-            self._telling = asyncio.create_task(asyncio.to_thread(self.cause))
-        return await asyncio.shield(self._telling)
+    async def cause(self) -> str:
+        """Return why the processes ended, for the event loop; found out once for all who ask."""
+        if self._finding is None:
+            self._finding = asyncio.create_task(asyncio.to_thread(self.wait_for_cause))
+        return await asyncio.shield(self._finding)
 
     def _pass_on(self, source: int, copy: int) -> None:
         rest = b""
@@ -94,18 +94,18 @@ class ProcessMonitor:
             self._lines.append((self._ended_at, rest.decode(errors="replace")))
         os.close(source)
         os.close(copy)
-        self._silent.set()
+        self._closed.set()
 
 
 def describe_end(status: int, lines: Sequence[str]) -> str:
-    """One line from a process's exit status (a signal is negative, 0 unknown) and what it last wrote."""
+    """Describe a process's end in one line from its exit status (negative: a signal, 0: unknown) and last output."""
     texts = [PREFIX.sub("", line) for line in lines]
     errors = [text.strip() for text in texts if EXCEPTION.match(text)]
     aborts = [found[1].strip() for text in texts if (found := ABORT.match(text))]
     if status < 0:
         number = signal.Signals(-status)
         hint = f" ({HINTS[number]})" if number in HINTS else ""
-        # Who is killed from outside has said nothing of it.
+        # A process killed from outside has written nothing about it.
         said = [] if number in (signal.SIGKILL, signal.SIGTERM) else (aborts or errors)[-1:]
         return ": ".join([f"killed by {number.name}{hint}", *said])
     told = errors or aborts or [text.strip() for text in texts]

@@ -1,13 +1,14 @@
 """A policy on another vLLM server: continues token-id prompts over HTTP, for guides that roll out a baseline.
 
-The wire format is vLLM's `POST /v1/completions` with token ids in (`prompt`) and out (`return_token_ids`). Each row is
-a request of its own, so that it has its own seed and can be dropped alone: closing the connection frees it there.
-Token ids mean the same here and there only if the tokenizers agree, so that is checked at the start.
+The wire format is vLLM's `POST /v1/completions` with token ids in (`prompt`) and out (`return_token_ids`). Each
+sequence is a request of its own, so that it has its own seed and can be dropped alone: closing the connection frees it
+on the server. Token ids mean the same here and there only if the tokenizers agree, so that is checked at the start.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from guiderail.guides.core.errors import EngineUnavailable, RequestError
@@ -21,7 +22,7 @@ from guiderail.server.remote.remote_client import NoResponse, RemoteClient, Remo
 from guiderail.server.remote.remote_options import api_key
 
 READ_S = 600.0
-IN_FLIGHT = 256  # rows of one policy at a time
+IN_FLIGHT = 256  # sequences of one policy at a time
 ATTEMPTS = 2
 PROBE = "Grüße, 世界! def f(x):\n    return x**2  # 3.14159 — naïve café 🙂"
 
@@ -47,7 +48,7 @@ class RemotePolicy:
     """guiderail.guides.Engine for one policy on another server; it generates, and gives no log-probabilities."""
 
     def __init__(self, name: str, spec: RemotePolicySpec) -> None:
-        """Raises EngineUnavailable if the environment variable of its key is not set."""
+        """Raises EngineUnavailable if the environment variable of the key is not set."""
         key = api_key(spec.key_env)
         if key == "":
             raise EngineUnavailable(f"policy '{name}': the environment variable {spec.key_env} is not set")
@@ -55,10 +56,9 @@ class RemotePolicy:
         self._spec = spec
         self._model = ""
         self._remote = RemoteClient(key, IN_FLIGHT, READ_S)
-        self._rows: dict[str, asyncio.Task[_Choice]] = {}  # by request id
 
     async def start(self, renderer: Renderer) -> None:
-        """Asks the server for its model and compares tokenizers. Raises EngineUnavailable with what is wrong."""
+        """Ask the server for its model and compare tokenizers. Raises EngineUnavailable with what is wrong."""
         texts = [PROBE]
         if renderer.has_chat_template:
             prompt = renderer.render([Message("user", PROBE)])
@@ -82,8 +82,11 @@ class RemotePolicy:
         seeds: Sequence[int | None] | None = None,
         deadline: float | None = None,
     ) -> Rollouts:
-        params = [(sampling, seed) for seed in seeds or [sampling.seed] * len(prompts)]
-        return EngineRollouts(self, prompts, params, deadline)
+        sequences = [
+            _RemoteSequence(index, partial(self._complete, prompt, sampling, seed))
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds or [sampling.seed] * len(prompts), strict=True))
+        ]
+        return EngineRollouts(sequences, deadline)
 
     async def next_token_logprobs(self, prompts: Sequence[TokenPrompt], top_k: int) -> list[dict[int, float]]:
         raise RequestError(f"policy '{self._name}' is on another server, which gives no log-probabilities")
@@ -93,32 +96,12 @@ class RemotePolicy:
     ) -> list[list[float]]:
         raise RequestError(f"policy '{self._name}' is on another server, which gives no log-probabilities")
 
-    async def deltas(self, row: int, prompt: TokenPrompt, params: Any, request_id: str) -> AsyncGenerator[Delta, None]:
-        """One delta, at the row's end. A row that is given up ends with finish reason "abort" and nothing else."""
-        task = self._rows[request_id] = asyncio.create_task(self._complete(prompt, *params))
-        try:
-            await asyncio.wait([task])
-            if task.cancelled():
-                yield Delta(row, "", (), "abort")
-                return
-            choice = task.result()
-            yield Delta(row, choice.text, tuple(choice.token_ids), choice.finish_reason, choice.stop_reason)
-        finally:
-            task.cancel()
-            del self._rows[request_id]
-
-    async def abort(self, request_ids: Sequence[str]) -> None:
-        """Closes the connections of these rows, at which the server gives them up."""
-        for each in request_ids:
-            if each in self._rows:
-                self._rows[each].cancel()
-
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._remote.close()
 
     async def _complete(self, prompt: TokenPrompt, spec: SamplingSpec, seed: int | None) -> _Choice:
-        """One row. Raises RequestError if the server refuses it, else EngineUnavailable; neither names the address."""
+        """Run one sequence. Raises RequestError if refused, else EngineUnavailable; neither contains the address."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return await self._ask(prompt, spec, seed)
@@ -144,8 +127,34 @@ class RemotePolicy:
         return choice
 
 
+class _RemoteSequence:
+    """One completion request: a single delta, at its end."""
+
+    def __init__(self, index: int, complete: Callable[[], Coroutine[Any, Any, _Choice]]) -> None:
+        self._index = index
+        self._complete = complete
+        self._task: asyncio.Task[_Choice] | None = None
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        task = self._task = asyncio.create_task(self._complete())
+        try:
+            await asyncio.wait([task])
+            if task.cancelled():
+                yield Delta(self._index, "", (), "abort")
+                return
+            choice = task.result()
+            yield Delta(self._index, choice.text, tuple(choice.token_ids), choice.finish_reason, choice.stop_reason)
+        finally:
+            task.cancel()
+
+    async def abort(self) -> None:
+        """Close the connection, at which the server gives the sequence up."""
+        if self._task is not None:
+            self._task.cancel()
+
+
 def body_of(spec: SamplingSpec) -> dict[str, Any]:
-    """The fields of a vLLM completion request that say how to sample."""
+    """Return the sampling fields of a vLLM completion request."""
     body = sampling_fields(spec)
     if spec.logit_bias:
         body["logit_bias"] = {str(token): value for token, value in spec.logit_bias.items()}

@@ -1,40 +1,21 @@
-"""An engine that comes back: watches the inner engine's processes and builds a new one when they die.
+"""Restart of a dead engine: watches the inner engine's processes and builds a new one when they die.
 
-While it is down every call raises EngineUnavailable, which the API answers with 503. Prompts of a policy on another
-server go there instead, by the name that they carry as their adapter.
+While it is down every call raises EngineUnavailable, which the API answers with 503. Prompts for a policy on another
+server go there instead; they carry its name as their adapter.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Protocol
 
 from guiderail.guides.core.errors import EngineUnavailable, RequestError
 from guiderail.guides.core.guide import Engine, Rollouts
 from guiderail.guides.core.types import SamplingSpec, TokenPrompt
 from guiderail.server.engines.engine_stats import EngineStats
+from guiderail.server.engines.served_engine import LocalEngine
 
 log = logging.getLogger("guiderail.engine")
-
-
-class LocalEngine(Engine, Protocol):
-    """What is supervised: an Engine with processes of its own."""
-
-    max_model_len: int
-    vocab_size: int
-    max_logprobs: int
-    dtype: str
-    stats: EngineStats
-
-    @property
-    def dead(self) -> bool: ...
-
-    def num_running(self) -> int: ...
-
-    async def cause_of_death(self) -> str: ...
-
-    async def close(self) -> None: ...
 
 
 class SupervisedEngine:
@@ -49,9 +30,9 @@ class SupervisedEngine:
         poll_s: float = 0.25,
         backoff_s: float = 1.0,
     ) -> None:
-        """Polls for death every `poll_s`; failed restarts are tried again after backoff_s, doubling to 60 s.
+        """Check for death every `poll_s`; retry failed restarts after backoff_s, doubling to 60 s.
 
-        remote: policies on other servers by name. They are the caller's to start and to close.
+        remote: policies on other servers by name. The caller starts and closes them.
         """
         self._build = build
         self._remote = remote or {}
@@ -65,12 +46,12 @@ class SupervisedEngine:
         self.dtype = ""
 
     async def start(self) -> None:
-        """Builds the engine for the first time. Raises what `build` raises."""
+        """Build the engine for the first time. Raises what `build` raises."""
         await self._adopt()
         self._watch = asyncio.create_task(self._watch_over())
 
     async def close(self) -> None:
-        """Ends the engine and the watch over it."""
+        """End the engine and the watch over it."""
         if self._watch is not None:
             self._watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -81,16 +62,16 @@ class SupervisedEngine:
 
     @property
     def up(self) -> bool:
-        """Whether requests are served now."""
-        return self._inner is not None and not self._inner.dead
+        """True while requests are served."""
+        return self._inner is not None and self._inner.up
 
     @property
     def stats(self) -> EngineStats:
-        """Figures of the engine that runs now, counted from its start."""
+        """Counts of the present engine since its start."""
         return self._inner.stats if self._inner is not None else EngineStats()
 
     def num_running(self) -> int:
-        """Rows open in the engine."""
+        """Sequences that the engine has not finished."""
         return self._inner.num_running() if self._inner is not None else 0
 
     def generate(
@@ -112,7 +93,7 @@ class SupervisedEngine:
         return await self._of(prompts).answer_logprobs(prompts, answers)
 
     def _of(self, prompts: Sequence[TokenPrompt]) -> Engine:
-        """The engine of the policy that these prompts are for."""
+        """Return the engine of the policy that these prompts are for."""
         names = {prompt.adapter for prompt in prompts}
         if not names & self._remote.keys():
             return self._now()
@@ -121,7 +102,7 @@ class SupervisedEngine:
         return self._remote[names.pop() or ""]
 
     def _now(self) -> LocalEngine:
-        if self._inner is None or self._inner.dead:
+        if self._inner is None or not self._inner.up:
             raise EngineUnavailable(f"the engine is down: {self._cause}" if self._cause else "the engine is down")
         return self._inner
 
@@ -138,7 +119,7 @@ class SupervisedEngine:
     async def _watch_over(self) -> None:
         while True:
             await asyncio.sleep(self._poll_s)
-            if self._inner is None or not self._inner.dead:
+            if self._inner is None or self._inner.up:
                 continue
             dead, self._inner = self._inner, None
             self._cause = await dead.cause_of_death()

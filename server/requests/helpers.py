@@ -9,10 +9,10 @@ from guiderail.guides.core.reward import Services
 from guiderail.guides.core.types import Message
 from guiderail.guides.scoring import RewardTerm
 from guiderail.guides.scoring.calibration_sample import CalibrationSample
+from guiderail.server.engines.served_engine import ServedEngine
 from guiderail.server.rewards.encoder import Encoder
 from guiderail.server.rewards.pairwise_judge import PairwiseJudge
 from guiderail.server.scoring.calibrator import Calibrator
-from guiderail.server.state import ServedEngine
 
 
 class ServerHelpers:

@@ -28,9 +28,9 @@ from serving import serving
 from guiderail.guides.core.registry import load_guides, load_rewards
 from guiderail.guides.core.reward import Services
 from guiderail.guides.core.types import Message, SamplingSpec, TokenPrompt
-from guiderail.server.engines.sequences import new_request_id
-from guiderail.server.engines.vllm.engine import EngineSettings, build
-from guiderail.server.engines.vllm.params import FORCED, token_logprobs
+from guiderail.server.engines.vllm.engine import build
+from guiderail.server.engines.vllm.engine_args import EngineSettings
+from guiderail.server.engines.vllm.params import FORCED
 from guiderail.server.metrics import Metrics
 from guiderail.server.models import catalogue
 from guiderail.server.models.renderer import ChatRenderer
@@ -52,14 +52,14 @@ def model() -> str:
 async def forced(engine: Any, prompts: list[TokenPrompt], rows: list[list[int]]) -> tuple[list[Any], float]:
     """TokenLogprob of every place of `rows`, forced after `prompts`, all at once; and tokens/s."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     async def one(prompt: TokenPrompt, answer: list[int]) -> list[Any]:
         params = SamplingParams(
             max_tokens=len(answer), temperature=0, logprobs=TOP, ignore_eos=True, detokenize=False,
-            extra_args={FORCED: answer},
+            extra_args={FORCED: answer}, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        outputs = [output async for output in engine.stream(prompt, params, new_request_id())]
-        return list(token_logprobs(outputs[-1].outputs[0]))
+        return list(await engine._logprobs(prompt, params))
 
     await asyncio.gather(*(one(prompt, row[:2]) for prompt, row in zip(prompts, rows, strict=True)))  # warms up
     began = time.perf_counter()

@@ -83,7 +83,7 @@ class Methods:
         self.vllm: Any = None
 
     async def start(self, folder: str) -> None:
-        from guiderail.server.engines.vllm.engine import EngineSettings
+        from guiderail.server.engines.vllm.engine_args import EngineSettings
         from guiderail.server.engines.vllm.pooling import build_pooling
 
         self.vllm = await build_pooling(EngineSettings(model=folder, max_model_len=2048, kv_cache_gb=2))

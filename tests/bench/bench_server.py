@@ -46,7 +46,8 @@ class Raw:
     async def start(self) -> None:
         from vllm.sampling_params import RequestOutputKind
 
-        from guiderail.server.engines.vllm.engine import EngineSettings, build
+        from guiderail.server.engines.vllm.engine import build
+        from guiderail.server.engines.vllm.engine_args import EngineSettings
         from guiderail.server.models import catalogue
         from guiderail.server.models.renderer import ChatRenderer
         from guiderail.server.settings import Settings

@@ -70,8 +70,8 @@ def guiderail(folder: Path, *flags: str, context: str = CONTEXT) -> Iterator[Ser
 @contextmanager
 def vllm(folder: Path, dtype: str = "auto") -> Iterator[Server]:
     """`vllm serve` with the model, environment and engine settings of `guiderail serve`."""
-    from guiderail.server.engines.vllm.engine import prepare_environment
-    from guiderail.server.engines.vllm.launch import CPU_KV_GB
+    from guiderail.server.engines.vllm.engine_args import CPU_KV_GB
+    from guiderail.server.engines.vllm.environment import prepare_environment
     from guiderail.server.models import catalogue
     from guiderail.server.models.cpu_features import auto_dtype
     from guiderail.server.settings import Settings

@@ -7,7 +7,8 @@ import pytest
 from serving import Live
 
 from guiderail.guides.core.types import Message, Mixed, SamplingSpec, TokenPrompt
-from guiderail.server.engines.vllm.engine import EngineSettings, build
+from guiderail.server.engines.vllm.engine import build
+from guiderail.server.engines.vllm.engine_args import EngineSettings
 
 STEP = 2**-5  # between bfloat16 numbers from 4 to 8; of larger ones it is a multiple
 

@@ -8,7 +8,8 @@ from seeded import KINDS, answers, requests
 from serving import Live, serving
 
 from guiderail.guides.core.errors import EngineUnavailable
-from guiderail.server.engines.vllm.engine import EngineSettings, build
+from guiderail.server.engines.vllm.engine import build
+from guiderail.server.engines.vllm.engine_args import EngineSettings
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Mixed rows that fall out of step in the real engine: a partner that is killed, rows that are preempted, formats."""
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from serving import Live
@@ -9,23 +9,33 @@ from serving import Live
 from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.guide import Engine
 from guiderail.guides.core.types import Message, Mixed, SamplingSpec, TokenLogprob, TokenPrompt
-from guiderail.server.engines.vllm.engine import EngineSettings, build
-from guiderail.server.engines.vllm.mixture.driver import MixedRow
+from guiderail.server.engines.sequences import EngineSequence
+from guiderail.server.engines.vllm.engine import build
+from guiderail.server.engines.vllm.engine_args import EngineSettings
+from guiderail.server.engines.vllm.mixture.lockstep import MixedSequence
 
 ASK = Message("user", "Tell me about your day and a friend.")
 
 
-@pytest.fixture
-def attempts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(attempt, tokens replayed) of every start of a group."""
-    seen: list[tuple[int, int]] = []
-    original = MixedRow._attempt
+class Attempt(NamedTuple):
+    """One start of a group."""
 
-    def spy(self: MixedRow, attempt: int) -> Any:
-        seen.append((attempt, len(self._taken)))
+    mixture: MixedSequence
+    number: int
+    replayed: int
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Attempt]:
+    """Every start of a group."""
+    seen: list[Attempt] = []
+    original = MixedSequence._attempt
+
+    def spy(self: MixedSequence, attempt: int) -> Any:
+        seen.append(Attempt(self, attempt, len(self._accepted)))
         return original(self, attempt)
 
-    monkeypatch.setattr(MixedRow, "_attempt", spy)
+    monkeypatch.setattr(MixedSequence, "_attempt", spy)
     return seen
 
 
@@ -51,7 +61,7 @@ async def read(engine: Engine, prompts: list[TokenPrompt], spec: SamplingSpec, e
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 async def test_a_killed_partner_costs_time_and_nothing_else(
-    live: Live, attempts: list[tuple[int, int]], temperature: float
+    live: Live, attempts: list[Attempt], temperature: float
 ) -> None:
     """The same text, tokens and log-probabilities as undisturbed, a stop string and penalties among the conditions."""
     spec = SamplingSpec(40, temperature, logprobs=1, presence_penalty=0.6, stop=("zzz",), ignore_eos=True)
@@ -59,20 +69,19 @@ async def test_a_killed_partner_costs_time_and_nothing_else(
     undisturbed = await read(engine, [prompt], spec)
     assert len(undisturbed[0][1]) == 40
     attempts.clear()
-    inner: Any = engine._inner
-    killed: list[str] = []
+    killed: list[EngineSequence] = []
 
     async def kill(row: int, tokens: int) -> None:
         if tokens in (9, 25):
-            (mixed,) = inner._mixed.values()
-            if mixed._ids[1] not in killed:
-                killed.append(mixed._ids[1])
-                await inner._llm.abort(killed[-1])
+            partner = attempts[-1].mixture._members[1]
+            if partner not in killed:
+                killed.append(partner)
+                await partner.abort()
 
     disturbed = await read(engine, [prompt], spec, kill)
     assert len(killed) == 2
-    assert [attempt for attempt, _ in attempts] == [0, 1, 2]
-    assert 9 <= attempts[1][1] < 25 <= attempts[2][1]
+    assert [attempt.number for attempt in attempts] == [0, 1, 2]
+    assert 9 <= attempts[1].replayed < 25 <= attempts[2].replayed
     assert disturbed[0][:2] == undisturbed[0][:2]
     together: list[tuple[TokenLogprob, TokenLogprob]] = list(zip(disturbed[0][2], undisturbed[0][2], strict=True))
     assert max(abs(a.logprob - b.logprob) for a, b in together) < 1e-3
@@ -109,18 +118,18 @@ async def test_a_deadline_ends_a_mixture(live: Live) -> None:
     assert live.state.engine.num_running() == 0
 
 
-async def test_more_rows_than_places_are_served_in_turn(live: Live, attempts: list[tuple[int, int]]) -> None:
+async def test_more_rows_than_places_are_served_in_turn(live: Live, attempts: list[Attempt]) -> None:
     """80 mixtures are 160 rows; the engine has 128 places. None is parted by that."""
     spec = SamplingSpec(3, 1.0, ignore_eos=True)
     plain = TokenPrompt(mixture(live).token_ids)
     rows = await read(live.state.engine, [mixture(live)] * 80 + [plain] * 20, spec)
     assert {len(tokens) for _, tokens, _ in rows} == {3}
-    assert attempts == [(0, 0)] * 80
+    assert [attempt[1:] for attempt in attempts] == [(0, 0)] * 80
 
 
 @pytest.mark.slow
 async def test_preempted_rows_end_with_the_answers_they_have_alone(
-    model_path: str, live: Live, attempts: list[tuple[int, int]]
+    model_path: str, live: Live, attempts: list[Attempt]
 ) -> None:
     """A KV cache for some 550 tokens, and six rows that would grow to 900.
 
@@ -136,9 +145,9 @@ async def test_preempted_rows_end_with_the_answers_they_have_alone(
         for seed in range(7, 10):
             async with engine.generate([prompt], spec, seeds=[seed]) as rollouts:
                 alone.append([token async for delta in rollouts for token in delta.token_ids])
-        assert {attempt for attempt, _ in attempts} == {0}
+        assert {attempt.number for attempt in attempts} == {0}
         rows = await read(engine, [prompt] * 3, spec)
-        assert any(attempt for attempt, _ in attempts), "nothing was preempted: the test is void"
+        assert any(attempt.number for attempt in attempts), "nothing was preempted: the test is void"
         assert {len(tokens) for tokens in alone} == {100}
         assert [tokens for _, tokens, _ in rows] == alone
         assert engine.num_running() == 0

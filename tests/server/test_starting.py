@@ -100,10 +100,8 @@ async def test_a_start_says_what_it_waits_for_and_takes_the_rewards_first(
     class Local(ScriptedEngine):
         """A scripted engine that can be ended."""
 
-        dead = False
-
         async def close(self) -> None:
-            self.dead = True
+            self.up = False
 
     order: list[str] = []
 
@@ -116,7 +114,7 @@ async def test_a_start_says_what_it_waits_for_and_takes_the_rewards_first(
         order.append("reward")
 
     monkeypatch.setattr(serve, "build", build)
-    monkeypatch.setattr(serve.vllm_ahead, "begin", lambda: order.append("imports"))
+    monkeypatch.setattr(serve.forkserver, "start_preload", lambda: order.append("imports"))
     monkeypatch.setattr(Length, "start", started)
     settings = Settings(guides=["sampling"], rewards=["length"])
     async with serve.running(settings, asyncio.Event()) as state:

@@ -10,7 +10,25 @@ from guiderail.guides.core.errors import EngineUnavailable
 from guiderail.guides.core.seeds import Seeds
 from guiderail.guides.core.types import Delta, SamplingSpec, ScoreGroup, TokenLogprob, TokenPrompt
 from guiderail.server.engines.engine_stats import EngineStats
-from guiderail.server.engines.sequences import EngineRollouts
+from guiderail.server.engines.sequences import EngineRollouts, new_request_id
+
+
+@dataclass
+class ScriptedSequence:
+    """One sequence of a ScriptedEngine."""
+
+    engine: "ScriptedEngine"
+    row: int
+    prompt: TokenPrompt
+    params: Any
+    request_id: str = field(default_factory=new_request_id)
+
+    def deltas(self) -> AsyncGenerator[Delta, None]:
+        return self.engine.deltas(self.row, self.prompt, self.params, self.request_id)
+
+    async def abort(self) -> None:
+        await self.engine.abort([self.request_id])
+
 
 ROWS_OF_10 = {seed: 10 + row for row, seed in enumerate(Seeds(10).stream(128))}
 
@@ -52,7 +70,8 @@ class ScriptedEngine:
         if not self.up:
             raise EngineUnavailable("the engine is down")
         params = [(sampling, seed) for seed in (seeds or [sampling.seed] * len(prompts))]
-        return EngineRollouts(self, prompts, params, deadline)
+        sequences = [ScriptedSequence(self, row, p, params[row]) for row, p in enumerate(prompts)]
+        return EngineRollouts(sequences, deadline)
 
     async def deltas(self, row: int, prompt: TokenPrompt, params: Any, request_id: str) -> AsyncGenerator[Delta, None]:
         sampling, seed = params

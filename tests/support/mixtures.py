@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from guiderail.server.engines.vllm.mixture.driver import Recipe
 from guiderail.server.engines.vllm.mixture.mixing import Row, draw
+from guiderail.server.engines.vllm.mixture.recipe import Recipe
 
 V = 12
 

@@ -13,7 +13,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from guiderail.server.engines.vllm.mixture.driver import Recipe
+from guiderail.server.engines.vllm.mixture.recipe import Recipe
 from guiderail.server.engines.vllm.scheduler import AsyncGroupScheduler, GroupScheduler
 
 BLOCK = 32

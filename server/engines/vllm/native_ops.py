@@ -1,4 +1,4 @@
-"""vLLM's native operations for CPU tensors, for the reward models that run in our own process.
+"""vLLM's native operations for CPU tensors, for reward models that run in our own process.
 
 RMSNorm took a quarter and rotary embedding a ninth of torch's time (2 cores, AMX, 1,424 tokens of SmolLM2-135M).
 """
@@ -6,14 +6,14 @@ RMSNorm took a quarter and rotary embedding a ninth of torch's time (2 cores, AM
 from functools import cache
 from typing import Any
 
-from guiderail.server.engines.vllm.launch import prepare_environment
+from guiderail.server.engines.vllm.environment import prepare_environment
 
 MULTIPLE = 32  # rows whose width is no multiple of this are left to torch: the operations work in whole vectors
 
 
 @cache
 def native_ops() -> Any | None:
-    """A module with rms_norm and rotary_embedding for CPU tensors; None where vLLM is no CPU build or lacks them."""
+    """Return a module with rms_norm and rotary_embedding for CPU tensors, None if this vLLM has none."""
     prepare_environment()
     from vllm.platforms import current_platform
 

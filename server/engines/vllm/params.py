@@ -1,23 +1,18 @@
-"""Between our sampling parameters and log-probabilities and vLLM's. Imports vLLM only inside functions."""
+"""vLLM's SamplingParams from ours. Imports vLLM only inside functions."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from guiderail.guides.core.errors import RequestError
-from guiderail.guides.core.types import SamplingSpec, TokenLogprob
+from guiderail.guides.core.types import SamplingSpec
 
-FORCED = "guiderail_forced"  # key of SamplingParams.extra_args; see vllm_processors.py
+FORCED = "guiderail_forced"  # key of SamplingParams.extra_args; see forced_tokens.py
 PRIORITY = "guiderail_priority"  # likewise: the request's priority
-ROWS = 4096  # between the priorities of two requests in the engine: more than rows of one
-
-
-def refusal(error: Exception, params: Any) -> RequestError:
-    """vLLM's objection to a request; with a schema it is nearly always the grammar made of that."""
-    return RequestError(str(error), "response_format" if params.structured_outputs is not None else None)
+PRIORITY_STRIDE = 4096  # between the priorities of two requests: more than sequences of one
 
 
 def sampling_fields(spec: SamplingSpec) -> dict[str, Any]:
-    """What vLLM's SamplingParams and its HTTP requests name alike."""
+    """Return the fields that vLLM's SamplingParams and its HTTP requests have in common."""
     return {
         "max_tokens": spec.max_tokens,
         "temperature": spec.temperature,
@@ -39,12 +34,12 @@ def sampling_fields(spec: SamplingSpec) -> dict[str, Any]:
 def sampling_params(
     spec: SamplingSpec, seed: int | None, extra_args: dict[str, Any] | None = None, *, wide: bool = False
 ) -> Any:
-    """vLLM's SamplingParams for one row; `wide` if others run with it. Raises RequestError for what vLLM refuses."""
+    """Return SamplingParams of one sequence; `wide` if its request has others. Raises RequestError if vLLM refuses."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     if spec.priority or wide:
-        extra_args = {**(extra_args or {}), PRIORITY: spec.priority * ROWS + wide}
+        extra_args = {**(extra_args or {}), PRIORITY: spec.priority * PRIORITY_STRIDE + wide}
     structured = None
     if spec.json_schema is not None:
         structured = StructuredOutputsParams(json=dict(spec.json_schema))
@@ -63,28 +58,37 @@ def sampling_params(
         raise RequestError(str(error)) from error
 
 
-def row_priority(params: Any, row: int) -> int:
-    """A row's place among those that wait in the engine: the request's priority, then single rows, then rows in order.
+def sequence_priority(params: Any, index: int) -> int:
+    """Return the place of a request's sequence `index` among those that wait, the smallest first.
 
-    So plain chats go before wide requests, and the first rows of one wide request before the last ones of another.
+    It is the request's priority, then single sequences before others, then their order: plain chats go before wide
+    requests, and the first sequences of one wide request before the last ones of another.
     """
-    return int((params.extra_args or {}).get(PRIORITY, 0)) + row
+    return int((params.extra_args or {}).get(PRIORITY, 0)) + index
 
 
-def forced_params(answer: Sequence[int], v2: bool) -> Any:
-    """SamplingParams of a row that decodes exactly `answer`; `v2` names the model runner."""
+def next_token_params(top_k: int) -> Any:
+    """Return SamplingParams that give log-probabilities of the `top_k` likeliest next tokens."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
-    forced: dict[str, Any] = {"trace_decode_token_ids": list(answer)} if v2 else {"extra_args": {FORCED: list(answer)}}
     return SamplingParams(
-        max_tokens=len(answer), temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **forced
+        max_tokens=1, temperature=0, logprobs=top_k, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
     )
 
 
-def token_logprobs(completion: Any) -> tuple[TokenLogprob, ...]:
-    """Log-probabilities of a completion's new tokens, likeliest first beside each."""
-    rows = []
-    for token, entries in zip(completion.token_ids, completion.logprobs or (), strict=True):
-        top = sorted(((i, e.logprob) for i, e in entries.items()), key=lambda pair: -pair[1])
-        rows.append(TokenLogprob(token, entries[token].logprob, tuple(top)))
-    return tuple(rows)
+def forced_params(answer: Sequence[int], v2: bool) -> Any:
+    """Return SamplingParams of a sequence that decodes exactly `answer`, for the V2 or the V1 model runner."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    forced: dict[str, Any] = {"trace_decode_token_ids": list(answer)} if v2 else {"extra_args": {FORCED: list(answer)}}
+    return SamplingParams(
+        max_tokens=len(answer),
+        temperature=0,
+        logprobs=0,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        **forced,
+    )

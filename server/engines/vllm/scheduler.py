@@ -21,8 +21,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from guiderail.server.engines.parent import end_with_parent
-from guiderail.server.engines.vllm.mixture.driver import Recipe
-from guiderail.server.engines.vllm.params import ROWS
+from guiderail.server.engines.vllm.mixture.recipe import Recipe
+from guiderail.server.engines.vllm.params import PRIORITY_STRIDE
 
 PROMPT_TOKENS = 64  # on 2 cores a 135M model reads them in about 20 ms, and decodes a step in 15
 MANY_ROWS = 16  # so many rows take as long to decode as the fixed part of a step, the price of one more
@@ -154,7 +154,7 @@ def _recipe(request: Request) -> Recipe | None:
 
 def _is_plain(request: Request) -> bool:
     """Whether a row runs alone, as plain chats do (vllm_params.row_priority)."""
-    return bool(request.priority % ROWS == 0)
+    return bool(request.priority % PRIORITY_STRIDE == 0)
 
 
 def _tokens_left(request: Request) -> int:

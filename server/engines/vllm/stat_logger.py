@@ -1,4 +1,4 @@
-"""Keeps the figures of vLLM's scheduler that operators look at, without vLLM's own loggers."""
+"""Counts of vLLM's scheduler that operators look at, kept without vLLM's own loggers."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from guiderail.server.engines.engine_stats import EngineStats
 
 
 class Recorder(StatLoggerBase):  # type: ignore[misc]
-    """Writes each step's figures into an EngineStats."""
+    """Adds each step's counts to an EngineStats."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int, stats: EngineStats) -> None:
         self._stats = stats

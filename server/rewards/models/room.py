@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from guiderail.server.engines.vllm.launch import EngineSettings, on_cpu
+from guiderail.server.engines.vllm.engine_args import EngineSettings
+from guiderail.server.engines.vllm.environment import on_cpu
 from guiderail.server.memory.kv_pool import GIB, default_pool, host_pool
 from guiderail.server.memory.model_size import read_shape
 from guiderail.server.memory.shares import RewardShare

@@ -120,10 +120,10 @@ def test_a_product_that_no_block_size_mends_is_named() -> None:
 def test_the_mode_is_in_the_environment_while_the_engine_starts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_ATTN_SPLIT_KV", "1")
     monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
-    with batch_invariance.environment(cpu=True):
+    with batch_invariance.invariant_environment(cpu=True):
         assert os.environ["VLLM_CPU_ATTN_SPLIT_KV"] == "0"
         assert "VLLM_BATCH_INVARIANT" not in os.environ
-    with batch_invariance.environment(cpu=False):
+    with batch_invariance.invariant_environment(cpu=False):
         assert os.environ["VLLM_BATCH_INVARIANT"] == "1"
     assert os.environ["VLLM_CPU_ATTN_SPLIT_KV"] == "1"
     assert "VLLM_BATCH_INVARIANT" not in os.environ

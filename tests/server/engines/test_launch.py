@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 
 from guiderail.server.engines.process_monitor import ProcessMonitor
-from guiderail.server.engines.vllm import launch as vllm_args
-from guiderail.server.engines.vllm.launch import (
+from guiderail.server.engines.vllm.engine_args import (
     CPU_KV_GB,
     EngineSettings,
     base_args,
+    default_max_num_seqs,
+    engine_args,
     fitting_args,
     generating_args,
-    prepare_environment,
-    usual_rows,
+    usage_context,
 )
+from guiderail.server.engines.vllm.environment import prepare_environment
+from guiderail.server.engines.vllm.launch import start
 
 PLAIN = EngineSettings("model")
 
@@ -119,13 +121,13 @@ def test_batches_are_those_of_vllm_serve(card: str, tmp_path: Path, monkeypatch:
     args = arg_utils.AsyncEngineArgs(**base_args(EngineSettings(str(tmp_path)), cpu=False), enable_chunked_prefill=True)
     model: Any = SimpleNamespace(max_model_len=131_072, is_multimodal_model=False)
     parallel: Any = SimpleNamespace(use_batched_dp_moe=False)
-    args._set_default_max_num_seqs_and_batched_tokens_args(vllm_args._usage(), model, parallel)
+    args._set_default_max_num_seqs_and_batched_tokens_args(usage_context(), model, parallel)
     assert (args.max_num_batched_tokens, args.max_num_seqs) == (tokens, rows)
-    assert usual_rows(1) == rows
+    assert default_max_num_seqs(1) == rows
 
 
 def test_on_this_cpu_batches_are_as_before() -> None:
-    assert usual_rows(1) == 128
+    assert default_max_num_seqs(1) == 128
 
 
 def test_the_configuration_is_made_for_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,9 +153,9 @@ def test_the_configuration_is_made_for_a_server(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("vllm.engine.arg_utils.AsyncEngineArgs", Args)
     monkeypatch.setattr(AsyncLLM, "from_vllm_config", lambda config, **options: options["usage_context"])
-    args = vllm_args.engine_args(PLAIN)
+    args = engine_args(PLAIN)
     assert args.said["scheduler_cls"].endswith("AsyncGroupScheduler")
-    assert vllm_args.start(args, ProcessMonitor()) == UsageContext.OPENAI_API_SERVER
+    assert start(args, ProcessMonitor()) == UsageContext.OPENAI_API_SERVER
     assert asked == [UsageContext.OPENAI_API_SERVER] * 2
 
 

@@ -14,14 +14,14 @@ import pytest
 from guiderail.server.engines.process_monitor import ProcessMonitor, describe_end
 
 
-def run(words: ProcessMonitor, end: Callable[[], None]) -> None:
-    """Starts a process where `words` listens, and waits for its end."""
+def run(monitor: ProcessMonitor, end: Callable[[], None]) -> None:
+    """Start a process that `monitor` watches, and wait for its end."""
 
     def child() -> None:
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # pytest's writes elsewhere
         end()
 
-    with words.listen():
+    with monitor.watch():
         process = multiprocessing.get_context("fork").Process(target=child)
         process.start()
     process.join()
@@ -82,9 +82,9 @@ def leaving() -> None:
     ],
 )  # fmt: skip
 def test_every_end_has_its_cause(end: Callable[[], None], told: str, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ProcessMonitor()
-    run(words, end)
-    assert words.cause() == told
+    monitor = ProcessMonitor()
+    run(monitor, end)
+    assert monitor.wait_for_cause() == told
     print("and this process's own stderr is what it was", file=sys.stderr)
     seen = capfd.readouterr().err
     assert "this process's own stderr is what it was" in seen
@@ -94,21 +94,21 @@ def test_every_end_has_its_cause(end: Callable[[], None], told: str, capfd: pyte
 
 def test_an_old_error_is_not_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("guiderail.server.engines.process_monitor.RECENT_S", -1.0)
-    words = ProcessMonitor()
-    run(words, illegal)
-    assert words.cause() == "killed by SIGILL (an instruction that this processor does not have)"
+    monitor = ProcessMonitor()
+    run(monitor, illegal)
+    assert monitor.wait_for_cause() == "killed by SIGILL (an instruction that this processor does not have)"
 
 
 def test_python_says_that_it_crashed() -> None:
-    words = ProcessMonitor()
+    monitor = ProcessMonitor()
 
     def crash() -> None:
         faulthandler.disable()  # a library that other tests import may have put a handler of its own above pytest's
         faulthandler.enable(2)
         os.kill(os.getpid(), signal.SIGSEGV)
 
-    run(words, crash)
-    assert words.cause() == "killed by SIGSEGV: Fatal Python error: Segmentation fault"
+    run(monitor, crash)
+    assert monitor.wait_for_cause() == "killed by SIGSEGV: Fatal Python error: Segmentation fault"
 
 
 def test_nothing_known() -> None:

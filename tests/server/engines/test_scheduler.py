@@ -8,7 +8,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import Request, RequestStatus
 
-from guiderail.server.engines.vllm.mixture.driver import Recipe
+from guiderail.server.engines.vllm.mixture.recipe import Recipe
 from guiderail.server.engines.vllm.scheduler import AsyncGroupScheduler, GroupScheduler
 
 

@@ -3,7 +3,7 @@
 import pytest
 from played import BLOCK, Played
 
-from guiderail.server.engines.vllm.params import ROWS
+from guiderail.server.engines.vllm.params import PRIORITY_STRIDE
 from guiderail.server.engines.vllm.scheduler import MANY_ROWS, AsyncGroupScheduler, GroupScheduler
 
 
@@ -15,7 +15,7 @@ def whole(request: pytest.FixtureRequest, model_path: str) -> Played:
 
 def wide(played: Played, rows: int, prompt: int, priority: int = 0) -> None:
     for row in range(rows):
-        played.add(f"w{row}", prompt, first=50 + row, priority=priority * ROWS + 1 + row)
+        played.add(f"w{row}", prompt, first=50 + row, priority=priority * PRIORITY_STRIDE + 1 + row)
 
 
 def test_a_wide_request_alone_begins_at_once(whole: Played) -> None:

@@ -12,7 +12,6 @@ from guiderail.server.engines.supervised import SupervisedEngine
 
 
 class Mortal(ScriptedEngine):
-    dead = False
     closed = False
 
     async def cause_of_death(self) -> str:
@@ -45,7 +44,7 @@ async def test_it_is_built_again_after_death(caplog: pytest.LogCaptureFixture) -
         engine.generate([TokenPrompt((1,))], SamplingSpec(1))
     await engine.start()
     assert engine.up
-    built[0].dead = True
+    built[0].up = False
     assert not engine.up
     with pytest.raises(EngineUnavailable):
         engine.generate([TokenPrompt((1,))], SamplingSpec(1))

@@ -16,7 +16,7 @@ from waiting import until
 from guiderail.guides.core.types import SamplingSpec, TokenPrompt
 from guiderail.server import runtime as serve
 from guiderail.server.engines.engine_stats import EngineStats
-from guiderail.server.engines.vllm.engine import EngineSettings
+from guiderail.server.engines.vllm.engine_args import EngineSettings
 from guiderail.server.memory.devices import Gpu, gpus
 from guiderail.server.memory.kv_pool import GIB
 from guiderail.server.memory.shares import Plan, RewardShare
@@ -29,7 +29,6 @@ FEW: dict[str, Any] = {"rewards": ["length"]}  # of the built-in ones; the tiny 
 class Dying(ScriptedEngine):
     """An engine that dies when it is told to."""
 
-    dead = False
     stats = EngineStats()
 
     async def close(self) -> None:
@@ -55,7 +54,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineSettings, Dying]]
         return made[-1][1]
 
     monkeypatch.setattr(serve, "build", build)
-    monkeypatch.setattr(serve, "usual_rows", lambda tensor_parallel_size: 1024)
+    monkeypatch.setattr(serve, "default_max_num_seqs", lambda tensor_parallel_size: 1024)
     return made
 
 
@@ -97,7 +96,7 @@ async def test_the_plan_is_said_kept_and_kept_again(
         assert 0.8 < first.gpu_memory_utilization < 0.88
         assert (first.enforce_eager, first.kv_cache_gb, first.max_num_batched_tokens) == (None, None, None)
         assert first.max_num_seqs == state.settings.rows == 1024
-        engine.dead = True
+        engine.up = False
         await until(lambda: len(built) == 2, 60)
         assert built[1][0] == first  # not a share of what is free now, when the reward holds its part
     said = capsys.readouterr().err

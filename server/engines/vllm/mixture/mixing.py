@@ -21,7 +21,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from guiderail.kernels.tilt_sample import tilt_sample
-from guiderail.server.engines.vllm.mixture.driver import Recipe
+from guiderail.server.engines.vllm.mixture.recipe import Recipe
 
 GREEDY = 1e-5  # vLLM's: a temperature below is 0
 

@@ -11,8 +11,8 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.ops.penalties import apply_all_penalties
 
-from guiderail.server.engines.vllm.mixture.driver import Recipe
 from guiderail.server.engines.vllm.mixture.mixing import Row, emit, warm_up
+from guiderail.server.engines.vllm.mixture.recipe import Recipe
 
 REMEMBERED = 4096  # groups
 

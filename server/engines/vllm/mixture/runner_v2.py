@@ -15,8 +15,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcRequestState,
 )
 
-from guiderail.server.engines.vllm.mixture.driver import Recipe
 from guiderail.server.engines.vllm.mixture.mixing import Row, emit, warm_up
+from guiderail.server.engines.vllm.mixture.recipe import Recipe
 
 
 class MixedPolicies(LogitsProcessor):  # type: ignore[misc]

@@ -10,8 +10,8 @@ from mixtures import V, emitted, group, policies
 
 from guiderail.kernels import reference
 from guiderail.server.engines.vllm.mixture import mixing as vllm_mixing
-from guiderail.server.engines.vllm.mixture.driver import Recipe
 from guiderail.server.engines.vllm.mixture.mixing import Row, _uniform, draw, emit
+from guiderail.server.engines.vllm.mixture.recipe import Recipe
 
 
 def shares(logits: torch.Tensor, n: int = 6000, **recipe: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ from mixtures import V, drawn, emitted, policies
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
-from guiderail.server.engines.vllm.mixture.driver import Recipe
+from guiderail.server.engines.vllm.mixture.recipe import Recipe
 from guiderail.server.engines.vllm.mixture.runner_v1 import MixedPolicies
 
 

@@ -14,8 +14,8 @@ from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
 from guiderail.guides.core.types import Mixed, SamplingSpec, TokenPrompt
-from guiderail.server.engines.vllm.mixture.driver import Recipe
 from guiderail.server.engines.vllm.mixture.mixing import Row, draw, warm_up
+from guiderail.server.engines.vllm.mixture.recipe import Recipe
 from guiderail.server.engines.vllm.mixture.runner_v2 import MixedPolicies
 
 V, SLOTS = 12, 6
@@ -137,7 +137,8 @@ def test_several_rows_of_logits_a_request_are_refused() -> None:
 @needs_gpu
 async def test_mixing_on_a_gpu(model_path: str) -> None:
     """The runner that vLLM picks there: a policy mixed with itself is greedy as ever, and answers stay repeatable."""
-    from guiderail.server.engines.vllm.engine import EngineSettings, build
+    from guiderail.server.engines.vllm.engine import build
+    from guiderail.server.engines.vllm.engine_args import EngineSettings
 
     engine = await build(EngineSettings(model=model_path, max_model_len=512, gpu_memory_utilization=0.3))
 

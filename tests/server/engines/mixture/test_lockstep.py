@@ -1,4 +1,4 @@
-"""MixedRow over a scripted group of rows: what they agree on is passed on, what they do not is done again."""
+"""MixedSequence over scripted members: tokens that they agree on are passed on, others are decoded again."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -9,8 +9,10 @@ import pytest
 
 from guiderail.guides.core.errors import EngineUnavailable, RequestError
 from guiderail.guides.core.types import Delta, Mixed, SamplingSpec, TokenLogprob, TokenPrompt
-from guiderail.server.engines.vllm.mixture.driver import TRIES, MixedRow, MixedSampling, Recipe
+from guiderail.server.engines.vllm.mixture.lockstep import TRIES, MixedSequence
+from guiderail.server.engines.vllm.mixture.recipe import Recipe
 
+INDEX = 3
 PROMPT = TokenPrompt((1, 2, 3), "a", (Mixed((7,), "b", 0.5), Mixed((8, 9), None, -1.0)))
 
 
@@ -20,7 +22,7 @@ def letter(token: int) -> str:
 
 @dataclass
 class ScriptedGroup:
-    """Rows that emit 10, 11, 12, ... `parts[attempt]` is the place from which role 1 emits something else.
+    """Members that emit 10, 11, 12, ... `parts[attempt]` is the place from which role 1 emits something else.
 
     merge: tokens in a delta of role 0. hold: characters that its text lags behind until the end.
     """
@@ -34,11 +36,14 @@ class ScriptedGroup:
     max_model_len: int = 100
     started: list[tuple[Recipe, TokenPrompt, SamplingSpec, str]] = field(default_factory=list)
     open: set[str] = field(default_factory=set)
+    aborted: list[str] = field(default_factory=list)
 
-    async def member_deltas(
-        self, row: int, prompt: TokenPrompt, spec: SamplingSpec, recipe: Recipe, request_id: str
-    ) -> AsyncGenerator[Delta, None]:
+    def member(self, prompt: TokenPrompt, spec: SamplingSpec, recipe: Recipe) -> "Member":
+        request_id = f"{recipe.group}.{recipe.role}"
         self.started.append((recipe, prompt, spec, request_id))
+        return Member(self, spec, recipe, request_id)
+
+    async def deltas(self, spec: SamplingSpec, recipe: Recipe, request_id: str) -> AsyncGenerator[Delta, None]:
         attempt = int(recipe.group.rpartition(".")[2])
         self.open.add(request_id)
         try:
@@ -61,21 +66,37 @@ class ScriptedGroup:
                     upto = len(text) if place + 1 == end else max(sent, len(text) - self.hold)
                     logprobs = tuple(TokenLogprob(t, -float(t)) for t in held) if spec.logprobs is not None else None
                     news = text[sent:upto] if recipe.role == 0 else ""
-                    yield Delta(row, news, tuple(held), "length" if place + 1 == end else None, None, logprobs)
+                    yield Delta(INDEX, news, tuple(held), "length" if place + 1 == end else None, None, logprobs)
                     sent, held = upto, []
         finally:
             self.open.discard(request_id)
 
 
-def mixed(engine: ScriptedGroup, prompt: TokenPrompt = PROMPT, seed: int | None = 5, **spec: object) -> MixedRow:
+@dataclass
+class Member:
+    """One sequence of a ScriptedGroup."""
+
+    group: ScriptedGroup
+    spec: SamplingSpec
+    recipe: Recipe
+    request_id: str
+
+    def deltas(self) -> AsyncGenerator[Delta, None]:
+        return self.group.deltas(self.spec, self.recipe, self.request_id)
+
+    async def abort(self) -> None:
+        self.group.aborted.append(self.request_id)
+
+
+def mixed(engine: ScriptedGroup, prompt: TokenPrompt = PROMPT, seed: int | None = 5, **spec: object) -> MixedSequence:
     sampling = SamplingSpec(**({"max_tokens": 40} | spec))  # type: ignore[arg-type]
-    return MixedRow(engine, 3, prompt, MixedSampling(sampling, seed), "id")
+    return MixedSequence(INDEX, prompt, sampling, seed, engine.max_model_len, engine.member, "id")
 
 
-async def read(row: MixedRow) -> tuple[str, list[int], list[float], str | None]:
+async def read(sequence: MixedSequence) -> tuple[str, list[int], list[float], str | None]:
     text, tokens, logprobs, reason = "", [], [], None
-    async for delta in row.deltas():
-        assert delta.row == 3
+    async for delta in sequence.deltas():
+        assert delta.row == INDEX
         assert reason is None
         text, reason = text + delta.text, delta.finish_reason
         tokens += delta.token_ids
@@ -87,7 +108,7 @@ WHOLE = [10 + i for i in range(12)]
 TEXT = "".join(map(letter, WHOLE))
 
 
-async def test_rows_in_step_are_passed_on_as_they_come() -> None:
+async def test_tokens_in_step_are_passed_on_as_they_come() -> None:
     engine = ScriptedGroup()
     spec = {
         "temperature": 0.7,
@@ -128,12 +149,12 @@ async def test_what_was_taken_is_replayed_and_passed_on_once(parts: dict[int, in
     assert not engine.open
 
 
-async def test_a_row_that_ends_early_is_a_row_out_of_step() -> None:
+async def test_a_member_that_ends_early_is_out_of_step() -> None:
     with pytest.raises(EngineUnavailable, match=f"{TRIES} times"):
         await read(mixed(ScriptedGroup(early=3)))
 
 
-async def test_giving_up_frees_all_rows() -> None:
+async def test_giving_up_frees_all_members() -> None:
     engine = ScriptedGroup(parts=dict.fromkeys(range(TRIES), 6))
     with pytest.raises(EngineUnavailable):
         await read(mixed(engine))
@@ -149,14 +170,15 @@ async def test_a_partners_error_is_raised_as_itself(error: Exception) -> None:
     assert not engine.open
 
 
-async def test_an_abandoned_row_ends_as_aborted() -> None:
+async def test_an_aborted_mixture_ends_as_aborted() -> None:
     engine = ScriptedGroup()
-    row = mixed(engine)
+    sequence = mixed(engine)
     seen = []
-    async for delta in row.deltas():
+    async for delta in sequence.deltas():
         seen.append(delta)
         if len(seen) == 2:
-            assert row.abandon() == ["id.0.0", "id.0.1", "id.0.2"]
+            await sequence.abort()
+            assert engine.aborted == ["id.0.0", "id.0.1", "id.0.2"]
     assert [d.finish_reason for d in seen] == [None, None, "abort"]
     assert not engine.open
 
@@ -169,7 +191,7 @@ async def test_the_longest_prompt_bounds_the_answer() -> None:
         mixed(engine, TokenPrompt((1,), None, (Mixed((0,) * 9, None, 1.0),)))
 
 
-async def test_rows_without_a_seed_share_a_random_one() -> None:
+async def test_members_without_a_seed_share_a_random_one() -> None:
     engine = ScriptedGroup(parts={0: 3})
     await read(mixed(engine, seed=None))
     await read(mixed(engine, seed=None))

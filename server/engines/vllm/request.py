@@ -1,0 +1,89 @@
+"""One sequence as a request to an AsyncLLM: its outputs as deltas, vLLM's errors as ours.
+
+Each sequence is a request of its own, so that it can be dropped alone; vLLM's cache shares the prefixes.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from guiderail.guides.core.errors import EngineUnavailable, RequestError
+from guiderail.guides.core.types import Delta, TokenLogprob
+from guiderail.server.engines.process_monitor import ProcessMonitor
+
+
+class VllmRequest:
+    """server.engines.sequences.EngineSequence of one request."""
+
+    def __init__(
+        self,
+        llm: Any,
+        monitor: ProcessMonitor,
+        request_id: str,
+        token_ids: Sequence[int],
+        params: Any,
+        *,
+        index: int = 0,
+        lora: Any = None,
+        priority: int = 0,
+    ) -> None:
+        """llm: the AsyncLLM. params: its SamplingParams. index: number of the sequence, which its deltas carry.
+
+        lora: vLLM's LoRARequest. priority: among requests that wait the smallest starts first.
+        """
+        self._llm = llm
+        self._monitor = monitor
+        self._id = request_id
+        self._token_ids = token_ids
+        self._params = params
+        self._index = index
+        self._lora = lora
+        self._priority = priority
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Yield what the sequence gains. Raises EngineUnavailable, or RequestError for parameters that vLLM refuses."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        prompt, params = tokens_input(list(self._token_ids)), self._params
+        try:
+            async for output in self._llm.generate(
+                prompt, params, self._id, lora_request=self._lora, priority=self._priority
+            ):
+                completion = output.outputs[0]
+                yield Delta(
+                    self._index,
+                    completion.text,
+                    tuple(completion.token_ids),
+                    completion.finish_reason,
+                    completion.stop_reason,
+                    token_logprobs(completion) if params.logprobs is not None else None,
+                )
+        except EngineDeadError as error:
+            raise EngineUnavailable(f"the engine process died: {await self._monitor.cause()}") from error
+        except EngineGenerateError as error:
+            cause = error.__cause__
+            if isinstance(cause, ValueError):  # vLLM wraps late validation in this
+                raise _refusal(cause, params) from error
+            raise EngineUnavailable(f"the engine failed: {cause!r}") from error
+        except (VLLMClientError, ValueError) as error:
+            raise _refusal(error, params) from error
+
+    async def abort(self) -> None:
+        """Free the request's work in the engine, unless that is gone."""
+        if not self._llm.errored:
+            await self._llm.abort(self._id)
+
+
+def token_logprobs(completion: Any) -> tuple[TokenLogprob, ...]:
+    """Return the log-probabilities of a completion's tokens, each with the likeliest alternatives in order."""
+    found = []
+    for token, entries in zip(completion.token_ids, completion.logprobs or (), strict=True):
+        top = sorted(((i, e.logprob) for i, e in entries.items()), key=lambda pair: -pair[1])
+        found.append(TokenLogprob(token, entries[token].logprob, tuple(top)))
+    return tuple(found)
+
+
+def _refusal(error: Exception, params: Any) -> RequestError:
+    """Return vLLM's objection to a request; with a schema it is nearly always to the grammar made of that."""
+    return RequestError(str(error), "response_format" if params.structured_outputs is not None else None)

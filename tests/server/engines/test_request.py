@@ -1,0 +1,117 @@
+"""Requests to vLLM over a scripted AsyncLLM: outputs become deltas, its errors ours, and little lies between."""
+
+import inspect
+import sys
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from guiderail.guides.core.errors import EngineUnavailable, RequestError
+from guiderail.guides.core.types import Delta, TokenLogprob
+from guiderail.server.engines.process_monitor import ProcessMonitor
+from guiderail.server.engines.sequences import EngineRollouts
+from guiderail.server.engines.vllm.request import VllmRequest
+
+
+def output(*tokens: int, reason: str | None = None, **more: Any) -> Any:
+    completion = {"token_ids": tokens, "text": "x" * len(tokens), "stop_reason": None, "logprobs": None}
+    return SimpleNamespace(outputs=[SimpleNamespace(**completion, finish_reason=reason, **more)])
+
+
+class ScriptedLlm:
+    """Yields the outputs of its script, raises the errors in it; notes the frames between it and its reader."""
+
+    errored = False
+
+    def __init__(self, *script: Any) -> None:
+        self.script = script
+        self.aborted: list[str] = []
+        self.asked: list[Any] = []
+        self.between: list[str] = []
+
+    async def generate(self, prompt: Any, params: Any, request_id: str, **more: Any) -> AsyncGenerator[Any, None]:
+        self.asked.append((prompt["prompt_token_ids"], request_id, more))
+        for each in self.script:
+            frame: Any = sys._getframe().f_back
+            self.between = []
+            while not frame.f_code.co_name.startswith(("test_", "read")):
+                self.between += [frame.f_code.co_qualname] if frame.f_code.co_flags & inspect.CO_ASYNC_GENERATOR else []
+                frame = frame.f_back
+            if isinstance(each, BaseException):
+                raise each
+            yield each
+
+    async def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+
+def request(llm: ScriptedLlm, index: int = 0, *, schema: object = None, logprobs: int | None = None) -> VllmRequest:
+    params = SimpleNamespace(logprobs=logprobs, structured_outputs=schema)
+    return VllmRequest(llm, ProcessMonitor(), f"r{index}", (1, 2), params, index=index, lora="lora", priority=7)
+
+
+async def read(*sequences: VllmRequest) -> list[Delta]:
+    async with EngineRollouts(sequences, None) as rollouts:
+        return [delta async for delta in rollouts]
+
+
+async def test_outputs_become_deltas() -> None:
+    entries = {5: SimpleNamespace(logprob=-0.5), 6: SimpleNamespace(logprob=-0.25)}
+    first = output(5)
+    first.outputs[0].logprobs = [entries]
+    last = output(reason="stop")
+    llm = ScriptedLlm(first, last)
+    assert await read(request(llm, logprobs=1)) == [
+        Delta(0, "x", (5,), None, None, (TokenLogprob(5, -0.5, ((6, -0.25), (5, -0.5))),)),
+        Delta(0, "", (), "stop", None, ()),
+    ]
+    assert llm.asked == [([1, 2], "r0", {"lora_request": "lora", "priority": 7})]
+    assert not llm.aborted
+
+
+async def test_two_generators_lie_between_vllm_and_a_guide() -> None:
+    llm = ScriptedLlm(output(5), output(6, reason="length"))
+    assert len(await read(request(llm))) == 2
+    assert llm.between == ["VllmRequest.deltas", "EngineRollouts.__aiter__"]
+
+
+@pytest.mark.parametrize("reason", [None, "error"])
+async def test_an_end_that_is_none_is_an_error(reason: str | None) -> None:
+    with pytest.raises(EngineUnavailable, match="ended a sequence with"):
+        await read(request(ScriptedLlm(output(5, reason=reason))))
+
+
+async def test_sequences_that_run_are_aborted_on_leaving_and_dead_engines_left_alone() -> None:
+    llms = [ScriptedLlm(output(5), output(6, reason="stop")) for _ in range(3)]
+    llms[2].errored = True
+    async with EngineRollouts([request(llm, index) for index, llm in enumerate(llms)], None) as rollouts:
+        await rollouts.drop(1)
+    assert [llm.aborted for llm in llms] == [["r0"], ["r1", "r1"], []]
+
+
+def wrapped(cause: Exception) -> EngineGenerateError:
+    error = EngineGenerateError()
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "schema", "kind", "said"),
+    [
+        (ValueError("too long"), None, RequestError, "too long"),
+        (wrapped(ValueError("bad grammar")), {"a": 1}, RequestError, "bad grammar"),
+        (wrapped(KeyError("lost")), None, EngineUnavailable, r"the engine failed: KeyError\('lost'\)"),
+        (EngineDeadError(), None, EngineUnavailable, "the engine process died: it ended and said nothing"),
+    ],
+)
+async def test_errors_of_vllm_become_ours(
+    error: Exception, schema: object, kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guiderail.server.engines.process_monitor.PATIENCE_S", 0.01)
+    with pytest.raises(kind, match=said) as raised:
+        await read(request(ScriptedLlm(error), schema=schema))
+    if isinstance(raised.value, RequestError):
+        assert raised.value.param == ("response_format" if schema else None)
