@@ -10,7 +10,7 @@ from tiny_reward import WORDS, tiny_head
 
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.guides.core.types import Answer, Message, ScoreGroup, TokenPrompt
-from guiderail.server.memory import pool
+from guiderail.server.memory import kv_pool
 from guiderail.server.memory.shares import RewardShare
 from guiderail.server.rewards.models import room
 from guiderail.server.rewards.models.loading import load_model, neural_reward
@@ -71,7 +71,7 @@ async def test_a_partial_answer_is_cut_on_the_same_side(tmp_path: Path) -> None:
 
 async def test_it_reads_all_that_the_model_reads_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the least that every model gets (1 MiB here, 2,048 tokens) would not hold it."""
-    monkeypatch.setattr(pool, "LEAST_POOL", 2**20)
+    monkeypatch.setattr(kv_pool, "LEAST_POOL", 2**20)
     head = tiny_head(tmp_path, positions=2540)
     reward = neural_reward(RewardModelSpec(path=head, dtype="float32"), tmp_path, print)
     await reward.start(SERVICES)
