@@ -131,7 +131,7 @@ def test_a_pooling_engine_has_its_part(
 def test_a_pooling_engine_of_a_kind_that_is_not_known_is_left_to_vllm(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "brand-new"}')
     made = room.pooling_settings(RewardModelSpec(path="x", backend="vllm"), str(tmp_path), None, print)
-    assert (made.max_model_len, made.kv_cache_gb) == (None, pool.LEAST_POOL / 2**30)
+    assert (made.max_model_len, made.kv_cache_gb) == (None, kv_pool.LEAST_POOL / 2**30)
 
 
 async def test_it_runs_where_it_was_placed_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
