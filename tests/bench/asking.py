@@ -1,4 +1,4 @@
-"""What benchmarks of guides share: requests on the path that HTTP takes, raw results kept safe, and intervals."""
+"""Parts shared by the benchmarks of guides: requests on the path that HTTP takes, and raw results kept on disk."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from report import ROOT, write_section
+from report import ROOT, Target, write_section
 
 from guiderail.server.api.bodies import Body, ChatBody, TextBody
 from guiderail.server.api.responses import whole
@@ -22,13 +22,13 @@ from guiderail.server.state import ServerState
 HEAD = "hh-harmless-smollm2-135m"  # the bundled reward head, served as `harmless`
 EVERYDAY = ROOT / "deploy" / "prompts" / "everyday.jsonl"
 MORE = ROOT / "deploy" / "prompts" / "more.jsonl"
-# A benchmark's requests wait in its own process; nothing of it is to be refused.
+# A benchmark's requests wait in its own process, and none may be refused.
 LIMITS = OperatorLimits(max_candidates=4096, max_queue=10_000, max_queue_tokens=10**9)
 QUIET_S = 1.2  # vLLM's idle processes poll for a second after their last work
 
 
 class Raw:
-    """Raw results by key, one JSON line each, written as they come, so that a run that was cut off can be resumed."""
+    """Raw results by key, written as JSON lines as they come, so that an interrupted run can be resumed."""
 
     def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool) -> None:
         """Raise SystemExit if there are results of other settings to resume, or any where none are wanted."""
@@ -36,7 +36,7 @@ class Raw:
         settings = json.loads(json.dumps(settings))
         if path.exists():
             if not resume:
-                raise SystemExit(f"{path} exists: give --resume to go on from it, or another --raw")
+                raise SystemExit(f"{path} exists: give --resume to continue it, or another --raw")
             head, *rows = _lines(path.read_text())
             if head["settings"] != settings:
                 raise SystemExit(f"{path} was made with other settings: {head['settings']}")
@@ -49,7 +49,7 @@ class Raw:
         print(f"raw results: {path} ({len(self._found)} there)", file=sys.stderr)
 
     async def get(self, key: str, make: Callable[[], Awaitable[Any]]) -> Any:
-        """The value of a key: what was found, else what `make` gives."""
+        """Return the value of a key: the one found, or else the result of `make`."""
         if key not in self._found:
             self._found[key] = json.loads(json.dumps(await make()))
             self._put({"key": key, "value": self._found[key]})
@@ -62,7 +62,7 @@ class Raw:
 
 
 def _lines(text: str) -> list[dict[str, Any]]:
-    """The rows of a raw file; one that was cut off is left out."""
+    """The lines of a raw file; one that was cut off is left out."""
     rows = []
     for line in text.splitlines():
         with suppress(ValueError):
@@ -96,7 +96,7 @@ async def at_once(work: Sequence[Callable[[], Awaitable[Any]]], limit: int) -> l
 
 
 async def seconds(work: Awaitable[Any]) -> float:
-    """How long it takes, from a quiet start."""
+    """Seconds that the work takes, from a quiet start."""
     await asyncio.sleep(QUIET_S)
     started = time.perf_counter()
     await work
@@ -113,9 +113,17 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def publish(rehearse: bool, key: str, title: str, command: str, lines: list[str], data: dict[str, Any]) -> None:
+def publish(
+    rehearse: bool,
+    key: str,
+    title: str,
+    command: str,
+    lines: list[str],
+    data: dict[str, Any],
+    targets: Sequence[Target] = (),
+) -> None:
     """Write the section; a rehearsal only prints it."""
     if rehearse:
         print("\n".join([f"## {title} (rehearsal: nothing is written)", "", *lines, ""]))
     else:
-        write_section(key, title, command, lines, data)
+        write_section(key, title, command, lines, data, targets)

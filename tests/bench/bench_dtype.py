@@ -1,7 +1,7 @@
-"""Which dtype is the faster on this machine, and whether `auto` is that one: `make bench-dtype`.
+"""Float32 against bfloat16 on this machine, to check that `auto` takes the faster one: `make bench-dtype`.
 
-Two servers of the same settings live at once, one in float32 and one in bfloat16, each with the bundled reward head in
-its own dtype. They take turns, never working together; a ratio is the median over rounds of bfloat16 / float32 within a
+Two servers with the same settings live at once, one in float32 and one in bfloat16, each with the bundled reward head in
+its own dtype. They take turns, never working at the same time; a ratio is the median over rounds of bfloat16 / float32 within a
 round. Where bfloat16 is emulated it is slow: `--tokens 8 --rounds 2` is then enough. Writes its part of BENCHMARKS.md.
 
     plain       16 concurrent clients with one answer each
@@ -10,7 +10,6 @@ round. Where bfloat16 is emulated it is slow: `--tokens 8 --rounds 2` is then en
 
 import argparse
 import asyncio
-import statistics
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -22,7 +21,8 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from load_servers import guiderail
-from report import write_section
+from measured import pair_table, paired
+from report import Target, write_section
 
 HEAD = "hh-harmless-smollm2-135m"
 DTYPES = ("float32", "bfloat16")
@@ -56,7 +56,7 @@ class Served:
         return float(tokens) / (time.perf_counter() - started)
 
     async def best_of_16(self, first: int) -> float:
-        """Tokens per second that the candidates had together, scoring included."""
+        """Tokens per second of all candidates together, scoring included."""
         alignment = {"guide": {"name": "best_of_n", "n": WIDTH}, "rewards": ["harmless"]}
         started = time.perf_counter()
         answer = await self._answer(first, alignment=alignment)
@@ -85,33 +85,29 @@ async def main(rounds: int, tokens: int) -> None:
                 if number >= 0:
                     found[case].append((speed["float32"], speed["bfloat16"]))
                     print(f"round {number + 1}, {case}: {speed}", file=sys.stderr)
-        report(found, auto_dtype(), instruction_set(), tokens)  # before the servers take their time to end
+        report(found, auto_dtype(), instruction_set(), tokens)  # before the servers shut down, which is slow
 
 
 def report(found: dict[str, list[tuple[float, float]]], auto: str, instructions: str, tokens: int) -> None:
     """Write the section."""
+    table = [(case, paired(pairs), "tokens/s", "") for case, pairs in found.items()]
+    faster = {case: "bfloat16" if each.ratio > 1 else "float32" for case, each, *_ in table}
+    data: dict[str, Any] = {"instruction_set": instructions, "auto": auto, "tokens": tokens}
+    for case, each, *_ in table:
+        data[case] = {"pairs": found[case], "ratio": each.ratio, "faster": faster[case]}
+    taken = [case for case in found if faster[case] == auto]
+    missed = [case for case in found if case not in taken]
+    verdict = f"`auto` is {auto} here: the faster one for {', '.join(taken) or 'none of these'}"
     lines = [
         f"SmolLM2-135M and the bundled reward head on it, answers of {tokens} tokens, instruction set {instructions}. "
         "Medians over rounds; the ratio is the median of bfloat16 / float32 within a round, with the smallest and largest.",
         "",
-        "| case | float32 | bfloat16 | ratio | range |",
-        "|---|---|---|---|---|",
+        *pair_table("float32", "bfloat16", "range", table, targets=False),
+        "",
+        verdict + (f"; **the slower one for {', '.join(missed)}**." if missed else "."),
     ]
-    data: dict[str, Any] = {"instruction_set": instructions, "auto": auto, "tokens": tokens}
-    for case, pairs in found.items():
-        ratios = [theirs / ours for ours, theirs in pairs]
-        ratio = statistics.median(ratios)
-        plain, half = (statistics.median(column) for column in zip(*pairs, strict=True))
-        lines.append(
-            f"| {case} | {plain:.4g} tokens/s | {half:.4g} tokens/s | {ratio:.3f} | {min(ratios):.3f}-{max(ratios):.3f} |"
-        )
-        data[case] = {"pairs": pairs, "ratio": ratio, "faster": "bfloat16" if ratio > 1 else "float32"}
-    taken = [case for case in found if data[case]["faster"] == auto]
-    missed = [case for case in found if case not in taken]
-    lines += ["", f"`auto` is {auto} here: the faster one for {', '.join(taken) or 'none of these'}" + (
-        f"; **the slower one for {', '.join(missed)}**." if missed else "."
-    )]  # fmt: skip
-    write_section("dtype", "Float32 against bfloat16", "make bench-dtype", lines, data)
+    target = Target("`--dtype auto` is the faster dtype", "in both cases", ", ".join(taken) or "neither", not missed)
+    write_section("dtype", "Float32 against bfloat16", "make bench-dtype", lines, data, [target])
 
 
 if __name__ == "__main__":

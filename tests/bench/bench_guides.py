@@ -1,12 +1,12 @@
-"""What guides cost on the real engine: `make bench-guides` (about an hour on 2 cores; ARGS="--only blocks" for a part).
+"""Cost of the guides on the real engine: `make bench-guides` (about an hour on 2 cores; ARGS="--only blocks" for a part).
 
 speed      tokens/s and seconds per answer of every guide, with a neural reward and a rule, alone and 8 at once
 plain      Transfer Q* and DeAL against the published loop on plain transformers, at three prompt lengths
 blocks     controlled decoding with K = 8 against plain sampling of 8 answers
 rejection  speculative rejection against best-of-32: reward and tokens
 
-Requests take the path of HTTP requests, inside this process. Raw results go to --raw as they come; --resume goes on
-from there.
+Requests take the path of HTTP requests, inside this process. Raw results go to --raw as they come; --resume
+continues from them.
 """
 
 import argparse
@@ -15,23 +15,23 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from asking import HEAD, LIMITS, Raw, publish
 from guides_plain import LENGTHS, against_plain
 from guides_rejection import rejection
 from guides_speed import blocks, speed
+from report import Results
 
 from guiderail.server.offline.offline_state import offline
 from guiderail.server.settings import Settings
 from guiderail.server.state import ServerState
 
-Part = Callable[[ServerState, Raw], Awaitable[tuple[list[str], dict[str, Any]]]]
+Part = Callable[[ServerState, Raw], Awaitable[Results]]
 
 
 def parts(args: argparse.Namespace) -> dict[str, tuple[str, Part]]:
-    """Title and work of each part; a rehearsal does as little as goes through all of it."""
+    """Title and work of each part; a rehearsal does the least that goes through all of it."""
     small = args.rehearse
     answers = {"Transfer Q*": args.plain_answers, "DeAL": max(1, args.plain_answers // 2)}
     return {
@@ -66,8 +66,8 @@ async def main(args: argparse.Namespace) -> None:
         for name, (title, work) in parts(args).items():
             if args.only in (None, name):
                 print(f"part {name}", file=sys.stderr, flush=True)
-                lines, data = await work(state, raw)
-                publish(args.rehearse, f"guides_{name}", title, "make bench-guides", lines, data)
+                lines, data, targets = await work(state, raw)
+                publish(args.rehearse, f"guides_{name}", title, "make bench-guides", lines, data, targets)
 
 
 OF_THE_RUN = ("raw", "resume", "only")
@@ -75,12 +75,16 @@ OF_THE_RUN = ("raw", "resume", "only")
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("speed", "blocks", "rejection", "plain"))
-    parser.add_argument("--singles", type=int, default=3, help="answers of one request alone, per guide (3)")
-    parser.add_argument("--rounds", type=int, default=5, help="of blocks (5)")
-    parser.add_argument("--prompts", type=int, default=48, help="of everyday.jsonl for rejection (48)")
-    parser.add_argument("--choosing", type=int, default=24, help="of more.jsonl to choose alpha and interval by (24)")
-    parser.add_argument("--plain-answers", type=int, default=2, help="of plain Transfer Q*; half as many of DeAL (2)")
+    parser.add_argument("--singles", type=int, default=3, help="single requests per guide (3)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of part blocks (5)")
+    parser.add_argument("--prompts", type=int, default=48, help="prompts of everyday.jsonl for part rejection (48)")
+    parser.add_argument(
+        "--choosing", type=int, default=24, help="prompts of more.jsonl to choose alpha and interval by (24)"
+    )
+    parser.add_argument(
+        "--plain-answers", type=int, default=2, help="answers of plain Transfer Q*; half as many of DeAL (2)"
+    )
     parser.add_argument("--raw", type=Path, default=Path(tempfile.gettempdir()) / "guiderail-bench-guides.jsonl")
-    parser.add_argument("--resume", action="store_true", help="go on from the raw results that are there")
+    parser.add_argument("--resume", action="store_true", help="continue from the raw results that are there")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes; prints the tables and writes nothing")
     asyncio.run(main(parser.parse_args()))

@@ -1,6 +1,6 @@
-"""InfAlign's transforms at a KL that requests ask for: the KL obtained, and win rates against exact ones.
+"""InfAlign's transforms at a requested KL: the KL obtained, and win rates beside their exact values.
 
-A tabular policy whose answers' quantiles are known stands behind the real app (tests/support/infalign.py). Each request
+A tabular policy with known quantiles of its answers stands behind the real app (tests/support/infalign.py). Each request
 draws a pool and its own calibration answers; `"select": {"name": "softmax", "kl": ...}` solves for the temperature. The
 exact win rates are integrals over the quantile, at the temperature that has this KL (arXiv 2412.19792, section 4).
 
@@ -34,8 +34,8 @@ def main() -> None:
         f"{args.requests} requests a row over HTTP, each with {args.candidates} candidates of a tabular policy, "
         f"{args.calibration} calibration answers of its own and softmax at the KL asked for. KL obtained: "
         "`diagnostics.kl`, mean (largest distance from what was asked); KL of the answers: of their mean distribution "
-        "from the policy, in 32 bins (whose noise adds a little). All rows have the same seeds. Win rates of one answer, of the best and of the worst of 4, against as many of "
-        "the policy: measured ± standard error (bootstrap over requests), and exact.",
+        "from the policy, in 32 bins (whose noise adds a little). All rows have the same seeds. Win rates of one answer, of the best and "
+        "of the worst of 4, against as many of the policy: measured ± standard error (bootstrap over requests), and exact.",
         "",
         "| transform | KL asked | KL obtained | KL of the answers | win rate | exact | best of 4 | exact | worst of 4 "
         "| exact |",

@@ -19,7 +19,7 @@ def cell(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Compile for every card with every Triton that can be had, and write the section."""
+    """Compile for every card with every available Triton, and write the section."""
     found = reports(itertools.product(VERSIONS, CAPABILITIES), every=True)
     made: dict[tuple[str, int], dict[str, Any]] = {}
     missing: dict[str, None] = {}
@@ -30,8 +30,8 @@ def main() -> None:
             missing[f"{reason}."] = None
     names = list(dict.fromkeys(name for each in made.values() for name in each))
     lines = [
-        "Registers of a thread, and bytes that are spilled (of 255 registers at most). bfloat16 where nothing else is "
-        "said; one variant of attention serves every number of query and KV heads, as the tile is of rows times heads "
+        "Registers of a thread (at most 255), and bytes that are spilled. bfloat16 unless stated "
+        "otherwise; one variant of attention serves every number of query and KV heads, because a tile holds queries times heads "
         "(to 128 lanes, 64 for heads of 256). float32 has no tensor cores and spills. Nothing here was timed.",
         *missing, "",
         "| kernel | " + " | ".join(f"{version}, sm_{each}" for version, each in made) + " |",

@@ -1,4 +1,4 @@
-"""Guiderail under load: `make bench-load` (about an hour and a half on 2 cores, an hour of it for `plain`; ARGS="--only overload" for a part).
+"""Guiderail under load: `make bench-load` (about 90 minutes on 2 cores; ARGS="--only overload" for a part).
 
 plain      Guiderail against `vllm serve` (same version, model and settings), both up, taking turns at three loads
 mixed      plain chats beside best-of-8 and Transfer Q*, at 0.7 of what saturates the mix, against plain chats alone
@@ -24,9 +24,9 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from load_servers import Server, guiderail, vllm
-from load_turns import Stalls, Turn, table
+from load_turns import Stalls, Turn, table, targets
 from measured import verdict
-from report import write_section
+from report import Results, Target, write_section
 
 PLAIN = {"name": "plain", "share": 70, "max_tokens": 64}
 BEST = {
@@ -70,7 +70,7 @@ def p99_ttft(result: dict[str, Any], kind: str) -> float:
     return value
 
 
-def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[str, Any]]:
+def plain(folder: Path, seconds: float, rounds: int) -> Results:
     """Throughput and p99 TTFT of plain chats, Guiderail over `vllm serve`, at three loads."""
     turns: dict[float, dict[str, list[Turn]]] = {load: {"vllm": [], "ours": []} for load in LOADS}
     saturations = []
@@ -78,21 +78,21 @@ def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[st
     for number in range(rounds):
         (logs := folder / f"round-{number}").mkdir(exist_ok=True)
         order = ("vllm", "ours") if number % 2 == 0 else ("ours", "vllm")
-        # Two processes of one server differ by up to a tenth for as long as they live, by where their memory came to
-        # lie, so that one pair for all turns would be compared by its luck.
+        # Two processes of one server differ by up to a tenth for as long as they live, by the placement of their memory:
+        # one pair for all turns would be compared by luck.
         with ExitStack() as stack:
             servers = {name: stack.enter_context(STARTS[name](logs)) for name in order}
             for server in servers.values():
                 loadtest(server, folder, [PLAIN], *closed_loop, "--seed", "1000")
-            # In every round, as the machine's speed drifts: at 0.9 of what it gave an hour ago it may be full.
+            # In every round, as the machine's speed drifts: 0.9 of its throughput an hour ago may saturate it now.
             full = loadtest(servers["vllm"], folder, [PLAIN], *closed_loop, "--seed", str(2000 + number))
             saturations.append(full["request_throughput"])
             for place, load in enumerate(LOADS):
-                lasts = seconds * 0.9 / load  # as many requests at each load, for the p99 to mean the same
+                lasts = seconds * 0.9 / load  # the same number of requests at each load, so that p99s compare
                 flags = ("--request-rate", f"{load * saturations[-1]:.3f}", "--duration", f"{lasts:.0f}")
                 seed = str(number * len(LOADS) + place)
                 for name in order:
-                    time.sleep(2)  # the other one's idle processes poll for a second
+                    time.sleep(2)  # the other server's idle processes poll for a second
                     with Stalls() as stalls:
                         result = loadtest(servers[name], folder, [PLAIN], *flags, "--seed", seed, "--save-detailed")
                     turns[load][name].append(Turn.of(result, stalls.longest_ms))
@@ -106,11 +106,11 @@ def plain(folder: Path, seconds: float, rounds: int) -> tuple[list[str], dict[st
         *table(turns),
     ]
     kept = {str(load): {name: [t.summary() for t in each] for name, each in by.items()} for load, by in turns.items()}
-    return lines, {"saturations_rps": saturations, "turns": kept}
+    return lines, {"saturations_rps": saturations, "turns": kept}, targets(turns)
 
 
-def mixed(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
-    """What the mix does to plain chats: their p99 TTFT at 0.7 of the mix's saturation over theirs alone."""
+def mixed(folder: Path, seconds: float) -> Results:
+    """The effect of the mix on plain chats: their p99 TTFT at 0.7 of the mix's saturation over theirs alone."""
     with guiderail(folder) as ours:
         full = loadtest(ours, folder, MIX, "--max-concurrency", "32", "--num-prompts", "120")
         rate = 0.7 * full["request_throughput"]
@@ -135,21 +135,22 @@ def mixed(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
             f"- {name}: median TTFT {metrics['ttft']['median']:.0f} ms, p99 {metrics['ttft']['percentiles']['99']:.0f} ms, "
             f"median end-to-end {metrics['e2el']['median']:.0f} ms."
         )
-    return lines, {"saturation_rps": full["request_throughput"], "p99_ttft_ms_mix_alone": pairs}
+    target = Target("plain chats' p99 TTFT, in the mix / alone", "<= 2", f"{value:.2f}", value <= 2)
+    return lines, {"saturation_rps": full["request_throughput"], "p99_ttft_ms_mix_alone": pairs}, [target]
 
 
-def overload(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
+def overload(folder: Path, seconds: float) -> Results:
     """5 times the saturating load: nothing breaks, deadlines hold, the rest is refused quickly."""
     deadline = 10.0
-    # Pages of the KV cache are the process's own only once they were written: the first storm must fill all of it.
+    # Pages of the KV cache count as the process's own once they are written: the first storm must fill all of it.
     flags = ("--max-num-seqs", "64", "--kv-cache-gb", "1")
     bounded = [{**PLAIN, "alignment": {"budget": {"deadline_s": deadline}}}]
     with guiderail(folder, *flags) as ours:
         full = loadtest(ours, folder, bounded, "--max-concurrency", "64", "--num-prompts", "192")
         saturation = full["request_throughput"]
         calm = ("--request-rate", f"{saturation / 2:.3f}", "--duration", "20")
-        # A first storm fills what is filled once (KV cache, allocators' arenas, oneDNN's kernels for every number of
-        # rows that a step had); a leak grows with every one.
+        # A first storm fills what is filled only once (KV cache, allocators' arenas, oneDNN's kernels for every number of
+        # sequences in a step); a leak grows with every storm.
         loadtest(ours, folder, bounded, "--request-rate", f"{5 * saturation:.3f}", "--duration", f"{seconds:g}")
         before = loadtest(ours, folder, bounded, *calm)
         memory = ours.memory()
@@ -168,7 +169,7 @@ def overload(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
         "server alive": alive,
         "only answers and 429": set(outcomes) <= {"completed", "rejected_429"},
         f"answers within their deadline of {deadline:g} s and 0.5 s": late <= deadline + 0.5,
-        "engine rows left after it: 0": rows_left == 0,
+        "sequences left in the engine: 0": rows_left == 0,
         "memory after the second storm at most 1.05 of that after the first": grown <= 1.05,
     }
     lines = [
@@ -180,17 +181,22 @@ def overload(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
         f"{storm['request_throughput'] / saturation:.2f} of saturation",
         f"- memory after / before {grown:.3f} ({', '.join(f'{k} {v:.3f}' for k, v in by_process.items())}); median TTFT at half load after / before {again:.2f}",
     ]
-    return lines, {
+    data = {
         "checks": checks,
         "outcomes": outcomes,
         "memory": grown,
         "memory_by_process": by_process,
         "ttft_after_before": again,
     }
+    return lines, data, [_all_of("overload at 5 times saturation", checks)]
 
 
-def chaos(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
-    """Mixed traffic with clients that hang up and an engine that dies: all is answered, and the counts agree."""
+def _all_of(measure: str, checks: dict[str, bool]) -> Target:
+    return Target(measure, f"{len(checks)} checks", f"{sum(checks.values())} hold", all(checks.values()))
+
+
+def chaos(folder: Path, seconds: float) -> Results:
+    """Mixed traffic with clients that hang up and an engine that dies: every request is answered, and counts agree."""
     with guiderail(folder) as ours:
         full = loadtest(ours, folder, MIX, "--max-concurrency", "16", "--num-prompts", "60")
         before = ours.outcomes()
@@ -208,7 +214,7 @@ def chaos(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
     seen = result["outcomes"]
     errors = sum(v for k, v in seen.items() if k in ("http_error", "stream_error"))
     unclear = seen.get("connection_error", 0) + seen.get("timeout", 0)
-    # A client that hung up may have done so after the server had finished: these two are compared together.
+    # A client may have hung up after the server had finished: these two are compared as one.
     sums = {
         "sent": (result["sent"], sum(told.values())),
         "answered, or given up by the client": (
@@ -235,7 +241,8 @@ def chaos(folder: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
         "",
         f"Errors that clients saw: {result['error_messages'] or 'none'}.",
     ]
-    return lines, {"checks": checks, "client": seen, "metrics": told}
+    data = {"checks": checks, "client": seen, "metrics": told}
+    return lines, data, [_all_of("mixed traffic with hang-ups and a killed engine", checks)]
 
 
 def main() -> None:
@@ -243,10 +250,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("plain", "mixed", "overload", "chaos"))
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all durations; below 1 is a rehearsal")
-    parser.add_argument("--keep", type=Path, help="a folder for what every loadtest found and the servers' logs")
+    parser.add_argument("--keep", type=Path, help="folder for the results of every loadtest and the servers' logs")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the plain comparison ({ROUNDS})")
     args = parser.parse_args()
-    parts: dict[str, tuple[str, Callable[[Path], tuple[list[str], dict[str, Any]]]]] = {
+    parts: dict[str, tuple[str, Callable[[Path], Results]]] = {
         "plain": ("Plain load against vllm serve", lambda f: plain(f, 30 * args.scale, args.rounds)),
         "mixed": ("Mixed load", lambda f: mixed(f, 100 * args.scale)),
         "overload": ("Overload", lambda f: overload(f, 120 * args.scale)),
@@ -257,14 +264,14 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 results = args.keep.resolve() / key if args.keep else Path(folder)
                 results.mkdir(parents=True, exist_ok=True)
-                lines, data = part(results)
+                lines, data, wanted = part(results)
             flags = []
             if args.scale != 1:
                 flags.append(f"--scale {args.scale:g}")
             if key == "plain" and args.rounds != ROUNDS:
                 flags.append(f"--rounds {args.rounds}")
             command = f'make bench-load ARGS="{" ".join(flags)}"' if flags else "make bench-load"
-            write_section(f"load_{key}", title, command, lines, data)
+            write_section(f"load_{key}", title, command, lines, data, wanted)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What 16 bits and the batch do to answers: `make bench-numerics`. Writes two sections of BENCHMARKS.md.
+"""Effects of 16 bits and of the batch on answers: `make bench-numerics`. Writes two sections of BENCHMARKS.md.
 
 logits      over 1,000 positions (the greedy answers of a float32 engine, forced on each engine in turn): ties among
             the five likeliest tokens, error of their log-probabilities against float32, greedy agreement, tokens/s
@@ -50,7 +50,7 @@ def model() -> str:
 
 
 async def forced(engine: Any, prompts: list[TokenPrompt], rows: list[list[int]]) -> tuple[list[Any], float]:
-    """TokenLogprob of every place of `rows`, forced after `prompts`, all at once; and tokens/s."""
+    """TokenLogprob of every position of `rows`, forced after `prompts`, all at once; and tokens/s."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -139,9 +139,9 @@ async def served(invariant: bool, dtype: str, tokens: int, rounds: int) -> dict[
 
 
 async def invariance(dtypes: list[str], tokens: int, rounds: int) -> None:
-    """The section on what a seed gives again."""
+    """The section on how far a seed repeats answers."""
     lines = [
-        f"Thirty seeded requests, three of each of ten guides, {tokens} tokens: how many gave the answer that they gave "
+        f"Thirty seeded requests, three of each of ten guides, {tokens} tokens: how many gave the same answer as "
         "alone. Best of 16 x 48 tokens by `length`: median seconds, and their ratio to the fast mode in float32.",
         "",
         "| mode | again alone | beside the others and 8 strangers | not alike | best of 16 | ratio |",
@@ -163,7 +163,7 @@ async def invariance(dtypes: list[str], tokens: int, rounds: int) -> None:
         )
         print(lines[-1], file=sys.stderr)
     assert len(KINDS) == 10
-    write_section("invariance", "What a seed gives again", "make bench-numerics", lines, data)
+    write_section("invariance", "Repeatability with a seed", "make bench-numerics", lines, data)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Guiderail against a plain script over `vllm serve`: part of `make bench`.
 
-The script is what a team would write first: one request with `n` answers over HTTP, the same rule reward on what comes
-back, the best one taken. Both servers run with the same model, dtype, context, KV cache and pages, live at once, and
+The script is what a team would write first: one request with `n` answers over HTTP, the same rule reward on each
+answer, and the best one kept. Both servers run with the same model, dtype, context, KV cache and pages, live at once, and
 take turns (who begins alternates). A ratio is above 1 where Guiderail is faster; it is the median over pairs of turns,
 with a 95 % bootstrap interval over pairs. Writes benchmarks/peers.json and its part of BENCHMARKS.md.
 
@@ -21,14 +21,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from asking import QUIET_S, at_once, user
 from bench_server import CLIENTS, PLACES, QUESTIONS
 from load_servers import guiderail, vllm
-from measured import interval
-from report import write_section
+from measured import pair_table, paired
+from report import Target, write_section
 
 from guiderail.server.rewards.rules import Length
 
@@ -39,7 +38,7 @@ ASKED = {"max_tokens": TOKENS, "ignore_eos": True, "temperature": 1.0}
 
 
 def question(i: int) -> list[dict[str, str]]:
-    """A conversation that no other turn has had, so that neither server has it in its cache."""
+    """A conversation that no other turn has used, so that neither server has it in its cache."""
     return user(f"({i}) " + QUESTIONS[i % len(QUESTIONS)].format(PLACES[i % len(PLACES)]))
 
 
@@ -51,7 +50,7 @@ class Script:
         self._reward, self._params = Length(), Length.Params()
 
     async def best_of(self, i: int, n: int) -> int:
-        """Answers the i-th question; returns the tokens that were generated for it."""
+        """Answer the i-th question; return the number of tokens generated for it."""
         messages = question(i)
         body = await self._post({"messages": messages, "n": n, **ASKED})
         texts = [choice["message"]["content"] for choice in body["choices"]]
@@ -88,7 +87,7 @@ class Guided(Script):
 
 
 async def rate(work: Awaitable[list[int]], expected: int) -> float:
-    """Tokens per second of some work, from a quiet start; it must make the tokens that were expected."""
+    """Tokens per second of some work, from a quiet start; it must produce exactly the expected tokens."""
     await asyncio.sleep(QUIET_S)
     started = time.perf_counter()
     tokens = sum(await work)
@@ -101,7 +100,7 @@ Turn = Callable[[Script, int], Awaitable[float]]
 
 
 def cases() -> dict[str, Turn]:
-    """A turn of each case: tokens per second of one side, with questions from a number on."""
+    """A turn of each case: tokens per second of one side, with questions from the number `first` on."""
 
     def many(side: Script, first: int) -> Awaitable[float]:
         work = [lambda i=i: side.best_of(first + i, N) for i in range(PROMPTS)]
@@ -125,7 +124,7 @@ def cases() -> dict[str, Turn]:
 
 
 async def compare(script: Script, guided: Script, pairs: int, turns: dict[str, Turn]) -> dict[str, list[list[float]]]:
-    """For each case the pairs (script, Guiderail) of tokens per second; the first round only warms both up."""
+    """Pairs (script, Guiderail) of tokens per second for each case; the first round only warms both up."""
     found: dict[str, list[list[float]]] = {name: [] for name in turns}
     for number in range(pairs + 1):
         for k, (name, turn) in enumerate(turns.items()):
@@ -142,22 +141,24 @@ async def compare(script: Script, guided: Script, pairs: int, turns: dict[str, T
 
 def report(found: dict[str, list[list[float]]], pairs: int) -> None:
     """Write the section."""
+    table, targets, data = [], [], {}
+    for name, rates in found.items():
+        each = paired(rates, by_interval=True)
+        met = each.high >= 1
+        table.append((name, each, "tokens/s", f"1.0 in the interval | {'met' if met else '**missed**'}"))
+        data[name] = {"pairs": rates, "ratio": each.ratio, "interval": [each.low, each.high], "met": met}
+        result = f"{each.ratio:.3f} ({each.low:.3f}-{each.high:.3f})"
+        targets.append(
+            Target(f"tokens/s, Guiderail / script over vllm serve: {name}", "interval reaches 1.0", result, met)
+        )
     lines = [
         f"Tokens per second of Guiderail and of a script over `vllm serve` ({TOKENS} tokens an answer, rule reward "
         f"`length`), {pairs} interleaved pairs of turns. Ratio: median over pairs with its 95 % interval; target: 1.0 "
         "within the interval or below it.",
         "",
-        "| case | vllm serve + script | Guiderail | ratio | 95 % interval | |",
-        "|---|---|---|---|---|---|",
+        *pair_table("vllm serve + script", "Guiderail", "95 % interval", table),
     ]
-    data: dict[str, Any] = {}
-    for name, rates in found.items():
-        theirs, ours = np.median(np.array(rates), axis=0)
-        ratio, low, high = interval([b / a for a, b in rates], lambda rows: np.median(rows, axis=-1))
-        verdict = "met" if high >= 1 else "**missed**"
-        lines.append(f"| {name} | {theirs:.1f} | {ours:.1f} | {ratio:.3f} | {low:.3f}-{high:.3f} | {verdict} |")
-        data[name] = {"pairs": rates, "ratio": ratio, "interval": [low, high], "met": high >= 1}
-    write_section("peers", "Against a script over vllm serve", "make bench", lines, data)
+    write_section("peers", "Against a script over vllm serve", "make bench", lines, data, targets)
 
 
 async def main(pairs: int, only: str) -> None:

@@ -1,12 +1,12 @@
-"""What guides do to answers: `make bench-quality` (about 20 minutes on 2 cores; ARGS="urial" for the base model's part).
+"""Effects of guides on answers: `make bench-quality` (about 20 minutes on 2 cores; ARGS="urial" for the base model).
 
 tasks    sentiment, keyword coverage, length and profanity avoidance: plain sampling, best-of-n, and every guide at about
          the tokens of best-of-16, with SmolLM2-135M-Instruct; a table and a picture
 urial    the base model Gemma 3 270M with the prompter urial against the same model alone
 choose   the grid on other prompts from which the guides' weights were chosen (prints it)
 
-Requests take the path of HTTP requests, inside this process. Raw results go to --raw as they come; --resume goes on
-from there. Rewards are scorers: a gain in one is a gain in that scorer, and no more.
+Requests take the path of HTTP requests, inside this process. Raw results go to --raw as they come; --resume
+continues from them. Rewards are scorers: a gain in one is a gain in that scorer, and no more.
 """
 
 import argparse
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from asking import LIMITS, Raw, ask, at_once, publish, user
 from quality_judges import check
 from quality_metrics import metrics, picture, table
-from quality_tasks import BUDGET, GRID, ROWS, Task, body, guides, rows, tasks
+from quality_tasks import BUDGET, GRID, SEQUENCES, Task, body, guides, sequences, tasks
 from quality_urial import urial
 from report import ROOT
 
@@ -57,7 +57,9 @@ async def answer_all(state: ServerState, task: Task, name: str, guide: dict[str,
         }
 
     started = time.perf_counter()
-    answers = await at_once([lambda i=i: one(i) for i in range(len(task.prompts))], max(2, ROWS // rows(guide)))
+    answers = await at_once(
+        [lambda i=i: one(i) for i in range(len(task.prompts))], max(2, SEQUENCES // sequences(guide))
+    )
     seconds = (time.perf_counter() - started) / len(answers)
 
     async def scored(index: int) -> list[float]:
@@ -69,7 +71,7 @@ async def answer_all(state: ServerState, task: Task, name: str, guide: dict[str,
         values = response["data"][0]["answers"][0]["rewards"]
         return [values["steered"], values["judge"]]
 
-    values = await at_once([lambda i=i: scored(i) for i in range(len(answers))], ROWS // 2)
+    values = await at_once([lambda i=i: scored(i) for i in range(len(answers))], SEQUENCES // 2)
     for answer, (steered, judge) in zip(answers, values, strict=True):
         answer["steered"], answer["judge"] = steered, judge
     return {"seconds": seconds, "answers": answers}
@@ -101,30 +103,30 @@ async def compare(state: ServerState, raw: Raw, some: Sequence[Task], seed: int)
 
 
 def notes(judged: dict[str, list[int]]) -> list[str]:
-    """How to read the tables."""
+    """Notes on reading the tables."""
     right = ", ".join(f"{name} {good} of {pairs}" for name, (good, pairs) in judged.items())
     return [
-        f"SmolLM2-135M-Instruct. Guides are set to about the tokens of best-of-{BUDGET}; what they took is in the table (ARGS "
+        f"SmolLM2-135M-Instruct. Guides are set to about the tokens of best-of-{BUDGET}; their actual use is in the table (ARGS "
         "spends reward calls instead; logit mix only the other policy's tokens). 95 % intervals are bootstraps over prompts, "
-        f"`less {EVEN}` is paired. KL is what the response's diagnostics bound it by, summed over a guide's selections; '-': "
+        f"`less {EVEN}` is paired. KL is the bound of the response's diagnostics, summed over a guide's selections; '-': "
         "no valid bound is known. Distinct: ARGS' product of distinct 2-, 3- and "
-        "4-grams. Seconds: time of all prompts, many at once, over their number; other work may have run beside "
+        "4-grams. Seconds: time of all prompts, many at once, over their number; other work may have run at the same time "
         "(`make bench-guides` measures speed). `plain, instructed` has the system "
         "message that is the baseline policy of Transfer Q* and the other policy of logit mix; token-level guides take the best "
         "token at each step, so their control without a reward is `plain, greedy`. Weights and blocks "
         "were chosen for each task by the steered reward on 6 or 8 other prompts (`bench_quality.py choose`).",
         "",
         "Judges are `implicit` rewards, the model's own likelihood ratio a token under two system messages. Of pairs written "
-        f"by hand they order right: {right}. They are akin to the instructions, so they favour what follows these: Transfer "
-        "Q*, logit mix and `plain, instructed`. Rewards and judges are scorers: a gain in one of them is not alignment or "
+        f"by hand they order correctly: {right}. They resemble the instructions, so they favour methods that use those: "
+        "Transfer Q*, logit mix and `plain, instructed`. Rewards and judges are scorers: a gain in one of them is not alignment or "
         "safety. The profanity task's prompts are benign and plain answers are seldom rude, so it can show that steering by a "
-        "profanity scorer lowers that scorer, and what that does to another one; it says nothing of attacks.",
+        "profanity scorer lowers that score, and the effect on another scorer; it says nothing about attacks.",
         "",
     ]
 
 
 async def choose(state: ServerState, raw: Raw, prompts: int, tokens: int) -> list[str]:
-    """For each task and guide the mean steered reward at every value of the grid, and CHOSEN as its source has it.
+    """For each task and guide the mean steered reward at every value of the grid, and CHOSEN as source code.
 
     The largest mean is chosen; of equals the first.
     """
@@ -175,12 +177,12 @@ OF_THE_RUN = ("raw", "resume")
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=("tasks", "urial", "choose"), default="tasks")
-    parser.add_argument("--prompts", type=int, default=104, help="of more.jsonl for sentiment and urial (104)")
+    parser.add_argument("--prompts", type=int, default=104, help="prompts of more.jsonl for sentiment and urial (104)")
     parser.add_argument("--keywords", type=int, default=30, help="concept sets (30)")
     parser.add_argument("--others", type=int, default=20, help="prompts of each other task (20)")
-    parser.add_argument("--tokens", type=int, default=24, help="of an answer at most (24)")
+    parser.add_argument("--tokens", type=int, default=24, help="maximum number of tokens in an answer (24)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw", type=Path, default=Path(tempfile.gettempdir()) / "guiderail-bench-quality.jsonl")
-    parser.add_argument("--resume", action="store_true", help="go on from the raw results that are there")
+    parser.add_argument("--resume", action="store_true", help="continue from the raw results that are there")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes; prints the tables and writes nothing")
     asyncio.run(main(parser.parse_args()))

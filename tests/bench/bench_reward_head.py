@@ -1,7 +1,7 @@
 """reward_head against plain and compiled torch on one GPU: `python -P tests/bench/bench_reward_head.py`.
 
 Bytes counted: the chosen rows, the head and the norm once, the result. Torch gathers, normalises in float32 and
-projects, as a model's own code does.
+projects, as models do in their own code.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """A reward model at work in the server: part of `make bench-scoring`.
 
 best_of_16   best of 16 x 64 tokens with the packed reward model, against raw vLLM generating 16 x 64
-batching     8 requests of 8 candidates: the Scorer's calls at once, against the same calls one by one
+batching     8 requests of 8 candidates: their calls of the scorer at once, against the same calls one by one
 latency      inter-token latency of a plain chat, alone and while large batches are scored
 """
 
@@ -20,7 +20,7 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 from bench_scoring import apart, draw, model_folder
 from bench_server import Raw, Served, messages
-from report import write_section
+from report import Target, write_section
 
 from guiderail.server.models.cpu_features import auto_dtype
 
@@ -78,7 +78,7 @@ async def gaps(http: httpx.AsyncClient, number: int, tokens: int = 100) -> list[
 
 
 async def score_for(http: httpx.AsyncClient, seconds: float) -> int:
-    """Scores large batches one after another for so long; returns how many answers were scored."""
+    """Score large batches one after another for so many seconds; return the number of answers scored."""
     end, count = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         answers = [" ".join(random.choices(["day", "sea", "tree", "cold", "bird", "stone"], k=60)) for _ in range(16)]
@@ -147,12 +147,15 @@ def report(
         "|---|---|---|---|---|",
     ]
     data: dict[str, Any] = {}
+    targets = []
     for title, ratios, target, met in rows:
         middle = statistics.median(ratios)
         verdict = "" if met is None else "met" if met(middle) else "**missed**"
+        if met is not None:
+            targets.append(Target(title, target, f"{middle:.2f}", met(middle)))
         lines.append(f"| {title} | {middle:.2f} | {min(ratios):.2f}-{max(ratios):.2f} | {target} | {verdict} |")
         data[title] = {"ratios": ratios, "target": target}
-    write_section("reward_serving", "A reward model in the server", "make bench-scoring", lines, data)
+    write_section("reward_serving", "A reward model in the server", "make bench-scoring", lines, data, targets)
 
 
 if __name__ == "__main__":

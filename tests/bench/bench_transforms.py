@@ -1,8 +1,8 @@
-"""Which combination lifts the worst-served reward: raw weighted sum against calibrated and log-sigmoid ones.
+"""Combinations that lift the worst-served reward: the raw weighted sum against calibrated and log-sigmoid ones.
 
 For each prompt three disjoint pools are drawn from the served model: candidates, a calibration pool, and a pool to
 judge by. Each rule picks one candidate by three rewards that pull in different directions. The pick is judged by the
-quantile of its raw reward in the third pool: 0.5 is a plain answer of the model, whatever the reward's scale.
+quantile of its raw reward in the third pool: 0.5 is a plain answer of the model, on any reward's scale.
 The worst-served reward of a rule is the one with the smallest mean quantile over prompts.
 
     make bench-transforms            (about 10 minutes on 2 cores)
@@ -35,7 +35,7 @@ REWARDS: list[dict[str, Any]] = [
     {"name": "harmless"},
 ]
 LABELS = [str(r.get("label", r["name"])) for r in REWARDS]
-RULES: dict[str, tuple[str, Any, str]] = {  # name: (transform, combination, how it reads)
+RULES: dict[str, tuple[str, Any, str]] = {  # name: (transform, combination, description)
     "raw sum": ("identity", "sum", "weighted sum of raw rewards"),
     "standardized sum": ("standardize", "sum", "sum of rewards in standard deviations"),
     "calibrated sum": ("calibrated", "sum", "sum of quantiles (InfAlign's calibration)"),
@@ -129,7 +129,7 @@ def picture(path: Path, summary: dict[str, Any]) -> None:
     axes.set_xlabel(
         "mean quantile of the chosen answer in an unseen pool (0.5: a plain answer); bars: 95 % over prompts"
     )
-    axes.set_title("How each reward is served; the grey mark is a rule's worst-served reward", fontsize=10)
+    axes.set_title("Quantile by reward; the grey mark is a rule's worst-served reward", fontsize=10)
     axes.grid(alpha=0.25, axis="x")
     axes.legend(loc="lower left")
     figure.savefig(path, dpi=110)
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=32, help="calibration answers (32)")
     parser.add_argument("--judging", type=int, default=48, help="answers of the judging pool (48)")
     parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument("--limit", type=int, help="use the first prompts alone")
+    parser.add_argument("--limit", type=int, help="use only the first prompts")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     drawn, values = asyncio.run(pools(args))

@@ -1,8 +1,8 @@
-"""Ten minutes on one GPU with torch and Triton alone (no vLLM): is the GPU path right, and how fast is it?
+"""Ten minutes on one GPU with torch and Triton alone (no vLLM): correctness and speed of the GPU path.
 
     PYTHONPATH=.types:tests/support python tests/bench/gpu_check.py [--out gpu.json] [--steps limits,attention,...]
 
-Steps in order of worth, each with JSON written after it, so that a run that is cut off keeps what it has:
+Steps in order of importance; JSON is written after each, so that an interrupted run keeps its results:
 limits (copy, matrix product), correctness (production shapes against float64 on 256 rows), first_call (compilation and
 first launch against the next), attention (against FlashAttention in a cascade and SDPA with the prefix copied), runner (a
 random Llama of SmolLM2's and of 8B's shape, against transformers with whole sequences and with the prefix's keys
@@ -152,14 +152,14 @@ def llama(name: str) -> Any:
 
 
 def timed(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """Milliseconds of a call that ends on the CPU, and what it returns."""
+    """Milliseconds of a call that ends on the CPU, and its result."""
     started = time.perf_counter()
     returned = call(*args)
     return (time.perf_counter() - started) * 1e3, returned
 
 
 def texts(batch: tuple[int, int, int]) -> tuple[list[int], list[list[int]]]:
-    """A prompt, and what follows it in each candidate."""
+    """A prompt, and its continuation in each candidate."""
     prefix, count, length = batch
     return torch.randint(49152, (prefix,)).tolist(), torch.randint(49152, (count, length)).tolist()
 
@@ -185,7 +185,7 @@ def step_runner() -> Any:
         warm, _ = timed(runner.warm_up)
         for batch, (prompt, ends) in cases.items():
             whole = [prompt + end for end in ends]
-            runner.score(whole)  # as theirs had a first time
+            runner.score(whole)  # warms up, as theirs did
             runner.clear()
             new_ms, scores = timed(runner.score, whole)
             runner.clear()
@@ -256,7 +256,7 @@ STEPS: dict[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    """Run the steps; one that fails is written down with its error, and the others go on."""
+    """Run the steps; a failed one is recorded with its error, and the others continue."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--steps", default=",".join(STEPS))

@@ -1,4 +1,4 @@
-"""What the kernel benchmarks share: the card's measured limits, timing, and their tables.
+"""Parts shared by the kernel benchmarks: the card's measured limits, timing, and tables.
 
 Limits are measured in the same run as the kernels, because clocks differ between cards and days: the
 bandwidth by a large copy (read and write counted), the arithmetic by a large bfloat16 matrix product.
@@ -46,7 +46,7 @@ def milliseconds(call: Callable[[], Any], repeats: int = 30) -> float:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the card did in this run, in bytes and operations per second."""
+    """Measured limits of the card in this run, in bytes and operations per second."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -85,7 +85,7 @@ class Table:
         moved: float | None = None,
         flops: float | None = None,
     ) -> None:
-        """Times the variants ("guiderail" is ours). `moved` bytes, or `flops`: what the problem itself demands.
+        """Time the variants ("guiderail" is ours). `moved` (bytes) or `flops` is the work that the problem itself requires.
 
         All variants are charged the same work, so one that moves more shows a lower rate.
         """

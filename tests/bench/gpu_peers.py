@@ -1,4 +1,4 @@
-"""What gpu_check.py compares with: FlashAttention in a cascade, transformers' models, and a decode beside scoring."""
+"""Peers for gpu_check.py: FlashAttention in a cascade, transformers' models, and a decode beside scoring."""
 
 import itertools
 import statistics
@@ -11,7 +11,7 @@ import torch
 
 from guiderail.kernels.shared_prefix_attention import Layout
 
-ROWS = 16_384  # tokens of a forward pass of transformers: its layers' activations are not to fill the card
+ROWS = 16_384  # tokens of a forward pass of transformers, so that its layers' activations do not fill the card
 
 
 def flash(q: Any, k: Any, v: Any, q_edges: list[int], k_edges: list[int], causal: bool) -> tuple[Any, Any]:

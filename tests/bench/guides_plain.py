@@ -11,6 +11,7 @@ from asking import HEAD, QUIET_S, Raw, ask, at_once, seconds, user
 from bench_scoring import apart
 from measured import verdict
 from plain_search import PlainSearch
+from report import Results, Target
 
 from guiderail.guides.core.types import Message
 from guiderail.server.models import catalogue
@@ -47,7 +48,7 @@ def conversation(state: ServerState, length: int, number: int) -> tuple[list[dic
 
 
 class Rivals:
-    """The guides of a server and the plain loop, asked the same."""
+    """The guides of a server and the plain loop, given the same requests."""
 
     def __init__(self, state: ServerState, tokens: int) -> None:
         self.state = state
@@ -99,7 +100,7 @@ class Rivals:
 
 async def against_plain(
     state: ServerState, raw: Raw, tokens: int, answers: dict[str, int], lengths: tuple[int, ...] = LENGTHS
-) -> tuple[list[str], dict[str, Any]]:
+) -> Results:
     """Seconds per answer of the published loop and of the guide, taking turns; `answers`: how many of each search."""
     rivals = Rivals(state, tokens)
     numbers = count(1)
@@ -114,26 +115,28 @@ async def against_plain(
                 rows.append(row)
         many = await raw.get(f"plain/{length}/{name}/8", partial(rivals.together, name, length, next(numbers)))
         data[f"{name}/{length}"] = {"rows": rows, "together_s": many}
-    return _lines(data, tokens), data
+    lines, targets = _lines(data, tokens)
+    return lines, data, targets
 
 
 def _same(ours: list[int], plain: list[int]) -> int:
-    """Tokens until the answers part."""
+    """Tokens until the answers diverge."""
     return next((i for i, (a, b) in enumerate(zip(ours, plain, strict=False)) if a != b), min(len(ours), len(plain)))
 
 
-def _lines(data: dict[str, Any], tokens: int) -> list[str]:
+def _lines(data: dict[str, Any], tokens: int) -> tuple[list[str], list[Target]]:
     first = next(iter(data.values()))["rows"][0]
     lines = [
         f"Answers of {tokens} tokens, k {TOP_K}, lookahead {LOOKAHEAD}, SmolLM2-135M and the bundled reward head on a second "
         f"copy of it, all {auto_dtype()}. Plain: tests/bench/plain_search.py, the published loop on transformers (no keys and "
-        "values kept between tokens, one batch of candidates a token, text re-encoded for the reward model) with "
-        f"{first['threads']} threads; guided: one request alone, and {TOGETHER} at once, where plain has no such thing. They "
-        "take turns. Transfer Q* samples its lookahead, DeAL decodes it greedily; rollouts end where the answer must in both.",
+        "values kept between tokens, one batch of candidates per token, text re-encoded for the reward model) with "
+        f"{first['threads']} threads; guided: one request alone, and {TOGETHER} at once, which plain cannot do. They "
+        "take turns. Transfer Q* samples its lookahead, DeAL decodes it greedily; in both, rollouts end where the answer must.",
         "",
         "| guide | prompt tokens | plain, s | guided, s | speed-up, one request (range) | >= 10 | answers/s, 8 in flight / plain | >= 10 |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    speeds: dict[str, dict[int, float]] = {}  # by measure and prompt tokens
     for name, row in data.items():
         pairs = row["rows"]
         ratios = [pair["plain_s"] / pair["guided_s"] for pair in pairs]
@@ -141,8 +144,11 @@ def _lines(data: dict[str, Any], tokens: int) -> list[str]:
         guided = statistics.mean(pair["guided_s"] for pair in pairs)
         middle = statistics.median(ratios)
         many = TOGETHER / row["together_s"] * plain
+        guide = name.partition("/")[0]
+        for title, value in (("one request", middle), (f"{TOGETHER} in flight", many)):
+            speeds.setdefault(f"{guide} / plain transformers, {title}", {})[pairs[0]["prompt_tokens"]] = value
         lines.append(
-            f"| {name.partition('/')[0]} | {pairs[0]['prompt_tokens']} | {plain:.1f} | {guided:.2f} | {middle:.1f} "
+            f"| {guide} | {pairs[0]['prompt_tokens']} | {plain:.1f} | {guided:.2f} | {middle:.1f} "
             f"({min(ratios):.1f}-{max(ratios):.1f}) | {verdict(middle, 10, at_most=False)} | {many:.1f} "
             f"| {verdict(many, 10, at_most=False)} |"
         )
@@ -150,7 +156,14 @@ def _lines(data: dict[str, Any], tokens: int) -> list[str]:
     same = ", ".join(str(pair["same"]) for pair in greedy)
     lines += [
         "",
-        f"Both look for the same: with the greedy lookahead they agree for the first {same} of {tokens} tokens, until "
-        "rounding parts them.",
+        f"Both search for the same thing: with the greedy lookahead they agree for the first {same} of {tokens} tokens, until "
+        "rounding makes them diverge.",
     ]
-    return lines
+    targets = [
+        Target(
+            f"speed of {measure}, prompts of {', '.join(map(str, by_prompt))} tokens",
+            ">= 10", ", ".join(f"{value:.1f}" for value in by_prompt.values()), min(by_prompt.values()) >= 10,
+        )
+        for measure, by_prompt in speeds.items()
+    ]  # fmt: skip
+    return lines, targets

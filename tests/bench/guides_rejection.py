@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from asking import EVERYDAY, MORE, Raw, ask, questions, user
 from measured import interval, verdict
+from report import Results, Target
 
 from guiderail.guides.core.types import Message, SamplingSpec
 from guiderail.server.offline.evaluate.draw import draw
@@ -22,13 +23,13 @@ N, TOKENS = 32, 64
 DEFAULT = (0.5, 16)  # alpha, interval: four segments
 GRID = list(product((0.3, 0.4, 0.5, 0.6, 0.7), (8, 12, 16, 24, 32)))
 SHARE = (
-    0.45  # of best-of-n's tokens in the replay, which does not count what is written while partial answers are scored
+    0.45  # of best-of-n's tokens in the replay, which does not count tokens generated while partial answers are scored
 )
 REWARDS = ("sentiment", "harmless")
 
 
 async def choose(state: ServerState, reward: str, prompts: int) -> dict[str, Any]:
-    """Alpha and interval for a reward, from the first prompts of more.jsonl, and what the replay said of them."""
+    """Alpha and interval for a reward, from the first prompts of more.jsonl, with their results in the replay."""
     conversations = [(Message("user", text),) for text in questions(MORE)[:prompts]]
     pools = await draw(state, conversations, N, SamplingSpec(TOKENS, seed=77))
     checkpoints = sorted({at for _, interval in GRID for at in range(interval, TOKENS, interval)})
@@ -49,7 +50,7 @@ async def choose(state: ServerState, reward: str, prompts: int) -> dict[str, Any
     return {**chosen, "best_of_n": float(final.max(axis=1).mean()), "grid": rows}
 
 
-async def rejection(state: ServerState, raw: Raw, prompts: int, choosing: int) -> tuple[list[str], dict[str, Any]]:
+async def rejection(state: ServerState, raw: Raw, prompts: int, choosing: int) -> Results:
     """Mean reward and tokens of speculative rejection over those of best-of-n, by two rewards."""
     texts = questions(EVERYDAY)[:prompts]
 
@@ -91,20 +92,22 @@ async def rejection(state: ServerState, raw: Raw, prompts: int, choosing: int) -
 
                 rows.append(await raw.get(f"rejection/{name}/{alpha}/{every}/{number}", rejected))
             data["rejection"][f"{name}/{alpha}/{every}"] = rows
-    return _lines(data, len(texts), choosing), data
+    lines, targets = _lines(data, len(texts), choosing)
+    return lines, data, targets
 
 
-def _lines(data: dict[str, Any], prompts: int, choosing: int) -> list[str]:
+def _lines(data: dict[str, Any], prompts: int, choosing: int) -> tuple[list[str], list[Target]]:
     lines = [
         f"{prompts} prompts (deploy/prompts/everyday.jsonl), n {N}, answers of at most {TOKENS} tokens, the same seeds; one "
-        f"request at a time. Beside alpha {DEFAULT[0]} with checkpoints every {DEFAULT[1]} tokens stands, for each reward, what "
-        f"did best on {choosing} other prompts (deploy/prompts/more.jsonl) within {SHARE} of the tokens. A ratio of means "
+        f"request at a time. Beside alpha {DEFAULT[0]} with checkpoints every {DEFAULT[1]} tokens stands, for each reward, the setting "
+        f"that did best on {choosing} other prompts (deploy/prompts/more.jsonl) within {SHARE} of the tokens. A ratio of means "
         "depends on where a reward's zero is; the share of best-of-n's gain over a plain answer that is kept does not. "
         "95 % intervals are bootstraps over prompts.",
         "",
         "| reward | alpha | interval | plain | best-of-32 | rejection | ratio | target | | gain kept | tokens, share | target | |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    targets = []
     tokens_of_best = np.array([row["tokens"] for row in data["best_of_n"]], float)
     for key, rows in data["rejection"].items():
         name, alpha, every = key.split("/")
@@ -114,13 +117,16 @@ def _lines(data: dict[str, Any], prompts: int, choosing: int) -> list[str]:
         ratio = _ratio(found, best)
         kept = _ratio(found - plain, best - plain)
         share = _ratio(tokens, tokens_of_best)
+        setting = f"speculative rejection (alpha {alpha}, interval {every}) / best-of-{N}, {name}"
+        targets.append(Target(f"reward, {setting}", ">= 0.98", f"{ratio[0]:.3f}", ratio[0] >= 0.98))
+        targets.append(Target(f"tokens, {setting}", "<= 0.5", f"{share[0]:.3f}", share[0] <= 0.5))
         lines.append(
             f"| {name} | {alpha} | {every} | {plain.mean():.3f} | {best.mean():.3f} | {found.mean():.3f} "
             f"| {ratio[0]:.3f} ({ratio[1]:.3f}-{ratio[2]:.3f}) | >= 0.98 | {verdict(ratio[0], 0.98, at_most=False)} "
             f"| {kept[0]:.3f} ({kept[1]:.3f}-{kept[2]:.3f}) | {share[0]:.3f} | <= 0.5 "
             f"| {verdict(share[0], 0.5, at_most=True)} |"
         )
-    return lines
+    return lines, targets
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:

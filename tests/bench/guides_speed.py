@@ -6,6 +6,7 @@ from typing import Any
 
 from asking import EVERYDAY, Raw, ask, at_once, questions, seconds, user
 from measured import verdict
+from report import Results, Target
 
 from guiderail.server.state import ServerState
 
@@ -16,7 +17,7 @@ REWARDS: dict[str, list[dict[str, Any]]] = {
     "none": [],
 }
 GENTLE = {"system": "You are warm, patient and kind."}
-SETTINGS: list[tuple[str, dict[str, Any], int]] = [  # how it reads, the guide, tokens of an answer
+SETTINGS: list[tuple[str, dict[str, Any], int]] = [  # title, guide, tokens of an answer
     ("sampling", {"name": "sampling"}, 64),
     ("best_of_n, n 16", {"name": "best_of_n", "n": 16}, 64),
     (
@@ -39,14 +40,12 @@ _numbers = count()
 
 
 def question() -> list[dict[str, str]]:
-    """A conversation that no other request of this run begins like."""
+    """A conversation whose beginning no other request of this run shares."""
     texts, number = questions(EVERYDAY), next(_numbers)
     return user(f"({number}) {texts[number % len(texts)]}")
 
 
-async def speed(
-    state: ServerState, raw: Raw, singles: int, longest: int | None = None
-) -> tuple[list[str], dict[str, Any]]:
+async def speed(state: ServerState, raw: Raw, singles: int, longest: int | None = None) -> Results:
     """Tokens per second and seconds per answer of every guide, alone and with TOGETHER requests at once.
 
     longest: bounds the tokens of an answer, for a rehearsal.
@@ -66,7 +65,7 @@ async def speed(
                 )  # fmt: skip
 
             async def measure(one: Any = one) -> dict[str, Any]:
-                await one()  # warms up: the first call of a guide pays for what is compiled or loaded late
+                await one()  # warms up: the first call of a guide pays for late compilation and loading
                 spends, alone = [], []
                 for _ in range(singles):
                     answers: list[dict[str, Any]] = []
@@ -97,7 +96,7 @@ async def speed(
         )
     if missing:
         lines += ["", f"Not installed, so not measured: {', '.join(missing)}."]
-    return lines, data
+    return lines, data, []
 
 
 async def _into(found: list[dict[str, Any]], work: Any) -> None:
@@ -108,7 +107,7 @@ BLOCKS = (16, 32)
 WIDTH = 8
 
 
-async def blocks(state: ServerState, raw: Raw, rounds: int) -> tuple[list[str], dict[str, Any]]:
+async def blocks(state: ServerState, raw: Raw, rounds: int) -> Results:
     """Seconds of block-level guides with K = 8, over those of drawing 8 plain answers of the same length."""
     settings: list[dict[str, Any]] = [
         *({"name": "controlled_decoding", "k": WIDTH, "block": block} for block in BLOCKS),
@@ -144,13 +143,16 @@ async def blocks(state: ServerState, raw: Raw, rounds: int) -> tuple[list[str], 
         "| guide | block | reward | plain, s | guided, s | ratio | range | target | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    targets = []
     for key, pairs in data.items():
         name, _, kind = key.rpartition("/")
         ratios = [b / a for a, b in pairs]
         middle = statistics.median(ratios)
         a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
+        measure = f"time of {name.replace('/', ', blocks of ')}, k {WIDTH}, {kind} reward / {WIDTH} plain answers"
+        targets.append(Target(measure, "<= 2", f"{middle:.2f}", middle <= 2))
         lines.append(
             f"| {guides[name]['name']} | {guides[name]['block']} | {kind} | {a:.2f} | {b:.2f} | {middle:.2f} "
             f"| {min(ratios):.2f}-{max(ratios):.2f} | <= 2 | {verdict(middle, 2, at_most=True)} |"
         )
-    return lines, data
+    return lines, data, targets

@@ -18,7 +18,7 @@ CONTEXT = "1024"
 
 
 class Server:
-    """A server and what can be seen of it from outside."""
+    """A server as seen from outside."""
 
     def __init__(self, process: psutil.Popen, url: str) -> None:
         self.process = process

@@ -1,7 +1,7 @@
-"""Two servers compared by turns under load: ratios over all their requests, and how sure those are.
+"""Two servers compared in turns under load: ratios over all their requests, with intervals.
 
-A p99 of one turn is its slowest request or two, and these machines' speed drifts by half within minutes: so turns are
-taken alternately, and the requests of all of them make one distribution for each server.
+The p99 of one turn is its slowest request or two, and the speed of these machines drifts by half within minutes. So the
+servers take turns, and the requests of all turns form one distribution for each server.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 from measured import interval, verdict
+from report import Target
 
-WATCH_S = 0.02  # between two looks of a thread that watches for pauses of the machine
+WATCH_S = 0.02  # seconds between two samples of a thread that watches for pauses of the machine
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One server's turn: times to first token in ms from the scheduled send, mean time per output token in
-    ms, answered tokens, seconds, failures, and the longest that the machine kept a waking thread waiting, ms."""
+    """One server's turn: times to first token in ms from the scheduled send, mean time per output token in ms, answered
+    tokens, seconds, failures, and the longest delay of a waking thread by the machine, ms."""
 
     ttfts: list[float]
     tpot: float
@@ -45,7 +46,7 @@ class Turn:
         )
 
     def summary(self) -> dict[str, float]:
-        """What is written down of it."""
+        """The values kept in the JSON file."""
         median, p99 = (round(ttft_at(percentile)([self]), 1) for percentile in (50, 99))
         counts = {"requests": len(self.ttfts), "failed": self.failed, "tokens": self.tokens, "seconds": self.seconds}
         return {
@@ -57,7 +58,7 @@ class Turn:
 
 
 class Stalls:
-    """Watches, while entered, how late a sleeping thread of each CPU wakes: a pause of the machine is not a server's wait."""
+    """Delays with which a sleeping thread of each CPU wakes, while entered: pauses of the machine, not of a server."""
 
     def __init__(self) -> None:
         self.longest_ms = 0.0
@@ -83,7 +84,7 @@ class Stalls:
             before = now
 
 
-Figure = Callable[[Sequence[Turn]], float]
+Metric = Callable[[Sequence[Turn]], float]
 
 
 def throughput(turns: Sequence[Turn]) -> float:
@@ -96,13 +97,13 @@ def time_per_token(turns: Sequence[Turn]) -> float:
     return sum(turn.tpot * len(turn.ttfts) for turn in turns) / sum(len(turn.ttfts) for turn in turns)
 
 
-def ttft_at(percentile: float) -> Figure:
+def ttft_at(percentile: float) -> Metric:
     """A percentile of the times to first token, ms."""
     return lambda turns: float(np.percentile([ttft for turn in turns for ttft in turn.ttfts], percentile))
 
 
-def compared(pairs: Sequence[tuple[Turn, Turn]], of: Figure) -> tuple[float, float, float]:
-    """Ratio of a figure over pairs of turns, first server to second: (value, 2.5%, 97.5%) by a bootstrap of pairs."""
+def compared(pairs: Sequence[tuple[Turn, Turn]], of: Metric) -> tuple[float, float, float]:
+    """Ratio of a metric over pairs of turns, first server to second: (value, 2.5%, 97.5%) by a bootstrap of pairs."""
 
     def ratio(drawn: np.ndarray) -> float:
         first, second = zip(*(pairs[int(index)] for index in drawn), strict=True)
@@ -111,14 +112,17 @@ def compared(pairs: Sequence[tuple[Turn, Turn]], of: Figure) -> tuple[float, flo
     return interval(range(len(pairs)), lambda rows: np.apply_along_axis(ratio, -1, rows))
 
 
-def shown(figure: tuple[float, float, float], digits: int) -> str:
+def shown(ratio: tuple[float, float, float], digits: int) -> str:
     """`value (low-high)`."""
-    value, low, high = (f"{each:.{digits}f}" for each in figure)
+    value, low, high = (f"{each:.{digits}f}" for each in ratio)
     return f"{value} ({low}-{high})"
 
 
-def table(turns: Mapping[float, Mapping[str, Sequence[Turn]]]) -> list[str]:
-    """Guiderail over `vllm serve` at each load, in Markdown; from the turns of "ours" and "vllm" by load."""
+Turns = Mapping[float, Mapping[str, Sequence[Turn]]]  # by load, then "ours" and "vllm"
+
+
+def table(turns: Turns) -> list[str]:
+    """Guiderail over `vllm serve` at each load, in Markdown."""
     lines = [
         "| load | throughput, Guiderail / vllm serve | target | | p99 TTFT | target | | median TTFT | time per token |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -133,3 +137,21 @@ def table(turns: Mapping[float, Mapping[str, Sequence[Turn]]]) -> list[str]:
             f"| {shown(p99, 2)} | <= 1.05 | {verdict(p99[0], 1.05, at_most=True)} | {shown(median, 2)} | {shown(each, 2)} |"
         )
     return lines
+
+
+def targets(turns: Turns) -> list[Target]:
+    """The targets of throughput and p99 TTFT, each over all loads."""
+    loads = ", ".join(str(load) for load in turns)
+    pairs = [list(zip(by_server["ours"], by_server["vllm"], strict=True)) for by_server in turns.values()]
+    through = [compared(each, throughput)[0] for each in pairs]
+    p99 = [compared(each, ttft_at(99))[0] for each in pairs]
+    return [
+        Target(
+            f"throughput, Guiderail / vllm serve, at {loads} of saturation",
+            ">= 0.97", ", ".join(f"{each:.3f}" for each in through), min(through) >= 0.97,
+        ),
+        Target(
+            f"p99 TTFT, Guiderail / vllm serve, at {loads} of saturation",
+            "<= 1.05", ", ".join(f"{each:.2f}" for each in p99), max(p99) <= 1.05,
+        ),
+    ]  # fmt: skip

@@ -5,8 +5,9 @@ As in the authors' code (umd-huang-lab/Transfer-Q, direct.py), one answer at a t
   2. the k candidates as one batch through `generate`, which keeps keys and values inside this call, for the lookahead;
   3. decoded, put into the reward model's own chat template, tokenized, scored as one padded batch;
   4. the token of the largest  log pi0 + weight * reward  is emitted.
-DeAL with one beam is the same loop with a greedy lookahead. What could slow it down without being part of the loop is
-left out: logits are computed for the last place alone, rollouts end where the answer must, nothing is written out.
+DeAL with one beam is the same loop with a greedy lookahead. Work that could
+slow it down without being part of the loop is left out: logits are computed only for the last position, rollouts end
+where the answer must, nothing is printed.
 """
 
 import time
@@ -20,7 +21,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class PlainAnswer:
-    """An answer of exactly as many tokens as were asked for, and how long it took."""
+    """An answer of exactly the requested number of tokens, and the seconds it took."""
 
     token_ids: list[int]
     seconds: float
@@ -84,7 +85,7 @@ class PlainSearch:
 
     @torch.inference_mode()
     def rewards(self, messages: Sequence[dict[str, str]], answers: Sequence[str], *, whole: bool) -> Any:
-        """[K] rewards of answers, whole ones or such that go on, as one padded batch under the reward model's template."""
+        """Rewards [K] of answers, complete or not, as one padded batch in the reward model's template."""
         texts = []
         for answer in answers:
             turns, goes_on = [*messages, {"role": "assistant", "content": answer}], not whole and bool(answer.strip())

@@ -1,8 +1,8 @@
-"""Judges of bench_quality.py, and how well each orders pairs of answers that were written by hand.
+"""Judges of bench_quality.py, and their accuracy on pairs of answers that were written by hand.
 
 A judge is the `implicit` reward: the mean over the answer's tokens of the log-likelihood ratio under two system
-messages. It shares the policy's weights but nothing of the scorers that steer. (The reward `judge`, asked the same in
-words, ordered 5 of 8 of the warm pairs and none of 5 pairs of sentences: SmolLM2-135M is too small for it.)
+messages. It shares the policy's weights but nothing with the scorers that steer. (The reward `judge`, asked the same
+question in words, ordered 5 of 8 warm pairs correctly and none of 5 pairs of sentences: SmolLM2-135M is too small.)
 """
 
 from typing import Any
@@ -57,7 +57,7 @@ PAIRS: dict[str, tuple[dict[str, Any], list[tuple[str, str, str]]]] = {  # quest
 
 
 async def check(state: ServerState) -> dict[str, tuple[int, int]]:
-    """For each judge how many of its pairs it orders right, and how many there are."""
+    """Number of pairs that each judge orders correctly, and the number of its pairs."""
     found = {}
     for name, (judge, pairs) in PAIRS.items():
         inputs = [{"messages": user(question), "answers": [better, worse]} for question, better, worse in pairs]

@@ -25,7 +25,7 @@ def worst_tenth(rows: np.ndarray) -> np.ndarray:
 
 
 def metrics(task: Task, answers: Sequence[dict[str, Any]], even: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
-    """Of one method on one task; `even`: the answers of best-of-n at the same budget, to be compared prompt by prompt."""
+    """Metrics of one method on one task; `even` holds the answers of best-of-n at the same budget, to compare by prompt."""
     steered, judged = ([answer[key] for answer in answers] for key in ("steered", "judge"))
     found = {
         "steered": interval(steered),
@@ -44,7 +44,7 @@ def metrics(task: Task, answers: Sequence[dict[str, Any]], even: Sequence[dict[s
 
 
 def table(task: Task, results: dict[str, dict[str, Any]], even: str) -> list[str]:
-    """One task's lines of the page."""
+    """The page's lines on one task."""
     extra = f" {task.extra[0]} |" if task.extra else ""
     lines = [
         f"**{task.title}**: {len(task.prompts)} prompts, at most {task.tokens} tokens; steered by {task.steered}; judged by "
@@ -72,7 +72,7 @@ def _cell(value: Sequence[float], sign: str = "", digits: int = 3) -> str:
 
 
 def picture(path: Path, tasks: Sequence[Task], results: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """Steered reward and judge of every method, a column a task, with intervals."""
+    """Draw steered reward and judge of every method with intervals, one column per task."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator

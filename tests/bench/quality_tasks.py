@@ -1,4 +1,4 @@
-"""Tasks and methods of bench_quality.py: what is asked, what steers, what judges, and every guide at one budget.
+"""Tasks and methods of bench_quality.py: prompts, steering rewards, judges, and every guide at one budget.
 
 All prompts are our own. Weights and block sizes were chosen for each task on other prompts than the tables use
 (`bench_quality.py choose`).
@@ -11,12 +11,12 @@ from typing import Any
 from asking import EVERYDAY, MORE, questions, user
 from quality_judges import CLEAR, POLITE, WARM
 
-BUDGET = 16  # times the answer's tokens: what each guide may generate for one answer, about; best-of-16's
+BUDGET = 16  # multiple of the answer's tokens that each guide may generate for one answer, about: best-of-16's
 NS = (4, 16, 32)
-ROWS = 96  # in the engine at once
+SEQUENCES = 96  # in the engine at once
 
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
-GRID: dict[str, tuple[float, ...]] = {  # what `choose` tries, by guide
+GRID: dict[str, tuple[float, ...]] = {  # values that `choose` tries, by guide
     "controlled decoding": (4, 8, 12),  # block
     "Transfer Q*, blocks": (4, 8, 12),  # block
     "Transfer Q*": STRENGTHS,  # 1 / alpha
@@ -110,9 +110,9 @@ WORDS = 12  # target of the length task
 
 
 def tasks(prompts: int, keywords: int, others: int, tokens: int, *, choosing: bool = False) -> list[Task]:
-    """The tasks with so many prompts: of sentiment, of keyword coverage, and of length and profanity each.
+    """The tasks with these numbers of prompts: of sentiment, of keyword coverage, and of length and profanity each.
 
-    tokens: of an answer at most. choosing: with the prompts that weights are chosen by, which are others.
+    tokens: maximum of an answer. choosing: use the other prompts, by which weights are chosen.
     """
     texts = questions(EVERYDAY)[::-5] if choosing else questions(MORE)
     sets = [each.split() for each in (CONCEPTS[::-1] if choosing else CONCEPTS)][:keywords]
@@ -148,7 +148,7 @@ def tasks(prompts: int, keywords: int, others: int, tokens: int, *, choosing: bo
 
 
 def guides(task: Task, chosen: dict[str, float] | None = None) -> dict[str, dict[str, Any]]:
-    """Guides by the name of their row, for a budget of BUDGET times the answer's tokens; `chosen` by that name."""
+    """Guides by their name in the table, for a budget of BUDGET times the answer's tokens; `chosen` by that name."""
     at = CHOSEN[task.key] | (chosen or {})
     length, baseline = task.tokens, {"system": task.system}
     block, drawn = int(at["controlled decoding"]), int(at["Transfer Q*, blocks"])
@@ -174,8 +174,8 @@ def guides(task: Task, chosen: dict[str, float] | None = None) -> dict[str, dict
     }  # fmt: skip
 
 
-def rows(guide: dict[str, Any]) -> int:
-    """Rows of the engine that one request of the guide takes, about."""
+def sequences(guide: dict[str, Any]) -> int:
+    """Sequences that one request of the guide has in the engine, about."""
     widths = [guide.get(key, 1) for key in ("n", "k", "top_k")]
     return 2 if guide["name"] in ("args", "logit_mix") else max(widths)
 

@@ -2,7 +2,7 @@
 
 Alone, the model continues the question as raw text (/v1/completions). With urial it sees a style's instruction and
 examples first. Both sample as the paper does (arXiv 2312.01552: temperature 0.3, repetition penalty 1.1). Answers are
-scored afterwards by another model and by rules; nothing steers, but for the last row.
+scored afterwards by another model and by rules; nothing steers, except in the last row of the table.
 """
 
 import time

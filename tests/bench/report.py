@@ -1,21 +1,36 @@
-"""Write benchmark results: one JSON file per benchmark and one section of BENCHMARKS.md each."""
+"""Write benchmark results: a JSON file and a section of BENCHMARKS.md for each benchmark, and the page's summary."""
 
 import json
 import os
 import platform
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "BENCHMARKS.md"
+RESULTS = ROOT / "benchmarks"
 HEAD = """# Benchmarks
 
-Every figure is a ratio measured side by side in one run on the machine named with it; the machines are
-shared and noisy. Each section is written by the command it names. A target that was missed says so.
+Every speed is a ratio of two sides that took turns in one run on the machine named in its section; the machines are shared
+and noisy. Everything below is generated: each section by the command that it names, the summary from all of them.
+[benchmarks/NOTES.md](benchmarks/NOTES.md) is written by hand: what was tried, and how earlier runs came out.
 """
+
+
+class Target(NamedTuple):
+    """A line of the summary: a measure, its target, the result, and True if the target was met."""
+
+    measure: str
+    target: str
+    result: str
+    met: bool
+
+
+Results = tuple[list[str], dict[str, Any], list[Target]]  # lines of a section, data for its JSON file, targets
 
 
 def machine() -> dict[str, str]:
@@ -36,17 +51,35 @@ def machine() -> dict[str, str]:
     return found
 
 
-def write_section(key: str, title: str, command: str, lines: list[str], data: dict[str, Any]) -> None:
-    """Replace this benchmark's section of BENCHMARKS.md and its JSON file under benchmarks/."""
+def write_section(
+    key: str, title: str, command: str, lines: Sequence[str], data: Mapping[str, Any], targets: Sequence[Target] = ()
+) -> None:
+    """Replace this benchmark's section of BENCHMARKS.md, its JSON file under benchmarks/, and the summary."""
     where = machine()
-    folder = ROOT / "benchmarks"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{key}.json").write_text(json.dumps({"machine": where, "results": data}, indent=2) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    kept = {"machine": where, "command": command, "targets": targets, "results": data}
+    (RESULTS / f"{key}.json").write_text(json.dumps(kept, indent=2) + "\n")
     described = ", ".join(f"{name} {value}" if name != "cpu" else value for name, value in where.items())
-    body = "\n".join([f"## {title}", "", f"`{command}` ({described})", "", *lines])
-    section = f"<!-- {key} -->\n{body}\n<!-- /{key} -->\n"
+    body = [f"## {title}", "", f"`{command}` ({described})", "", *lines]
     page = PAGE.read_text() if PAGE.exists() else HEAD
-    pattern = re.compile(rf"<!-- {key} -->.*?<!-- /{key} -->\n", re.DOTALL)
-    page = pattern.sub(lambda _: section, page) if pattern.search(page) else f"{page.rstrip()}\n\n{section}"
-    PAGE.write_text(page)
+    page = _replaced(page, key, body)
+    PAGE.write_text(_replaced(page, "summary", ["## Summary", "", *_summary(page)]))
     print("\n".join(lines))
+
+
+def _replaced(page: str, key: str, body: Sequence[str]) -> str:
+    """The page with the section between this key's markers replaced; a new one goes to the end."""
+    section = "\n".join([f"<!-- {key} -->", *body, f"<!-- /{key} -->\n"])
+    pattern = re.compile(rf"<!-- {key} -->.*?<!-- /{key} -->\n", re.DOTALL)
+    return pattern.sub(lambda _: section, page) if pattern.search(page) else f"{page.rstrip()}\n\n{section}"
+
+
+def _summary(page: str) -> Iterator[str]:
+    """The table of all targets, in the order of the page's sections."""
+    yield "| measure | target | result | | command |"
+    yield "|---|---|---|---|---|"
+    for key in re.findall(r"<!-- (\w+) -->", page):
+        path = RESULTS / f"{key}.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        for measure, target, result, met in kept.get("targets", []):
+            yield f"| {measure} | {target} | {result} | {'met' if met else '**missed**'} | `{kept['command']}` |"
