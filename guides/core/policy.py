@@ -10,12 +10,13 @@ is told the rewards of the answer read too (Context.view).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.guide import Params
+from guiderail.guides.core.named import read_named
 from guiderail.guides.core.reward import Services
 from guiderail.guides.core.types import PROMPT, TokenPrompt
 from guiderail.guides.prompters import PROMPTERS, Cleaner, Prompter, with_system
@@ -24,14 +25,13 @@ if TYPE_CHECKING:
     from guiderail.guides.core.context import Context
 
 
-def _prompter(spec: Any) -> Prompter:
+def _prompter(spec: object) -> Prompter:
     if isinstance(spec, Prompter):
         return spec
-    fields = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, dict) else {}
-    name = fields.pop("name", None)
-    if name not in PROMPTERS:
-        raise ValueError(f"no prompter '{name}'; known: {', '.join(sorted(PROMPTERS))}")
-    return PROMPTERS[name].model_validate(fields)
+    named = read_named(spec)
+    if named.name not in PROMPTERS:
+        raise ValueError(f"no prompter '{named.name}'; known: {', '.join(sorted(PROMPTERS))}")
+    return PROMPTERS[named.name].model_validate(named.params)
 
 
 AnyPrompter = Annotated[Prompter, BeforeValidator(_prompter), PlainSerializer(lambda p: p.dump())]

@@ -6,10 +6,10 @@ gets calibrated put before it, and shows it. What each step does is in steps.py.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
+from guiderail.guides.core.named import NotNamed, read_named
 from guiderail.guides.scoring.transforms import (
     AnswerRef,
     Array,
@@ -112,7 +112,7 @@ class Chain:
 
         return chain
 
-    def dump(self) -> list[dict[str, Any]]:
+    def dump(self) -> list[dict[str, object]]:
         """The chain as JSON values that parse_chain turns into the same chain; [] is the identity."""
         return [step.model_dump(mode="json", exclude_none=True) for step in self.steps]
 
@@ -120,7 +120,7 @@ class Chain:
 IDENTITY = Chain()
 
 
-def parse_chain(spec: Any, path: str = "transform") -> Chain:
+def parse_chain(spec: object, path: str = "transform") -> Chain:
     """The chain that `spec` stands for: None, a transform's name, an object with `name` and parameters, or a list.
 
     Raises ChainError; its path starts with `path`.
@@ -152,21 +152,20 @@ def parse_chain(spec: Any, path: str = "transform") -> Chain:
     return Chain(tuple(steps))
 
 
-def _parse_step(item: Any, where: str) -> Transform:
+def _parse_step(item: object, where: str) -> Transform:
     known = f"known are {', '.join(TRANSFORMS)}"
-    if isinstance(item, str):
-        cls, fields = TRANSFORMS.get(item), {}
-        if cls is None:
-            raise ChainError(where, f"unknown transform {item!r}; {known}")
-    elif isinstance(item, Mapping):
-        name = item.get("name")
-        cls, fields = TRANSFORMS.get(name) if isinstance(name, str) else None, dict(item)
-        if cls is None:
-            raise ChainError(f"{where}.name", f"must name a transform, not {name!r}; {known}")
-    else:
-        raise ChainError(where, f"must be a transform's name or an object with one, not {item!r}; {known}")
     try:
-        return cls.model_validate(fields)
+        named = read_named(item)
+    except NotNamed as fault:
+        if fault.is_object:
+            raise ChainError(f"{where}.name", f"must name a transform, not {fault.named!r}; {known}") from fault
+        raise ChainError(where, f"must be a transform's name or an object with one, not {item!r}; {known}") from fault
+    if named.name not in TRANSFORMS:
+        if isinstance(item, str):
+            raise ChainError(where, f"unknown transform {item!r}; {known}")
+        raise ChainError(f"{where}.name", f"must name a transform, not {named.name!r}; {known}")
+    try:
+        return TRANSFORMS[named.name].model_validate(named.params)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         loc = [str(part) for part in first["loc"]]

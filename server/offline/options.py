@@ -161,9 +161,12 @@ def settings_for(args: argparse.Namespace, rewards: Sequence[NamedReward]) -> "S
 def terms_of(state: "ServerState", rewards: Sequence[NamedReward]) -> "tuple[RewardTerm, ...]":
     """The rewards with checked parameters. Raises GuiderailError."""
     from guiderail.server.openai_errors import ApiError
+    from guiderail.server.requests.specs import read_name, read_rewards
 
     try:
-        return state.resolver.pipeline([reward.spec for reward in rewards], "sum", 1)[0]
+        return state.resolver.pipeline(
+            read_rewards([reward.spec for reward in rewards], "rewards"), read_name("sum", "combine"), 1
+        )[0]
     except ApiError as error:
         raise GuiderailError(str(error)) from error
 

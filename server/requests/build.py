@@ -13,6 +13,7 @@ from guiderail.server.openai_errors import ApiError, bad_request
 from guiderail.server.requests.admission import Work
 from guiderail.server.requests.resolve import Alignment
 from guiderail.server.requests.sampling_fields import refuse_unkept, sampling_spec
+from guiderail.server.requests.specs import read_alignment
 from guiderail.server.state import ServerState
 
 # Of a deadline, what is kept for the end of work and the way of the answer: this share, at most so many seconds.
@@ -32,7 +33,7 @@ class Request(Work):
 def chat(state: ServerState, request: ChatRequest, arrived: float) -> Request:
     """Checks and renders a chat request that came at `arrived` (time.monotonic()). Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
-    alignment = state.resolver.resolve(request.alignment, profile)
+    alignment = state.resolver.resolve(read_alignment(request.alignment), profile)
     messages = tuple(m.message for m in request.messages)
     prompt = alignment.prompter.render(
         messages,
@@ -47,7 +48,7 @@ def chat(state: ServerState, request: ChatRequest, arrived: float) -> Request:
 def completion(state: ServerState, request: CompletionRequest, arrived: float) -> Request:
     """Checks and tokenizes a completion request; see chat. Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
-    alignment = state.resolver.resolve(request.alignment, profile)
+    alignment = state.resolver.resolve(read_alignment(request.alignment), profile)
     if not isinstance(alignment.prompter, Template):
         raise bad_request("a text completion is its own prompt: prompters are for chats", "alignment.prompter")
     prompts: list[tuple[tuple[Message, ...], TokenPrompt]] = []

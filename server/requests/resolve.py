@@ -1,15 +1,13 @@
-"""The alignment object of a request: server default < named profile < request, within the operator's limits.
+"""What a request's alignment comes to: server default < named profile < request, within the operator's limits.
 
 Resolving gives a frozen `Alignment`, checked down to the parameters of each guide and reward, which is
 echoed in the response. Whole top-level keys are replaced: a request that names `rewards` replaces the
 profile's rewards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.reward import Reward, Services
@@ -19,30 +17,20 @@ from guiderail.guides.scoring import (
     IDENTITY,
     POOL_KINDS,
     SELECTIONS,
-    Chain,
-    ChainError,
     Combine,
     RewardTerm,
     Selection,
-    parse_chain,
 )
 from guiderail.guides.scoring.calibration_sample import CalibrationSpec
 from guiderail.server.openai_errors import bad_request
-from guiderail.server.requests.parsing import flag, named, number, parse, text
+from guiderail.server.requests.specs import (
+    AlignmentSpec,
+    Budget,
+    NamedSpec,
+    RewardSpec,
+    read_alignment,
+)
 from guiderail.server.settings import OperatorLimits
-
-KEYS = ("guide", "prompter", "rewards", "combine", "select", "calibration", "budget", "return_candidates")
-
-
-class Budget(BaseModel):
-    """Bounds of one request. On reaching one, the best finished answer so far is returned, marked so."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    max_tokens_generated: int | None = Field(None, ge=1, description="Tokens over all candidates.")
-    deadline_s: float | None = Field(
-        None, gt=0, description="Seconds from arrival to answer; the last 5% (0.3 s at most) are for sending it."
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +47,7 @@ class Alignment:
     budget: Budget
     return_candidates: bool
 
-    def echo(self) -> dict[str, Any]:
+    def echo(self) -> dict[str, object]:
         """The configuration as the response shows it, and as a request could send it."""
         return {
             "guide": {"name": self.guide_name, **self.guide.params.model_dump(mode="json", by_alias=True)},
@@ -90,52 +78,42 @@ class Resolver:
         guides: Mapping[str, type[Guide]],
         rewards: Mapping[str, Reward],
         services: Services,
-        default: Mapping[str, Any],
-        profiles: Mapping[str, Mapping[str, Any]],
+        default: Mapping[str, object],
+        profiles: Mapping[str, Mapping[str, object]],
         limits: OperatorLimits,
         prompters: Mapping[str, type[Prompter]] = PROMPTERS,
     ) -> None:
-        """Checks the default and every profile at once; raises ApiError naming the faulty one."""
+        """Check the default and every profile at once. Raises ApiError naming the faulty field."""
         self._guides = guides
         self._rewards = rewards
         self._services = services
-        self._default = dict(default)
-        self._profiles = {name: dict(profile) for name, profile in profiles.items()}
+        self._default = _configured(default)
+        self._profiles = {name: _configured(profile) for name, profile in profiles.items()}
         self._limits = limits
         self._prompters = prompters
-        self._required = tuple(
-            self._reward(spec, f"limits.required_rewards[{i}]") for i, spec in enumerate(limits.required_rewards)
+        required = (
+            read_reward(each, f"limits.required_rewards[{i}]") for i, each in enumerate(limits.required_rewards)
         )
-        self.resolve(None)
+        self._required = tuple((self._term(spec), spec.chain) for spec in required)
+        self.resolve(AlignmentSpec())
         for name in self._profiles:
-            self.resolve(name)
+            self.resolve(AlignmentSpec(profile=name))
 
     @property
     def profile_names(self) -> list[str]:
         """Names that `alignment` or a model name's @suffix may give."""
         return sorted(self._profiles)
 
-    def resolve(self, requested: str | Mapping[str, Any] | None, profile: str | None = None) -> Alignment:
-        """The alignment of a request. `profile` comes from the model name's suffix.
+    def resolve(self, asked: AlignmentSpec, suffix: str | None = None) -> Alignment:
+        """Merge and check what a request asks for. suffix: the profile that the model's name gives.
 
         Raises ApiError (400) that names the field and what is allowed.
         """
-        if isinstance(requested, str):
-            if profile is not None and profile != requested:
-                raise bad_request(f"the model name says profile '{profile}', alignment says '{requested}'", "alignment")
-            profile, requested = requested, None
-        body = dict(requested or {})
-        profile = text(body.pop("profile", profile), "alignment.profile") if "profile" in body or profile else None
-        merged = {**self._default, **self._profile(profile), **body}
-        for key in merged:
-            if key not in KEYS:
-                allowed = ", ".join((*KEYS, "profile"))
-                raise bad_request(
-                    f"unknown field 'alignment.{key}'; allowed: {allowed}", f"alignment.{key}", "unknown_parameter"
-                )
-        specs = merged.get("rewards") or []
-        guide_name, guide = self._guide(merged.get("guide"), bool(specs or self._required))
-        terms, combine = self.pipeline(specs, merged.get("combine", "sum"), guide.candidates(), "alignment.")
+        if not asked.given and asked.profile is not None and suffix not in (None, asked.profile):
+            raise bad_request(f"the model name says profile '{suffix}', alignment says '{asked.profile}'", "alignment")
+        spec = asked.over(self._profile(asked.profile or suffix).over(self._default))
+        guide_name, guide = self._guide(spec)
+        terms, combine = self.pipeline(spec.rewards, spec.combine, guide.candidates(), "alignment.rewards")
         if self._required and not guide.steers:
             names = ", ".join(term.name for term, _ in self._required)
             raise bad_request(
@@ -148,46 +126,40 @@ class Resolver:
                 "alignment.rewards",
                 "missing_required_parameter",
             )
-        selection = self._selection(merged.get("select", "argmax"), guide_name, guide)
         return Alignment(
-            guide_name, guide, self._prompter(merged.get("prompter", "template")), terms, combine, selection,
-            parse(CalibrationSpec, merged.get("calibration", {}), "alignment.calibration"),
-            self._budget(merged.get("budget") or {}),
-            flag(merged.get("return_candidates", False), "alignment.return_candidates"),
+            guide_name, guide, self._prompter(spec.prompter), terms, combine,
+            self._selection(spec.select, guide_name, guide), spec.calibration, self._budget(spec.budget),
+            spec.return_candidates,
         )  # fmt: skip
 
-    def _profile(self, name: str | None) -> dict[str, Any]:
+    def _profile(self, name: str | None) -> AlignmentSpec:
         if name is None:
-            return {}
+            return AlignmentSpec()
         if name not in self._profiles:
             known = ", ".join(self.profile_names) or "none configured"
             raise bad_request(f"no alignment profile '{name}'; known: {known}", "alignment")
         return self._profiles[name]
 
-    def _guide(self, spec: Any, with_rewards: bool) -> tuple[str, Guide]:
-        if spec is None:  # rewards alone mean "choose by them"; nothing at all means plain sampling
-            spec = "best_of_n" if with_rewards else "sampling"
-        name, rest = named(spec, "alignment.guide", self._guides)
-        cls = self._guides[name]
-        guide = cls(parse(cls.Params, rest, "alignment.guide", ("name",)))
-        try:
+    def _guide(self, spec: AlignmentSpec) -> tuple[str, Guide]:
+        named = spec.guide
+        if named is None:  # rewards alone mean "choose by them"; nothing at all means plain sampling
+            with_rewards = bool(spec.rewards or self._required)
+            named = NamedSpec("alignment.guide", "best_of_n" if with_rewards else "sampling", {})
+        cls = named.among(self._guides)
+        guide = cls(named.parse(cls.Params))
+        with _refused("alignment.guide"):
             guide.check(self._services)
-        except ValueError as error:
-            raise bad_request(f"'alignment.guide': {error}", "alignment.guide") from error
-        return name, guide
+        return named.name, guide
 
     def pipeline(
-        self, specs: Any, combine: Any, candidates: int, where: str = ""
+        self, specs: Sequence[RewardSpec], combine: NamedSpec, candidates: int, where: str = "rewards"
     ) -> tuple[tuple[RewardTerm, ...], Combine]:
-        """The rewards of a list of specs, with those that the operator requires, and how they are combined.
+        """Return the rewards asked for with those that the operator requires, and how they are combined.
 
-        `candidates` fills transforms' defaults that depend on it. Raises ApiError (400).
+        where: the path of the rewards. candidates: fills transforms' defaults that depend on it. Raises ApiError.
         """
-        name, rest = named(combine, f"{where}combine", COMBINES)
-        rule: Combine = parse(COMBINES[name], rest, f"{where}combine", ("name",))
-        if not isinstance(specs, list):
-            raise bad_request(f"'{where}rewards' must be a list", f"{where}rewards")
-        asked = [self._reward(spec, f"{where}rewards[{i}]") for i, spec in enumerate(specs)]
+        rule = combine.build(COMBINES)
+        asked = [(self._term(spec), spec.chain) for spec in specs]
         required = {term.name for term, _ in self._required}
         every = (*self._required, *((term, chain) for term, chain in asked if term.name not in required))
         terms = tuple(
@@ -196,48 +168,30 @@ class Resolver:
         labels = [term.label for term in terms]
         for i, label in enumerate(labels):
             if label in labels[:i]:
-                raise bad_request(
-                    f"two rewards are labelled '{label}'; give each a 'label' of its own", f"{where}rewards"
-                )
-        try:
-            if terms:
-                used = [term for term in terms if term.weight]
+                raise bad_request(f"two rewards are labelled '{label}'; give each a 'label' of its own", where)
+        if terms:
+            used = [term for term in terms if term.weight]
+            with _refused(combine.where):
                 rule.check([t.label for t in used], [t.chain for t in used], [t.weight for t in used])
-        except ValueError as error:
-            raise bad_request(f"'{where}combine': {error}", f"{where}combine") from error
         return terms, rule
 
-    def _reward(self, spec: Any, where: str) -> tuple[RewardTerm, Chain | None]:
-        """A reward and the transforms asked for; None leaves them to the combination."""
-        name, rest = named(spec, where, self._rewards)
-        label = text(rest.pop("label", name), f"{where}.label")
-        weight = number(rest.pop("weight", 1.0), f"{where}.weight")
-        transform = rest.pop("transform", None)
-        try:
-            chain = None if transform is None else parse_chain(transform)
-        except ChainError as error:
-            raise bad_request(f"'{where}.{error.path}': {error.message}", f"{where}.{error.path}") from error
-        reward = self._rewards[name]
-        params = parse(reward.Params, rest, where, ("name", "label", "weight", "transform"))
-        try:
+    def _term(self, spec: RewardSpec) -> RewardTerm:
+        """The reward, with no transform yet."""
+        reward = spec.among(self._rewards)
+        params = spec.parse(reward.Params)
+        with _refused(spec.where):
             reward.check(params, self._services)
-        except ValueError as error:
-            raise bad_request(f"'{where}': {error}", where) from error
-        return RewardTerm(name, label, weight, params), chain
+        return RewardTerm(spec.name, spec.label, spec.weight, params)
 
-    def _prompter(self, spec: Any) -> Prompter:
-        name, rest = named(spec, "alignment.prompter", self._prompters)
-        prompter: Prompter = parse(self._prompters[name], rest, "alignment.prompter", ("name",))
-        try:
+    def _prompter(self, spec: NamedSpec) -> Prompter:
+        prompter = spec.build(self._prompters)
+        with _refused(spec.where):
             prompter.check(self._services)
-        except ValueError as error:
-            raise bad_request(f"'alignment.prompter': {error}", "alignment.prompter") from error
         return prompter
 
     @staticmethod
-    def _selection(spec: Any, guide_name: str, guide: Guide) -> Selection:
-        name, rest = named(spec, "alignment.select", SELECTIONS)
-        selection: Selection = parse(SELECTIONS[name], rest, "alignment.select", ("name",))
+    def _selection(spec: NamedSpec, guide_name: str, guide: Guide) -> Selection:
+        selection = spec.build(SELECTIONS)
         if not guide.steers:
             return selection
         pools = guide.pools()
@@ -247,19 +201,16 @@ class Resolver:
         if made:
             allowed = [each for each, rule in sorted(SELECTIONS.items()) if rule.valid_for >= set(pools or POOL_KINDS)]
             raise bad_request(
-                f"'{name}' cannot choose for guide '{guide_name}', which makes {made} with these parameters; "
+                f"'{spec.name}' cannot choose for guide '{guide_name}', which makes {made} with these parameters; "
                 f"allowed with it: {', '.join(allowed)}",
                 "alignment.select",
             )
-        try:
+        with _refused("alignment.select"):
             for candidates in pools.values():
                 selection.check(candidates)
-        except ValueError as error:
-            raise bad_request(f"'alignment.select': {error}", "alignment.select") from error
         return selection
 
-    def _budget(self, spec: Any) -> Budget:
-        budget: Budget = parse(Budget, spec, "alignment.budget")
+    def _budget(self, budget: Budget) -> Budget:
         longest = self._limits.max_deadline_s
         if longest is None:
             return budget
@@ -267,3 +218,20 @@ class Resolver:
             where = "alignment.budget.deadline_s"
             raise bad_request(f"'{where}' is {budget.deadline_s}; this server allows at most {longest}", where)
         return budget.model_copy(update={"deadline_s": budget.deadline_s or longest})
+
+
+def _configured(value: Mapping[str, object]) -> AlignmentSpec:
+    """What the operator writes of an alignment; it cannot build on a profile."""
+    spec = read_alignment(value)
+    if "profile" in spec.given:
+        raise bad_request("'alignment.profile' is for requests", "alignment.profile", "unknown_parameter")
+    return spec
+
+
+@contextmanager
+def _refused(where: str) -> Iterator[None]:
+    """Raise what is a ValueError in the block as an ApiError (400) that names the field."""
+    try:
+        yield
+    except ValueError as error:
+        raise bad_request(f"'{where}': {error}", where) from error

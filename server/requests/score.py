@@ -13,8 +13,8 @@ from guiderail.guides.scoring.selection.best import Argmax
 from guiderail.server.api.schemas import ScoreInput, ScoreRequest
 from guiderail.server.openai_errors import bad_request
 from guiderail.server.requests.admission import Work
-from guiderail.server.requests.parsing import parse
 from guiderail.server.requests.run import admitted
+from guiderail.server.requests.specs import NamedSpec, RewardSpec, read_calibration, read_name, read_rewards
 from guiderail.server.state import ServerState
 
 
@@ -27,9 +27,10 @@ class Scoring(Work):
 
 def scoring(state: ServerState, request: ScoreRequest) -> Scoring:
     """Check and render a request for scores. Raises ApiError (400), or RequestError for what cannot be rendered."""
-    spec: CalibrationSpec = parse(CalibrationSpec, dict(request.calibration), "calibration")
+    asked = read_rewards(request.rewards, "rewards"), read_name(request.combine, "combine")
+    spec = read_calibration(request.calibration, "calibration")
     spend = Spend()
-    inputs = tuple(_context(state, request, item, spec, spend) for item in request.inputs)
+    inputs = tuple(_context(state, request, item, asked, spec, spend) for item in request.inputs)
     rows, tokens = _cost(state, inputs)
     return Scoring(label="score", spend=spend, rows=rows, tokens=tokens, inputs=inputs)
 
@@ -70,9 +71,14 @@ async def _score(ctx: Context, candidates: list[Candidate]) -> dict[str, object]
 
 
 def _context(
-    state: ServerState, request: ScoreRequest, item: ScoreInput, calibration: CalibrationSpec, spend: Spend
+    state: ServerState,
+    request: ScoreRequest,
+    item: ScoreInput,
+    asked: tuple[tuple[RewardSpec, ...], NamedSpec],
+    calibration: CalibrationSpec,
+    spend: Spend,
 ) -> tuple[Context, list[Candidate]]:
-    terms, combine = state.resolver.pipeline(list(request.rewards), request.combine, len(item.answers))
+    terms, combine = state.resolver.pipeline(*asked, len(item.answers))
     messages = tuple(m.message for m in item.messages)
     goes_on = messages[-1].role == "assistant"
     prompt = state.renderer.render(messages, add_generation_prompt=not goes_on, continue_final_message=goes_on)

@@ -22,6 +22,7 @@ from guiderail.guides.scoring import COMBINES, parse_chain
 from guiderail.server.offline.evaluate.draw import draw, score_all
 from guiderail.server.offline.offline_state import offline
 from guiderail.server.offline.prompt_file import read_prompts
+from guiderail.server.requests.specs import read_name, read_rewards
 from guiderail.server.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
@@ -52,7 +53,7 @@ async def pools(args: argparse.Namespace) -> tuple[list[Any], np.ndarray]:
     prompts = read_prompts(PROMPTS).prompts[: args.limit]
     settings = Settings(reward={"harmless": {"path": HEAD}}, rewards=["sentiment", "length"], guides=["sampling"])
     async with offline(settings) as state:
-        terms, _ = state.resolver.pipeline(REWARDS, "sum", args.n)
+        terms, _ = state.resolver.pipeline(read_rewards(REWARDS, "rewards"), read_name("sum", "combine"), args.n)
         total = args.n + args.calibration + args.judging
         drawn = await draw(state, prompts, total, SamplingSpec(args.max_tokens, 1.0, seed=args.seed))
         whole, values = await score_all(state, drawn, terms)

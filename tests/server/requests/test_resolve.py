@@ -7,6 +7,7 @@ from fakes import ScriptedEngine, make_state
 
 from guiderail.server.openai_errors import ApiError
 from guiderail.server.requests.resolve import Alignment, Resolver
+from guiderail.server.requests.specs import read_alignment
 from guiderail.server.rewards.rules import Keywords, Length
 from guiderail.server.settings import OperatorLimits, SettingsError
 
@@ -22,23 +23,27 @@ def resolver(**settings: Any) -> Resolver:
     return found
 
 
+def resolve(rules: Resolver, alignment: Any, suffix: str | None = None) -> Alignment:
+    return rules.resolve(read_alignment(alignment), suffix)
+
+
 def names(alignment: Alignment) -> list[str]:
     return [term.label for term in alignment.rewards]
 
 
 def test_nothing_asked_is_plain_sampling() -> None:
-    found = resolver().resolve(None)
+    found = resolve(resolver(), None)
     assert (found.guide_name, found.rewards) == ("sampling", ())
 
 
 def test_rewards_alone_mean_best_of_n() -> None:
-    found = resolver().resolve({"rewards": [{"name": "length"}]})
+    found = resolve(resolver(), {"rewards": [{"name": "length"}]})
     assert (found.guide_name, found.guide.params.n) == ("best_of_n", 16)
 
 
 def test_request_over_profile_over_default() -> None:
     rules = resolver(alignment={"budget": {"max_tokens_generated": 100}, "return_candidates": True})
-    found = rules.resolve({"profile": "brief", "return_candidates": False, "guide": {"name": "best_of_n", "n": 2}})
+    found = resolve(rules, {"profile": "brief", "return_candidates": False, "guide": {"name": "best_of_n", "n": 2}})
     assert found.budget.max_tokens_generated == 100  # the default's
     assert names(found) == ["length"]  # the profile's
     assert found.rewards[0].params.target == 5
@@ -46,17 +51,17 @@ def test_request_over_profile_over_default() -> None:
 
 
 def test_profile_by_name_and_by_suffix() -> None:
-    assert resolver().resolve("brief").guide.params.n == 3
-    assert resolver().resolve(None, "brief").guide.params.n == 3
+    assert resolve(resolver(), "brief").guide.params.n == 3
+    assert resolve(resolver(), None, "brief").guide.params.n == 3
     with pytest.raises(ApiError, match="says profile 'brief'"):
-        resolver().resolve("soft", "brief")
+        resolve(resolver(), "soft", "brief")
 
 
 def test_the_echo_can_be_sent_again() -> None:
     rules = resolver()
     body = {"rewards": [{"name": "length", "weight": -2}, {"name": "keywords", "words": ["a"], "label": "k"}]}
-    echo = rules.resolve(body).echo()
-    assert rules.resolve(echo).echo() == echo
+    echo = resolve(rules, body).echo()
+    assert resolve(rules, echo).echo() == echo
 
 
 def test_required_rewards_win_over_the_request() -> None:
@@ -64,21 +69,21 @@ def test_required_rewards_win_over_the_request() -> None:
         limits=OperatorLimits(required_rewards=[{"name": "length", "target": 7, "weight": 3}]),
         alignment={"guide": "best_of_n"},
     )
-    found = rules.resolve({"rewards": [{"name": "keywords"}, {"name": "length", "target": 9, "weight": 0}]})
+    found = resolve(rules, {"rewards": [{"name": "keywords"}, {"name": "length", "target": 9, "weight": 0}]})
     assert names(found) == ["length", "keywords"]
     assert (found.rewards[0].params.target, found.rewards[0].weight) == (7, 3.0)
-    assert names(rules.resolve({"rewards": []})) == ["length"]
+    assert names(resolve(rules, {"rewards": []})) == ["length"]
     with pytest.raises(ApiError, match="requires the rewards length") as failure:
-        rules.resolve({"guide": "sampling"})
+        resolve(rules, {"guide": "sampling"})
     assert failure.value.body["error"]["param"] == "alignment.guide.name"
 
 
 def test_deadline_limit_is_default_and_bound() -> None:
     rules = resolver(limits=OperatorLimits(max_deadline_s=30))
-    assert rules.resolve(None).budget.deadline_s == 30
-    assert rules.resolve({"budget": {"deadline_s": 5}}).budget.deadline_s == 5
+    assert resolve(rules, None).budget.deadline_s == 30
+    assert resolve(rules, {"budget": {"deadline_s": 5}}).budget.deadline_s == 5
     with pytest.raises(ApiError, match="at most 30"):
-        rules.resolve({"budget": {"deadline_s": 31}})
+        resolve(rules, {"budget": {"deadline_s": 31}})
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,7 @@ def test_deadline_limit_is_default_and_bound() -> None:
 )
 def test_wrong_fields_are_named(body: Any, param: str, mentions: str) -> None:
     with pytest.raises(ApiError) as failure:
-        resolver().resolve(body)
+        resolve(resolver(), body)
     error = failure.value.body["error"]
     assert failure.value.status == 400
     assert error["param"] == param
@@ -125,3 +130,24 @@ def test_a_wrong_profile_stops_the_start() -> None:
         make_state(
             ScriptedEngine(), {"length": Length()}, profiles={"p": {"rewards": [{"name": "length", "target": 0}]}}
         )
+
+
+@pytest.mark.parametrize("name", [["x"], 3, True])
+def test_a_name_that_is_no_text_is_refused(name: Any) -> None:
+    with pytest.raises(ApiError, match=r"'alignment\.guide\.name' must be a string"):
+        resolve(resolver(), {"guide": {"name": name}})
+
+
+def test_null_takes_a_profiles_guide_rewards_and_budget_back() -> None:
+    rules = resolver(alignment={"budget": {"max_tokens_generated": 100}})
+    found = resolve(rules, {"profile": "brief", "guide": None, "rewards": None, "budget": None})
+    assert (found.guide_name, found.rewards, found.budget.max_tokens_generated) == ("sampling", (), None)
+
+
+def test_a_profile_of_an_object_precedes_the_model_names() -> None:
+    assert resolve(resolver(), {"profile": "brief"}, "soft").guide.params.n == 3
+
+
+def test_a_configured_alignment_cannot_name_a_profile() -> None:
+    with pytest.raises(SettingsError, match=r"alignment\.profile"):
+        make_state(ScriptedEngine(), profiles={"p": {"profile": "q"}})

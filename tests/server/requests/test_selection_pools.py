@@ -10,7 +10,8 @@ from guiderail.guides.core.registry import load_guides
 from guiderail.guides.core.reward import Services
 from guiderail.guides.scoring import POOL_KINDS, SELECTIONS
 from guiderail.server.openai_errors import ApiError
-from guiderail.server.requests.resolve import Resolver
+from guiderail.server.requests.resolve import Alignment, Resolver
+from guiderail.server.requests.specs import read_alignment
 from guiderail.server.rewards.rules import Length
 from guiderail.server.settings import OperatorLimits
 
@@ -47,6 +48,10 @@ def resolver() -> Resolver:
     return Resolver(guides, {"length": Length()}, services, {}, {}, OperatorLimits())
 
 
+def resolve(rules: Resolver, alignment: Any, suffix: str | None = None) -> Alignment:
+    return rules.resolve(read_alignment(alignment), suffix)
+
+
 @pytest.mark.parametrize("rule", SELECTIONS)
 @pytest.mark.parametrize(("guide", "allowed"), ALLOWED, ids=lambda each: str(each)[:60])
 def test_each_rule_goes_with_the_guides_whose_pools_it_is_valid_for(
@@ -54,10 +59,10 @@ def test_each_rule_goes_with_the_guides_whose_pools_it_is_valid_for(
 ) -> None:
     body = {"guide": guide, "rewards": ["length"], "select": {"name": rule, **FIELDS.get(rule, {})}}
     if rule in allowed:
-        assert resolver().resolve(body).selection.name == rule
+        assert resolve(resolver(), body).selection.name == rule
         return
     with pytest.raises(ApiError) as failure:
-        resolver().resolve(body)
+        resolve(resolver(), body)
     error = failure.value.body["error"]
     assert (failure.value.status, error["param"]) == (400, "alignment.select")
     assert f"'{rule}'" in error["message"]
@@ -75,9 +80,9 @@ def test_every_guide_that_selects_says_what_from() -> None:
 
 
 def test_a_guide_that_does_not_say_gets_argmax_alone() -> None:
-    assert resolver().resolve({"guide": "undeclared", "rewards": ["length"]}).selection.name == "argmax"
+    assert resolve(resolver(), {"guide": "undeclared", "rewards": ["length"]}).selection.name == "argmax"
     with pytest.raises(ApiError, match=r"does not declare.*allowed with it: argmax$"):
-        resolver().resolve({"guide": "undeclared", "rewards": ["length"], "select": "softmax"})
+        resolve(resolver(), {"guide": "undeclared", "rewards": ["length"], "select": "softmax"})
 
 
 def test_a_rule_is_checked_against_the_pool_that_it_gets() -> None:
@@ -85,7 +90,7 @@ def test_a_rule_is_checked_against_the_pool_that_it_gets() -> None:
     select = {"name": "pessimism", "r_max": 1}
     body = {"guide": {"name": "controlled_decoding", "k": 2, "rollouts": 4}, "rewards": ["length"], "select": select}
     with pytest.raises(ApiError, match="at least 3 candidates"):
-        resolver().resolve(body)
+        resolve(resolver(), body)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +105,12 @@ def test_a_rule_is_checked_against_the_pool_that_it_gets() -> None:
 )
 def test_a_temperature_and_a_kl_are_one_or_the_other(select: dict[str, Any], param: str) -> None:
     with pytest.raises(ApiError) as failure:
-        resolver().resolve({"guide": "best_of_n", "rewards": ["length"], "select": select})
+        resolve(resolver(), {"guide": "best_of_n", "rewards": ["length"], "select": select})
     assert (failure.value.status, failure.value.body["error"]["param"]) == (400, param)
 
 
 def test_the_echo_of_a_target_can_be_sent_again() -> None:
     for select, beta, kl in (("softmax", 0.1, None), ({"name": "softmax", "kl": 1.0}, None, 1.0)):
-        echo = resolver().resolve({"guide": "best_of_n", "rewards": ["length"], "select": select}).echo()
+        echo = resolve(resolver(), {"guide": "best_of_n", "rewards": ["length"], "select": select}).echo()
         assert (echo["select"]["beta"], echo["select"]["kl"]) == (beta, kl)
-        assert resolver().resolve(echo).echo() == echo
+        assert resolve(resolver(), echo).echo() == echo

@@ -20,6 +20,8 @@ from guiderail.guides.prompters import Template, Urial
 from guiderail.guides.scoring.calibration_sample import CalibrationSpec
 from guiderail.server.metrics import Metrics
 from guiderail.server.models.model_fingerprint import fingerprint
+from guiderail.server.requests.resolve import Alignment, Resolver
+from guiderail.server.requests.specs import read_alignment
 from guiderail.server.scoring import calibration_file as calibration_store
 from guiderail.server.scoring.calibration_file import CalibrationError, params_key, prompt_key
 from guiderail.server.scoring.calibrator import Calibrator
@@ -96,11 +98,15 @@ async def test_answers_sampled_otherwise_are_not_served(more: dict[str, Any], wh
         assert failure.value.param == "alignment.calibration.source"
 
 
+def resolve(rules: Resolver, alignment: Any, suffix: str | None = None) -> Alignment:
+    return rules.resolve(read_alignment(alignment), suffix)
+
+
 def test_the_operator_chooses_pooled_for_all_requests_in_the_configuration() -> None:
     resolver = make_state(ScriptedEngine(), alignment={"calibration": {"source": "pooled"}}).resolver
-    assert resolver.resolve(None).calibration.source == "pooled"
-    assert resolver.resolve({"calibration": {"source": "auto"}}).calibration.source == "auto"
-    assert make_state(ScriptedEngine()).resolver.resolve(None).calibration.source == "auto"
+    assert resolve(resolver, None).calibration.source == "pooled"
+    assert resolve(resolver, {"calibration": {"source": "auto"}}).calibration.source == "auto"
+    assert resolve(make_state(ScriptedEngine()).resolver, None).calibration.source == "auto"
 
 
 async def test_of_several_files_the_one_that_was_sampled_alike_serves(tmp_path: Path) -> None:
