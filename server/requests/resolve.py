@@ -29,6 +29,7 @@ from guiderail.server.requests.specs import (
     NamedSpec,
     RewardSpec,
     read_alignment,
+    read_rewards,
 )
 from guiderail.server.settings import OperatorLimits
 
@@ -91,9 +92,7 @@ class Resolver:
         self._profiles = {name: _configured(profile) for name, profile in profiles.items()}
         self._limits = limits
         self._prompters = prompters
-        required = (
-            read_reward(each, f"limits.required_rewards[{i}]") for i, each in enumerate(limits.required_rewards)
-        )
+        required = read_rewards(limits.required_rewards, "limits.required_rewards")
         self._required = tuple((self._term(spec), spec.chain) for spec in required)
         self.resolve(AlignmentSpec())
         for name in self._profiles:
