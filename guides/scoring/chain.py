@@ -128,7 +128,7 @@ def parse_chain(spec: object, path: str = "transform") -> Chain:
     if spec is None:
         return IDENTITY
     listed = isinstance(spec, list | tuple)
-    items = spec if listed else [spec]
+    items: list[object] = list(spec) if isinstance(spec, list | tuple) else [spec]
     if len(items) > MAX_STEPS:
         raise ChainError(path, f"has {len(items)} steps; at most {MAX_STEPS} are allowed")
     steps: list[Transform] = []
