@@ -5,9 +5,8 @@ transformers for the Hub's package of that name (tests/test_layout.py).
 """
 
 from guiderail.kernels.reward_head import reward_head
-from guiderail.kernels.reward_pipeline import reward_pipeline
 from guiderail.kernels.shared_prefix_attention import shared_prefix_attention
 from guiderail.kernels.tilt_sample import tilt_sample
 from guiderail.kernels.token_logprobs import token_logprobs
 
-__all__ = ["reward_head", "reward_pipeline", "shared_prefix_attention", "tilt_sample", "token_logprobs"]
+__all__ = ["reward_head", "shared_prefix_attention", "tilt_sample", "token_logprobs"]

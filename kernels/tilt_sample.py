@@ -1,16 +1,15 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Samples one token per row from a tilted distribution, reading the logits once.
+"""Sample one token per sequence from logits tilted by another model, reading the logits once.
 
-    z[v] = logits[v] + beta * sum_k value[k] * 1[id[k] = v] + alpha * other[v]
-    p ~ exp(z / temperature),   token = first v with sum_{w <= v} p[w] > uniform
+    z[v] = logits[v] + alpha * other[v],   p ~ exp(z / temperature)
+    token = first v with sum_{w <= v} p[w] > uniform
 
-The sparse tilt is the ARGS form (a reward added to the logits of the k likeliest tokens), arXiv 2402.01694;
-the dense one is GenARM's (log-probabilities of another model), arXiv 2410.08193. Temperature 0 takes the
-first of the largest z.
+The tilt is the weighted log-probabilities of another model: GenARM, Xu et al. 2024, arXiv 2410.08193.
+Temperature 0 takes the first of the largest z.
 
 Two kernels. The first gives every block of the vocabulary its own program, which leaves the block's maximum m
 and its sum s of exp(z - m); one row of 256k logits would otherwise sit on one processor. The second, one
-program a row, draws a block by its mass, then reads that one block again and draws the token in it.
+program per row, draws a block by its mass, then reads that one block again and draws the token in it.
 Blocks lie in the vocabulary's order, so this is the inverse CDF above.
 
 A NaN or +inf logit makes its block's s NaN, and a row of only -inf sums to 0: both show in the row's
@@ -34,16 +33,12 @@ def _tilted(
     logits_ptr,
     logits_row_stride,
     logits_col_stride,
-    ids_ptr,
-    values_ptr,
-    beta_ptr,
     other_ptr,
     other_row_stride,
     other_col_stride,
     alpha_ptr,
     temperature_ptr,
     V,
-    K,
     HAS_OTHER: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -58,32 +53,23 @@ def _tilted(
         if alpha != 0.0:  # a zero weight must silence the other model even where it says -inf
             o = tl.load(other_ptr + row * other_row_stride + at * other_col_stride, mask=inside, other=0.0)
             z += alpha * o.to(tl.float32)
-    beta = tl.load(beta_ptr + row)
-    for k in range(K):
-        token = tl.load(ids_ptr + row * K + k)
-        if (token >= start) & (token < start + BLOCK_V):  # most blocks hold none of the ids
-            z = tl.where(v == token, z + beta * tl.load(values_ptr + row * K + k).to(tl.float32), z)
     temperature = tl.load(temperature_ptr + row)
     return z / tl.where(temperature > 0.0, temperature, 1.0)
 
 
-@jit(varying=("K",), unaligned=("ids_ptr", "values_ptr", "beta_ptr", "alpha_ptr", "temperature_ptr"))
+@jit(unaligned=("alpha_ptr", "temperature_ptr"))
 def _block_mass_kernel(
     max_ptr,
     sum_ptr,
     logits_ptr,
     logits_row_stride,
     logits_col_stride,
-    ids_ptr,
-    values_ptr,
-    beta_ptr,
     other_ptr,
     other_row_stride,
     other_col_stride,
     alpha_ptr,
     temperature_ptr,
     V,
-    K,
     HAS_OTHER: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -91,9 +77,8 @@ def _block_mass_kernel(
     row = tl.program_id(0).to(tl.int64)
     # fmt: off
     z = _tilted(
-        row, tl.program_id(1) * BLOCK_V, logits_ptr, logits_row_stride, logits_col_stride, ids_ptr, values_ptr,
-        beta_ptr, other_ptr, other_row_stride, other_col_stride, alpha_ptr, temperature_ptr,
-        V, K, HAS_OTHER, BLOCK_V,
+        row, tl.program_id(1) * BLOCK_V, logits_ptr, logits_row_stride, logits_col_stride,
+        other_ptr, other_row_stride, other_col_stride, alpha_ptr, temperature_ptr, V, HAS_OTHER, BLOCK_V,
     )
     # fmt: on
     m = tl.max(z, axis=0)
@@ -103,10 +88,7 @@ def _block_mass_kernel(
     tl.store(sum_ptr + out, s)
 
 
-@jit(
-    varying=("K", "blocks"),
-    unaligned=("ids_ptr", "values_ptr", "beta_ptr", "alpha_ptr", "temperature_ptr", "uniform_ptr"),
-)
+@jit(varying=("blocks",), unaligned=("alpha_ptr", "temperature_ptr", "uniform_ptr"))
 def _draw_kernel(
     max_ptr,
     sum_ptr,
@@ -117,16 +99,12 @@ def _draw_kernel(
     logits_ptr,
     logits_row_stride,
     logits_col_stride,
-    ids_ptr,
-    values_ptr,
-    beta_ptr,
     other_ptr,
     other_row_stride,
     other_col_stride,
     alpha_ptr,
     temperature_ptr,
     V,
-    K,
     HAS_OTHER: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -152,9 +130,8 @@ def _draw_kernel(
     start = block * BLOCK_V
     # fmt: off
     z = _tilted(
-        row, start, logits_ptr, logits_row_stride, logits_col_stride, ids_ptr, values_ptr,
-        beta_ptr, other_ptr, other_row_stride, other_col_stride, alpha_ptr, temperature_ptr,
-        V, K, HAS_OTHER, BLOCK_V,
+        row, start, logits_ptr, logits_row_stride, logits_col_stride,
+        other_ptr, other_row_stride, other_col_stride, alpha_ptr, temperature_ptr, V, HAS_OTHER, BLOCK_V,
     )
     # fmt: on
     i = tl.arange(0, BLOCK_V)
@@ -170,8 +147,8 @@ def _draw_kernel(
     tl.store(logprob_ptr + row, tl.where(sound, logprob, float("nan")))
 
 
-def _triton_path(logits, tilt_ids, tilt_values, beta, other, alpha, temperature, uniform) -> Any:
-    (B, V), K = logits.shape, tilt_ids.shape[1]
+def _triton_path(logits, other, alpha, temperature, uniform) -> Any:
+    B, V = logits.shape
     block_v = min(next_power_of_2(V), BLOCK_V)
     blocks = -(-V // block_v)
     m = torch.empty((B, blocks), dtype=torch.float32, device=logits.device)
@@ -183,16 +160,12 @@ def _triton_path(logits, tilt_ids, tilt_values, beta, other, alpha, temperature,
         logits,
         logits.stride(0),
         logits.stride(1),
-        tilt_ids.contiguous(),
-        tilt_values.contiguous(),
-        beta.contiguous(),
         dense,
         dense.stride(0),
         dense.stride(1),
         alpha.contiguous(),
         temperature.contiguous(),
         V,
-        K,
     )
     shared = {"HAS_OTHER": other is not None, "BLOCK_V": block_v}
     launch(_block_mass_kernel, (B, blocks), m, s, *inputs, **shared, num_warps=8)
@@ -214,10 +187,8 @@ def _triton_path(logits, tilt_ids, tilt_values, beta, other, alpha, temperature,
     return token, logprob
 
 
-def _torch_path(logits, tilt_ids, tilt_values, beta, other, alpha, temperature, uniform) -> Any:
-    used = tilt_ids >= 0
-    added = torch.where(used, beta[:, None] * tilt_values.float(), 0.0)
-    z = logits.float().scatter_add(1, tilt_ids.clamp(min=0), added)
+def _torch_path(logits, other, alpha, temperature, uniform) -> Any:
+    z = logits.float()
     if other is not None:
         weight = alpha[:, None]
         z = z + torch.where(weight == 0, 0.0, weight * other.float())
@@ -234,39 +205,26 @@ def _torch_path(logits, tilt_ids, tilt_values, beta, other, alpha, temperature, 
 
 
 def tilt_sample(
-    logits: Any,
-    tilt_ids: Any,
-    tilt_values: Any,
-    beta: Any,
-    other_logprobs: Any,
-    alpha: Any,
-    temperature: Any,
-    uniform: Any,
-    *,
-    validate: bool = True,
+    logits: Any, other_logprobs: Any, alpha: Any, temperature: Any, uniform: Any, *, validate: bool = True
 ) -> tuple[Any, Any]:
-    """Tilts, tempers and samples one token per row.
+    """Tilt, temper and sample one token per row.
 
-    logits [B, V] float16, bfloat16 or float32, any strides, -inf allowed (probability 0); tilt_ids [B, K] int64,
-    -1 for an unused place, duplicates add up; tilt_values [B, K] of those dtypes; other_logprobs [B, V] of those
-    dtypes or None; beta, alpha, temperature and uniform [B] float32. Where alpha is 0 the other model is silent,
-    its -inf included. temperature 0: the first of the largest. K may be 0. The arithmetic is float32.
+    logits [B, V] float16, bfloat16 or float32, any strides, -inf allowed (probability 0); other_logprobs [B, V] of
+    those dtypes, or None; alpha, temperature and uniform [B] float32. Where alpha is 0 the other model is silent,
+    its -inf included. temperature 0: the first of the largest. The arithmetic is float32.
     validate=False skips the looks at values, which wait for the device; bad rows then have token -1 and a NaN.
 
-    Returns (token [B] int64, logprob [B] float32): the log-probability under the tilted, tempered distribution
+    Return (token [B] int64, logprob [B] float32): the log-probability under the tilted, tempered distribution
     (for temperature 0, of temperature 1).
 
-    Raises ValueError, naming the argument, for a wrong shape, dtype or device; ids outside [-1, V); non-finite
-    tilt_values at used places, beta, alpha or temperature; a negative temperature; uniform outside [0, 1); and
-    rows whose tilted logits hold a NaN or +inf or are all -inf.
+    Raises ValueError, naming the argument, for a wrong shape, dtype or device; non-finite alpha or temperature; a
+    negative temperature; uniform outside [0, 1); and rows whose tilted logits hold a NaN or +inf or are all -inf.
     """
     check("logits", logits, (None, None), FLOATS)
     (B, V), device = logits.shape, logits.device
-    check("tilt_ids", tilt_ids, (B, None), (torch.int64,), device)
-    check("tilt_values", tilt_values, tilt_ids.shape, FLOATS, device)
     if other_logprobs is not None:
         check("other_logprobs", other_logprobs, (B, V), FLOATS, device)
-    for name, value in (("beta", beta), ("alpha", alpha), ("temperature", temperature), ("uniform", uniform)):
+    for name, value in (("alpha", alpha), ("temperature", temperature), ("uniform", uniform)):
         check(name, value, (B,), (torch.float32,), device)
     if V == 0:
         raise ValueError("logits must have at least one column")
@@ -275,16 +233,13 @@ def tilt_sample(
     if validate:
         fail_if(
             [
-                (((tilt_ids < -1) | (tilt_ids >= V)).any(), f"tilt_ids must lie in [-1, {V})"),
-                (((tilt_ids >= 0) & ~tilt_values.isfinite()).any(), "tilt_values must be finite at used places"),
-                ((~beta.isfinite()).any(), "beta must be finite"),
                 ((~alpha.isfinite()).any(), "alpha must be finite"),
                 (~(temperature.isfinite() & (temperature >= 0)).all(), "temperature must be finite and at least 0"),
                 (~((uniform >= 0) & (uniform < 1)).all(), "uniform must lie in [0, 1)"),
             ]
         )
     path = _triton_path if use_triton(logits) else _torch_path
-    token, logprob = path(logits, tilt_ids, tilt_values, beta, other_logprobs, alpha, temperature, uniform)
+    token, logprob = path(logits, other_logprobs, alpha, temperature, uniform)
     if validate:
         fail_if([(logprob.isnan().any(), "logits: a row's tilted logits hold a NaN or +inf, or are all -inf")])
     return token, logprob

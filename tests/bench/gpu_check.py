@@ -232,13 +232,11 @@ def step_small() -> Any:
     last, norm = torch.randint(8192, (64,), device="cuda"), torch.ones(4096, device="cuda")
     head = torch.randn(1, 4096, device="cuda")
     logits, other = torch.randn(64, 128_256, device="cuda"), torch.randn(64, 128_256, device="cuda")
-    none, one = torch.empty((64, 0), dtype=torch.int64, device="cuda"), torch.ones(64, device="cuda")
+    one = torch.ones(64, device="cuda")
     tokens = torch.randint(128_256, (1024,), device="cuda")
     calls: dict[str, Callable[[], Any]] = {
         "reward_head": lambda: reward_head(hidden, last, norm, 1e-5, head, validate=False),
-        "tilt_sample": lambda: tilt_sample(
-            logits, none, none.float(), one, other, one, one, one / 2, validate=False
-        ),
+        "tilt_sample": lambda: tilt_sample(logits, other, one, one, one / 2, validate=False),
         "token_logprobs": lambda: token_logprobs(hidden[:1024], weight, tokens, validate=False),
     }  # fmt: skip
     found: dict[str, dict[str, float]] = {}

@@ -54,7 +54,7 @@ def test_no_kernel_is_left_out() -> None:
         if isinstance(value, jit) and name.endswith("_kernel")
     }  # fmt: skip
     assert {variant.kernel.__name__ for variant in variants(90, every=False).values()} == kernels
-    assert len(kernels) >= 6
+    assert len(kernels) >= 5
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

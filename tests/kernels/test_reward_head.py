@@ -1,15 +1,16 @@
-"""reward_head: both paths against the float64 reference."""
+"""reward_head: both paths against the float64 kernel_reference."""
 
 import math
 import subprocess
 import sys
 from typing import Any
 
+import kernel_reference
 import pytest
 import torch
 from kernel_checks import CASES, DTYPES, PATHS, assert_close, assert_compiles, needs_gpu, on_path, randn, strided, wide
 
-from guiderail.kernels import reference, reward_head
+from guiderail.kernels import reward_head
 from guiderail.kernels.reward_head import _reward_head_kernel
 
 EPS = 1e-5
@@ -27,7 +28,7 @@ def inputs(T: int, H: int, S: int, K: int, dtype: Any = torch.float32) -> dict[s
 
 
 def expected(args: dict[str, Any], **more: Any) -> Any:
-    return reference.reward_head(*wide(*args.values()), **more)
+    return kernel_reference.reward_head(*wide(*args.values()), **more)
 
 
 def compare(args: dict[str, Any], **more: Any) -> None:

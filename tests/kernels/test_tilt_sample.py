@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import kernel_reference
 import pytest
 import torch
 from kernel_checks import (
@@ -19,19 +20,16 @@ from kernel_checks import (
     wide,
 )
 
-from guiderail.kernels import reference, tilt_sample
+from guiderail.kernels import tilt_sample
 from guiderail.kernels.tilt_sample import _block_mass_kernel, _draw_kernel
 
-NAMES = ("logits", "tilt_ids", "tilt_values", "beta", "other_logprobs", "alpha", "temperature", "uniform")
+NAMES = ("logits", "other_logprobs", "alpha", "temperature", "uniform")
 
 
-def inputs(B: int, V: int, K: int, dtype: Any = torch.float32) -> dict[str, Any]:
+def inputs(B: int, V: int, dtype: Any = torch.float32) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     return {
         "logits": randn(B, V, dtype=dtype, scale=3),
-        "tilt_ids": torch.randint(-1, V, (B, K), generator=generator),  # unused places and duplicates among them
-        "tilt_values": randn(B, K, dtype=dtype, seed=2),
-        "beta": randn(B, seed=3),
         "other_logprobs": torch.log_softmax(randn(B, V, seed=4), 1).to(dtype),
         "alpha": randn(B, seed=5),
         "temperature": torch.rand(B, generator=generator) * 2 + 0.1,
@@ -43,8 +41,8 @@ def compare(args: dict[str, Any]) -> tuple[Any, Any]:
     token, logprob = tilt_sample(**args)
     assert (token.dtype, logprob.dtype) == (torch.int64, torch.float32)
     *tilts, temperature, uniform = wide(*(args[name] for name in NAMES))
-    z = reference.tilted_logits(*tilts)
-    logprobs = reference.tilted_logprobs(z, temperature)
+    z = kernel_reference.tilted_logits(*tilts)
+    logprobs = kernel_reference.tilted_logprobs(z, temperature)
     token = token.cpu()
     expected = logprobs.gather(1, token[:, None])[:, 0]
     assert_close(logprob, expected, length=z.shape[1], scale=expected.abs().max().item(), what="logprob")
@@ -56,8 +54,8 @@ def compare(args: dict[str, Any]) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(("path", "dtype"), CASES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 4), (2, 129, 9), (5, 5000, 3)], ids=str)
-def test_matches_the_reference(shape: tuple[int, int, int], path: str, dtype: Any) -> None:
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 129), (5, 5000)], ids=str)
+def test_matches_the_reference(shape: tuple[int, int], path: str, dtype: Any) -> None:
     args = inputs(*shape, dtype)
     args["temperature"][0] = 0.0
     with on_path(path):
@@ -67,10 +65,8 @@ def test_matches_the_reference(shape: tuple[int, int, int], path: str, dtype: An
 
 
 @pytest.mark.parametrize(("path", "dtype"), CASES)
-@pytest.mark.parametrize("shape", [(3, 129, 0), (2, 5000, 0)], ids=str)
-def test_tokens_masked_before_a_negative_mix_are_never_drawn(
-    shape: tuple[int, int, int], path: str, dtype: Any
-) -> None:
+@pytest.mark.parametrize("shape", [(3, 129), (2, 5000)], ids=str)
+def test_tokens_masked_before_a_negative_mix_are_never_drawn(shape: tuple[int, int], path: str, dtype: Any) -> None:
     """Contrastive decoding's mask, as logit_mix sets it: whole blocks may have nothing left."""
     args = inputs(*shape, dtype)
     args["alpha"] = -args["alpha"].abs() - 0.5
@@ -88,7 +84,7 @@ def test_many_blocks_are_one_distribution(path: str) -> None:
     """Equal logits over blocks of 4096: the token is floor(V * uniform), wherever it lies."""
     V, B = 9001, 40
     uniform = (torch.arange(B) + 0.5) / B
-    args = inputs(B, V, 0) | {"logits": torch.zeros(B, V), "other_logprobs": None, "uniform": uniform}
+    args = inputs(B, V) | {"logits": torch.zeros(B, V), "other_logprobs": None, "uniform": uniform}
     with on_path(path):
         token, logprob = compare(args)
     assert ((token - (V * uniform).floor()).abs() <= 1).all()
@@ -98,7 +94,7 @@ def test_many_blocks_are_one_distribution(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_draws_have_the_probabilities_asked_for(path: str) -> None:
     B = 20
-    args = inputs(B, 4, 0) | {"temperature": torch.ones(B), "other_logprobs": None}
+    args = inputs(B, 4) | {"temperature": torch.ones(B), "other_logprobs": None}
     args |= {"logits": torch.tensor([0.5, 0.0, 0.3, 0.2]).log().repeat(B, 1), "uniform": (torch.arange(B) + 0.5) / B}
     with on_path(path):
         token, _ = compare(args)
@@ -106,23 +102,11 @@ def test_draws_have_the_probabilities_asked_for(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_duplicate_ids_add_up_and_unused_places_do_nothing(path: str) -> None:
-    args = inputs(1, 6, 5) | {"logits": torch.zeros(1, 6), "other_logprobs": None, "temperature": torch.ones(1)}
-    args |= {"tilt_ids": torch.tensor([[2, -1, 2, 4, -1]]), "beta": torch.tensor([2.0]), "uniform": torch.tensor([0.5])}
-    args["tilt_values"] = torch.tensor([[5.0, math.nan, 5.0, 1.0, math.inf]])
-    with on_path(path):
-        token, logprob = tilt_sample(**args)
-    total = math.exp(20) + math.exp(2) + 4
-    assert token.tolist() == [2]
-    assert logprob.item() == pytest.approx(20 - math.log(total), abs=1e-6)
-
-
-@pytest.mark.parametrize("path", PATHS)
 def test_temperature_zero_takes_the_first_of_equals(path: str) -> None:
     logits = torch.zeros(3, 9000)
     logits[0, [4000, 4097, 8999]] = 5.0  # the first two lie in different blocks
     logits[1, [8500, 8501]] = 5.0
-    args = inputs(3, 9000, 0) | {"logits": logits, "other_logprobs": None, "temperature": torch.zeros(3)}
+    args = inputs(3, 9000) | {"logits": logits, "other_logprobs": None, "temperature": torch.zeros(3)}
     with on_path(path):
         token, logprob = tilt_sample(**args)
     assert token.tolist() == [4000, 8500, 0]
@@ -133,8 +117,7 @@ def test_temperature_zero_takes_the_first_of_equals(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2.0**-24])
 def test_minus_infinity_is_never_drawn(path: str, u: float) -> None:
-    args = inputs(3, 9000, 2) | {"other_logprobs": None, "uniform": torch.full((3,), u)}
-    args |= {"tilt_ids": torch.tensor([[0, 1], [5, 5], [8999, 3]])}  # tilting -inf leaves it
+    args = inputs(3, 9000) | {"other_logprobs": None, "uniform": torch.full((3,), u)}
     args["logits"] = torch.full((3, 9000), -math.inf)
     args["logits"][0, [3, 4500]] = 0.0
     args["logits"][1, 4096] = 0.0  # whole blocks of -inf before and after
@@ -149,7 +132,7 @@ def test_minus_infinity_is_never_drawn(path: str, u: float) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_alpha_zero_silences_the_other_model(path: str) -> None:
-    args = inputs(2, 50, 1) | {"alpha": torch.tensor([0.0, 1.0])}
+    args = inputs(2, 50) | {"alpha": torch.tensor([0.0, 1.0])}
     args["other_logprobs"][:, :49] = -math.inf
     with on_path(path):
         token, logprob = compare(args)
@@ -159,7 +142,7 @@ def test_alpha_zero_silences_the_other_model(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_any_strides(path: str) -> None:
-    args = {name: strided(value) for name, value in inputs(3, 129, 4).items()}
+    args = {name: strided(value) for name, value in inputs(3, 129).items()}
     args["logits"] = args["logits"].T.contiguous().T
     with on_path(path):
         compare(args)
@@ -169,7 +152,7 @@ def test_any_strides(path: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", [0, 4096])
 def test_bad_rows_raise_and_are_marked_without_validation(path: str, bad: float, where: int) -> None:
-    args = inputs(4, 4500, 1)
+    args = inputs(4, 4500)
     args["logits"][1, where] = bad
     args["logits"][2] = -math.inf
     args["temperature"][3] = 0.0
@@ -187,7 +170,7 @@ def test_bad_rows_raise_and_are_marked_without_validation(path: str, bad: float,
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_other_model_can_make_a_row_bad(path: str) -> None:
-    args = inputs(1, 20, 1) | {"alpha": torch.tensor([-1.0])}
+    args = inputs(1, 20) | {"alpha": torch.tensor([-1.0])}
     args["other_logprobs"][0, 3] = -math.inf  # times -1
     with on_path(path), pytest.raises(ValueError, match="logits: a row's tilted logits hold"):
         tilt_sample(**args)
@@ -196,7 +179,7 @@ def test_the_other_model_can_make_a_row_bad(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_no_rows(path: str) -> None:
     with on_path(path):
-        assert [list(t.shape) for t in tilt_sample(**inputs(0, 7, 2))] == [[0], [0]]
+        assert [list(t.shape) for t in tilt_sample(**inputs(0, 7))] == [[0], [0]]
 
 
 @pytest.mark.parametrize(
@@ -205,15 +188,7 @@ def test_no_rows(path: str) -> None:
         ({"logits": torch.zeros(5)}, "logits must have shape"),
         ({"logits": torch.zeros(2, 5, dtype=torch.float64)}, "logits must be float16"),
         ({"logits": torch.zeros(2, 0), "other_logprobs": None}, "logits must have at least"),
-        ({"tilt_ids": torch.zeros(3, 1, dtype=torch.int64)}, "tilt_ids must have shape"),
-        ({"tilt_ids": torch.zeros(2, 1)}, "tilt_ids must be int64"),
-        ({"tilt_ids": torch.tensor([[5], [0]])}, "tilt_ids must lie"),
-        ({"tilt_ids": torch.tensor([[-2], [0]])}, "tilt_ids must lie"),
-        ({"tilt_values": torch.zeros(2, 2)}, "tilt_values must have shape"),
-        ({"tilt_values": torch.full((2, 1), math.nan), "tilt_ids": torch.ones(2, 1).long()}, "tilt_values must be fin"),
         ({"other_logprobs": torch.zeros(2, 4)}, "other_logprobs must have shape"),
-        ({"beta": torch.zeros(3)}, "beta must have shape"),
-        ({"beta": torch.tensor([0.0, math.inf])}, "beta must be finite"),
         ({"alpha": torch.zeros(2).half()}, "alpha must be float32"),
         ({"alpha": torch.tensor([0.0, math.nan])}, "alpha must be finite"),
         ({"temperature": torch.tensor([0.0, -1.0])}, "temperature must be finite and at least 0"),
@@ -225,25 +200,25 @@ def test_no_rows(path: str) -> None:
 )
 def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tilt_sample(**(inputs(2, 5, 1) | change))
+        tilt_sample(**(inputs(2, 5) | change))
 
 
 @pytest.mark.parametrize("other", [False, True])
 def test_compiles_for_a_gpu(other: bool) -> None:
-    types = {"logits_ptr": "*bf16", "other_ptr": "*bf16", "ids_ptr": "*i64", "token_ptr": "*i64"}
+    types = {"logits_ptr": "*bf16", "other_ptr": "*bf16", "token_ptr": "*i64"}
     full = {"HAS_OTHER": other, "BLOCK_V": 4096}
     assert_compiles(_block_mass_kernel, types, full, num_warps=8)
     assert_compiles(_draw_kernel, types, full | {"BLOCK_N": 64}, num_warps=8)
     strides = ("logits_row_stride", "logits_col_stride", "other_row_stride", "other_col_stride")
-    ones = dict.fromkeys((*strides, "V", "K", "BLOCK_V"), 1) | {"HAS_OTHER": other}
+    ones = dict.fromkeys((*strides, "V", "BLOCK_V"), 1) | {"HAS_OTHER": other}
     assert_compiles(_block_mass_kernel, types, ones)
     assert_compiles(_draw_kernel, types, ones | {"blocks": 1, "BLOCK_N": 1})
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5000, 4), (4, 256000, 40)], ids=str)
-def test_compiled_kernel(shape: tuple[int, int, int], dtype: Any) -> None:
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5000), (4, 256000)], ids=str)
+def test_compiled_kernel(shape: tuple[int, int], dtype: Any) -> None:
     args = {name: value.cuda() for name, value in inputs(*shape, dtype).items()}
     args["temperature"][0] = 0.0
     compare(args)

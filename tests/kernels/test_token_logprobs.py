@@ -1,13 +1,14 @@
-"""token_logprobs: both paths against the float64 reference."""
+"""token_logprobs: both paths against the float64 kernel_reference."""
 
 import math
 from typing import Any
 
+import kernel_reference
 import pytest
 import torch
 from kernel_checks import CASES, DTYPES, PATHS, assert_close, assert_compiles, needs_gpu, on_path, randn, strided, wide
 
-from guiderail.kernels import reference, token_logprobs
+from guiderail.kernels import token_logprobs
 
 # The module: the package's attribute of the same name is the function.
 from guiderail.kernels.token_logprobs import _token_logprobs_kernel, _torch_path
@@ -23,7 +24,7 @@ def compare(args: tuple[Any, Any, Any], softcap: float | None = None) -> None:
     assert out.dtype == torch.float32
     H = args[0].shape[1]
     # a logit is a sum of H products; the cap by exp loses up to cap * eps where the kernel has no tanh
-    assert_close(out, reference.token_logprobs(*wide(*args), softcap), length=H, scale=1 + (softcap or 0) / 10)
+    assert_close(out, kernel_reference.token_logprobs(*wide(*args), softcap), length=H, scale=1 + (softcap or 0) / 10)
 
 
 @pytest.mark.parametrize(("path", "dtype"), CASES)
@@ -63,7 +64,7 @@ def test_large_logits_do_not_overflow(path: str) -> None:
     args = (hidden * 1000, weight, tokens)
     with on_path(path):
         out = token_logprobs(*args)
-    assert_close(out, reference.token_logprobs(*wide(*args)), length=32, scale=3000)
+    assert_close(out, kernel_reference.token_logprobs(*wide(*args)), length=32, scale=3000)
     assert abs(out[0]) < 1e-6
 
 
@@ -76,7 +77,7 @@ def test_a_bad_row_spoils_itself_alone(path: str, bad: float) -> None:
         out = token_logprobs(hidden, weight, tokens)
     good = [0, 1, 3, 4, 5]
     assert out[2].isnan()
-    assert_close(out[good], reference.token_logprobs(*wide(hidden[good], weight, tokens[good])), length=16)
+    assert_close(out[good], kernel_reference.token_logprobs(*wide(hidden[good], weight, tokens[good])), length=16)
 
 
 @pytest.mark.parametrize("path", PATHS)

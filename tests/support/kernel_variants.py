@@ -54,26 +54,21 @@ def attention_variants(capability: int) -> dict[str, Variant]:
 def other_variants(capability: int) -> dict[str, Variant]:
     """The other kernels, at the sizes of an 8B model with a vocabulary of 128k."""
     from guiderail.kernels.reward_head import _reward_head_kernel
-    from guiderail.kernels.reward_pipeline import _reward_pipeline_kernel
     from guiderail.kernels.tilt_sample import BLOCK_V, _block_mass_kernel, _draw_kernel
     from guiderail.kernels.token_logprobs import _token_logprobs_kernel, largest_blocks
 
-    tilt = {"ids_ptr": "*i64", "token_ptr": "*i64"}
+    tilt = {"token_ptr": "*i64"}
     dense = {"HAS_OTHER": True, "BLOCK_V": BLOCK_V}
-    integers = ("counts_ptr", "sample_counts_ptr", "codes_ptr", "choice_ptr")
     head = {"HAS_NORM": True, "GEMMA": True, "HAS_BIAS": True, "BLOCK_K": 1, "BLOCK_H": 4096}
     blocks = zip(("BLOCK_T", "BLOCK_V", "BLOCK_H"), largest_blocks(2, SHARED_MEMORY[capability]), strict=True)
     logprobs = {"HAS_CAP": True, **dict(blocks)}
     hidden = {"hidden_ptr": "*bf16", "eps": "fp32", "last_ptr": "*i64", "norm_ptr": "*bf16"}
     tokens = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "tokens_ptr": "*i64", "softcap": "fp32"}
-    pipeline = dict.fromkeys(integers, "*i64") | {"beta": "fp32"}
-    groups = {"HAS_SAMPLE_COUNTS": True, "DRAW": True, "BLOCK_C": 64}
     return {
         "reward_head": Variant(_reward_head_kernel, hidden, head, {"num_warps": 4}),
         "tilt_sample, block masses": Variant(_block_mass_kernel, tilt, dense, {"num_warps": 8}),
         "tilt_sample, draw": Variant(_draw_kernel, tilt, dense | {"BLOCK_N": 32}, {"num_warps": 8}),
         "token_logprobs": Variant(_token_logprobs_kernel, tokens, logprobs, {"num_warps": 8, "num_stages": 3}),
-        "reward_pipeline": Variant(_reward_pipeline_kernel, pipeline, groups, {"num_warps": 4}),
     }
 
 

@@ -1,18 +1,16 @@
 """Chains of transforms: what they mean, and the properties that hold for all of them."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from guiderail.guides.scoring.chain import IDENTITY, TRANSFORMS, Chain, ChainError, parse_chain
 from guiderail.guides.scoring.transforms import LIMIT
-from guiderail.kernels import reward_pipeline
-from guiderail.kernels.reward_pipeline import Transform
 
 ANSWERS = {"I cannot help with that.": -0.25}
 REWARD = st.one_of(
@@ -178,42 +176,46 @@ def test_errors_name_the_place(spec: Any, path: str, message: str) -> None:
     assert caught.value.path == "rewards[2]." + path
 
 
-STEPS: dict[Transform, Any] = {
-    Transform.IDENTITY: "identity",
-    Transform.CALIBRATED: "calibrated",
-    Transform.EXP: {"name": "exp", "t": 7.5},
-    Transform.NEG_EXP: {"name": "neg_exp", "t": 7.5},
-    Transform.LOG: "log",
-    Transform.LOG_SIGMOID: {"name": "log_sigmoid", "reference": {"value": 0.7}},
-    Transform.CLIP: {"name": "clip", "low": -0.5, "high": 1.0},
-    Transform.STANDARDIZE: {"name": "standardize", "mean": 0.3, "std": 2.0},
+STEPS: dict[str, Any] = {
+    "identity": "identity",
+    "calibrated": "calibrated",
+    "exp": {"name": "exp", "t": 7.5},
+    "neg_exp": {"name": "neg_exp", "t": 7.5},
+    "log": "log",
+    "log_sigmoid": {"name": "log_sigmoid", "reference": {"value": 0.7}},
+    "clip": {"name": "clip", "low": -0.5, "high": 1.0},
+    "standardize": {"name": "standardize", "mean": 0.3, "std": 2.0},
 }
-PARAMS = {
-    Transform.EXP: (7.5, 0.0), Transform.NEG_EXP: (7.5, 0.0), Transform.LOG_SIGMOID: (0.7, 0.0),
-    Transform.CLIP: (-0.5, 1.0), Transform.STANDARDIZE: (0.3, 2.0),
-}  # fmt: skip
+
+
+def formula(name: str, value: float, samples: Any) -> float:
+    """One value through one step of STEPS, as the papers write it (InfAlign's win rate counts ties half)."""
+    u = (np.sum(samples < value) + 0.5 * np.sum(samples == value)) / len(samples)
+    found = {
+        "identity": value,
+        "calibrated": u,
+        "exp": math.exp(7.5 * u),
+        "neg_exp": -math.exp(-7.5 * u),
+        "log": math.log(max(u, 1 / (2 * len(samples)))),
+        "log_sigmoid": -math.log1p(math.exp(-(value - 0.7))),
+        "clip": min(max(value, -0.5), 1.0),
+        "standardize": (value - 0.3) / 2.0,
+    }
+    return float(found[name])
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_chains_and_the_kernel_agree(seed: int) -> None:
-    """Values in quarters, which float32 holds exactly, make ties between candidates and samples."""
-    assert set(TRANSFORMS) == {code.name.lower() for code in Transform} == {_name(spec) for spec in STEPS.values()}
+def test_chains_and_the_formulas_agree(seed: int) -> None:
+    """Values in quarters make ties between candidates and samples."""
+    assert set(TRANSFORMS) == set(STEPS) == {_name(spec) for spec in STEPS.values()}
     rng = np.random.default_rng(seed)
-    codes = list(Transform)
     raw, samples = np.round(rng.normal(size=(33, 8)) * 4) / 4, np.round(rng.normal(size=(8, 50)) * 4) / 4
-    ours = np.stack([parse_chain(STEPS[c]).fit(samples[c], {})(raw[:, c]) for c in codes], axis=1)
+    ours = np.stack([parse_chain(STEPS[n]).fit(samples[i], {})(raw[:, i]) for i, n in enumerate(STEPS)], axis=1)
+    theirs = np.array([[formula(n, row[i], samples[i]) for i, n in enumerate(STEPS)] for row in raw])
     weights = rng.random(8)
-    choice, combined, theirs = reward_pipeline(
-        torch.tensor(raw, dtype=torch.float32)[None],
-        torch.tensor([33]),
-        torch.tensor(np.sort(samples, axis=1), dtype=torch.float32)[None],
-        torch.tensor([int(c) for c in codes]),
-        torch.tensor([[*PARAMS.get(c, (0.0, 0.0)), 0.0] for c in codes]),
-        torch.tensor(weights, dtype=torch.float32),
-    )
-    assert ours == pytest.approx(theirs[0].numpy(), rel=2e-5, abs=1e-6)
-    assert ours @ weights == pytest.approx(combined[0].numpy(), rel=2e-5)
-    assert (ours @ weights).argmax() == choice.item()
+    assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-12)
+    assert ours @ weights == pytest.approx(theirs @ weights, rel=1e-12)
+    assert (ours @ weights).argmax() == (theirs @ weights).argmax()
 
 
 def _name(spec: Any) -> str:

@@ -113,18 +113,15 @@ def _draw(logits: Any, groups: Sequence[Sequence[Row]], cut: bool) -> Any:
         main, dense = _cut(main + other, temperatures, heads), None
         temperature = torch.ones_like(temperature)
     uniform = _tensor([_uniform(group[0]) for group in groups], torch.float32, logits)
-    nothing = torch.empty((len(groups), 0), dtype=torch.int64, device=logits.device)
-    zeros, ones = torch.zeros_like(temperature), torch.ones_like(temperature)
-    return tilt_sample(main, nothing, nothing.float(), zeros, dense, ones, temperature, uniform, validate=False)[0]
+    return tilt_sample(main, dense, torch.ones_like(temperature), temperature, uniform, validate=False)[0]
 
 
 def warm_up(vocabulary: int, device: Any) -> None:
     """Compiles what `draw` launches on CUDA, so that the first mixed request does not compile within vLLM's step."""
     logits = torch.zeros((1, vocabulary), dtype=torch.float32, device=device)
-    nothing = torch.empty((1, 0), dtype=torch.int64, device=device)
     one = torch.ones(1, dtype=torch.float32, device=device)
     for dense in (logits, None):  # without cuts by top_k and the like, and with them
-        tilt_sample(logits, nothing, nothing.float(), one, dense, one, one, one / 2, validate=False)
+        tilt_sample(logits, dense, one, one, one / 2, validate=False)
 
 
 def _cut(z: Any, temperatures: Sequence[float], heads: Sequence[Recipe]) -> Any:

@@ -2,13 +2,13 @@
 
 from typing import Any
 
+import kernel_reference
 import numpy as np
 import pytest
 import torch
 from kernel_checks import on_path
 from mixtures import V, emitted, group, policies
 
-from guiderail.kernels import reference
 from guiderail.server.engines.vllm.mixture import mixing as vllm_mixing
 from guiderail.server.engines.vllm.mixture.mixing import Row, _uniform, draw, emit
 from guiderail.server.engines.vllm.mixture.recipe import Recipe
@@ -40,9 +40,8 @@ def test_the_mixture_is_drawn(weights: list[float], temperature: float) -> None:
 
 def test_the_law_is_the_kernels_reference() -> None:
     logits, weights = policies(2), torch.tensor([0.7])
-    none = torch.empty((1, 0))
     other = torch.log_softmax(logits[1:].double(), 1)
-    z = reference.tilted_logits(torch.log_softmax(logits[:1].double(), 1), none, none, None, other, weights)
+    z = kernel_reference.tilted_logits(torch.log_softmax(logits[:1].double(), 1), other, weights)
     assert torch.allclose(torch.softmax(z[0], 0), law(logits, [0.7]))
 
 
