@@ -84,15 +84,43 @@ def _device(name: str, spec: RewardModelSpec, engines_on_cpu: bool) -> str | Non
 def reward_need(
     name: str, spec: RewardModelSpec, device: str | None, cache: Path, say: Callable[[str], None]
 ) -> RewardNeed:
-    """What a reward model needs on `device`, or on any GPU. Raises GuiderailError if its files do not tell."""
-    card = head_card(spec.path) or {}
-    where = catalogue.resolve(card.get("base", spec.path), cache, say)
+    """Return what a reward model needs on `device`, or on any GPU; policy and reference are counted as one.
+
+    Raises GuiderailError if a model's files do not tell.
+    """
+    if spec.reference is not None:
+        policy, reference = (
+            _reward_need(name, spec, path, device, cache, say, head=True) for path in (spec.path, spec.reference)
+        )
+        return replace(
+            policy,
+            weights=policy.weights + reference.weights,
+            work=max(policy.work, reference.work),
+            kv_token=policy.kv_token + reference.kv_token,
+            longest=min((each.longest for each in (policy, reference) if each.longest is not None), default=None),
+        )
+    return _reward_need(name, spec, spec.path, device, cache, say, head=False)
+
+
+def _reward_need(
+    name: str,
+    spec: RewardModelSpec,
+    path: str,
+    device: str | None,
+    cache: Path,
+    say: Callable[[str], None],
+    *,
+    head: bool,
+) -> RewardNeed:
+    """Return what one model needs. head: with its LM head."""
+    card = head_card(path) or {}
+    where = catalogue.resolve(card.get("base", path), cache, say)
     found = read_shape(where, spec.dtype)
-    weights = _weights(where, spec.dtype, head=False)
+    weights = _weights(where, spec.dtype, head=head)
     if found is None or not weights:
-        raise GuiderailError(f"--reward {name}: {spec.path} has no configuration and safetensors that tell its size")
+        raise GuiderailError(f"--reward {name}: {path} has no configuration and safetensors that tell its size")
     if card:
-        weights += (head_folder(spec.path) / "head.safetensors").stat().st_size
+        weights += (head_folder(path) / "head.safetensors").stat().st_size
     limits = [each for each in (found.longest, card.get("max_tokens")) if each is not None]
     return RewardNeed(
         name,

@@ -44,8 +44,8 @@ from guiderail.server.placement import place
 from guiderail.server.requests.admission import Admission
 from guiderail.server.requests.helpers import ServerHelpers
 from guiderail.server.requests.resolve import Resolver
-from guiderail.server.rewards.encoder import Encoder
-from guiderail.server.rewards.models.loading import check_source, neural_reward
+from guiderail.server.rewards.models.loading import check_source, model_reward
+from guiderail.server.rewards.models.sentence_embedder import SentenceEmbedder
 from guiderail.server.scoring import calibration_file as calibration_store
 from guiderail.server.scoring.batcher import BatchingScorer
 from guiderail.server.scoring.calibration_file import StoredCalibration
@@ -180,7 +180,7 @@ async def _prepare(
     for name, spec in settings.reward.items():
         if name in rewards:
             raise SettingsError(f"--reward {name}: there is already a reward of this name")
-        rewards[name] = neural_reward(spec, settings.cache, say, plan.rewards.get(name))
+        rewards[name] = model_reward(spec, settings.cache, say, plan.rewards.get(name))
     for name, folder in settings.lora.items():
         check_adapter(name, folder, settings.max_lora_rank)
     for name in remote.keys() & {settings.model_name, *settings.lora}:
@@ -254,7 +254,9 @@ def assemble(
         raise SettingsError(f"--urial: {error}") from error
     except ApiError as error:
         raise SettingsError(f"the configured alignment, profiles or limits are wrong: {error}") from error
-    helpers = ServerHelpers(services, engine, Calibrator(stored, metrics), Encoder(settings.encoder, encoder_device))
+    helpers = ServerHelpers(
+        services, engine, Calibrator(stored, metrics), SentenceEmbedder(settings.encoder, encoder_device)
+    )
     admission = Admission(settings.limits, settings.rows, metrics)
     return ServerState(
         settings, engine, renderer, guides, rewards, resolver, BatchingScorer(rewards, metrics), helpers, admission,

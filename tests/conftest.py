@@ -17,7 +17,7 @@ from guiderail.server.engines.vllm.engine_args import EngineSettings
 from guiderail.server.metrics import Metrics
 from guiderail.server.models import catalogue
 from guiderail.server.models.renderer import ChatRenderer
-from guiderail.server.rewards.models.loading import neural_reward
+from guiderail.server.rewards.models.loading import model_reward
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 from guiderail.server.runtime import assemble, start_rewards
 from guiderail.server.settings import OperatorLimits, Settings
@@ -106,7 +106,7 @@ async def live(model_path: str, adapters: dict[str, str], plugin_path: str, rewa
     renderer = ChatRenderer(model_path)
     services = Services(engine, renderer, frozenset(adapters), settings.model_name)
     rewards: dict[str, Reward] = {name: cls() for name, cls in load_rewards().items()}
-    rewards["neural"] = neural_reward(RewardModelSpec(path=reward_head), settings.cache, print)
+    rewards["neural"] = model_reward(RewardModelSpec(path=reward_head), settings.cache, print)
     await start_rewards(rewards, services)
     state = assemble(settings, engine, renderer, load_guides(), rewards, services, Metrics(settings.model_name))
     async with serving(state) as url:

@@ -28,7 +28,7 @@ from guiderail.server.models.cpu_features import description
 from guiderail.server.openai_errors import ApiError, bad_request, from_exception, from_validation
 from guiderail.server.requests import build
 from guiderail.server.requests.score import score, scoring
-from guiderail.server.rewards.models.neural import NeuralReward
+from guiderail.server.rewards.models.backend import ModelReward
 from guiderail.server.state import ServerState
 
 log = logging.getLogger("guiderail.server")
@@ -114,7 +114,7 @@ def build_router(state: ServerState) -> APIRouter:
     @router.get("/metrics")
     async def metrics() -> Response:
         """Prometheus metrics."""
-        runners = {n: r.stats for n, r in state.rewards.items() if isinstance(r, NeuralReward) and r.stats is not None}
+        runners = {n: r.stats for n, r in state.rewards.items() if isinstance(r, ModelReward) and r.stats is not None}
         waiting = state.admission.waiting
         engine = state.engine.stats
         load = Load(

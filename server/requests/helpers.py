@@ -10,7 +10,7 @@ from guiderail.guides.core.types import Message
 from guiderail.guides.scoring import RewardTerm
 from guiderail.guides.scoring.calibration_sample import CalibrationSample
 from guiderail.server.engines.served_engine import ServedEngine
-from guiderail.server.rewards.encoder import Encoder
+from guiderail.server.rewards.models.sentence_embedder import SentenceEmbedder
 from guiderail.server.rewards.pairwise_judge import PairwiseJudge
 from guiderail.server.scoring.calibrator import Calibrator
 
@@ -18,7 +18,9 @@ from guiderail.server.scoring.calibrator import Calibrator
 class ServerHelpers:
     """guiderail.guides.Helpers over the server's parts."""
 
-    def __init__(self, services: Services, engine: ServedEngine, calibrator: Calibrator, encoder: Encoder) -> None:
+    def __init__(
+        self, services: Services, engine: ServedEngine, calibrator: Calibrator, encoder: SentenceEmbedder
+    ) -> None:
         self.services = services
         self._engine = engine
         self._calibrator = calibrator

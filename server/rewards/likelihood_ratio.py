@@ -1,19 +1,29 @@
-"""The implicit reward: log-likelihood ratio of the answer under two policies of the engine.
+"""The implicit reward: log-likelihood ratio of the answer under a policy and a reference.
 
-r(x, y) = sum_t [ log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t) ], the reward that DPO shows a policy
-pair to stand for, up to beta and a constant of the prompt (Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
-The two policies may differ by LoRA adapter, by system message, or by both; the request's prompter puts either message.
+r(x, y) = beta sum_t [ log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t) ], the reward that DPO shows a policy
+pair to stand for, up to a constant of the prompt (Rafailov et al. 2023, arXiv 2305.18290, eq. 5). The sum over
+the tokens so far is the value of a partial answer.
+
+`Implicit` takes two policies of the engine, which differ by LoRA adapter, by system message, or by both; the request's
+prompter puts either message. `ImplicitOfModels` takes any two causal language models that run beside the engine.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from pydantic import Field
 
 from guiderail.guides.core import guide as base
+from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.guide import ScoreResult
 from guiderail.guides.core.reward import Reward, Services
-from guiderail.guides.core.types import PROMPT, Message, ScoreGroup, TokenPrompt
+from guiderail.guides.core.types import PROMPT, Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.server.engines.engine_stats import RunnerStats
+from guiderail.server.rewards.models.backend import ModelReward, Text
+from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder, TooLong
 
 DEFAULT_MESSAGE = "You are a helpful, polite and honest assistant. You answer clearly and never insult anyone."
 
@@ -40,9 +50,8 @@ class Implicit(Reward):
     async def start(self, services: Services) -> None:
         self._services = services
 
-    def check(self, params: Any, services: Services) -> None:
-        for field in ("adapter", "reference_adapter"):
-            name = getattr(params, field)
+    def check(self, params: Params, services: Services) -> None:
+        for field, name in (("adapter", params.adapter), ("reference_adapter", params.reference_adapter)):
             if name is not None and name not in services.adapters:
                 known = ", ".join(sorted(services.adapters)) or "none"
                 raise ValueError(f"'{field}': no LoRA adapter '{name}'; loaded: {known}")
@@ -73,7 +82,7 @@ class Implicit(Reward):
 
 
 def _prompt(services: Services, group: ScoreGroup, system_message: str | None, adapter: str | None) -> TokenPrompt:
-    """The request's prompt under another system message (which replaces the request's own) and adapter."""
+    """Return the request's prompt under another system message (which replaces the request's own) and adapter."""
     if system_message is None:
         return TokenPrompt(group.prompt.token_ids, adapter or group.prompt.adapter)
     if group.messages[0].role == PROMPT:
@@ -87,3 +96,91 @@ def _prompt(services: Services, group: ScoreGroup, system_message: str | None, a
         goes_on = turns[-1].role == "assistant"
         prompt = services.renderer.render(turns, add_generation_prompt=not goes_on, continue_final_message=goes_on)
     return TokenPrompt(prompt.token_ids, adapter or group.prompt.adapter)
+
+
+class LanguageModel(Protocol):
+    """A causal language model beside the engine, with its chat template and tokenizer."""
+
+    conversations: ConversationEncoder
+
+    async def logprobs(self, texts: Sequence[Text]) -> list[list[float]]:
+        """Return the log-probability of each token of each text's answer."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPair:
+    """Policy and reference, the tokens of the longest text that both read, and their counts together."""
+
+    policy: LanguageModel
+    reference: LanguageModel
+    longest: int
+    stats: RunnerStats
+
+
+class ImplicitOfModels(ModelReward):
+    """Log-likelihood ratio of the answer under two language models, policy and reference (DPO's implicit reward)."""
+
+    class Params(base.Params):
+        beta: float = Field(
+            default=1.0, gt=0, allow_inf_nan=False, description="Factor of the ratio, as the policy was trained with."
+        )
+        per_token: bool = Field(default=False, description="Mean over the answer's tokens instead of their sum.")
+
+    def __init__(self, load: Callable[[], Awaitable[LoadedPair]], identity: Callable[[], str]) -> None:
+        """load: called once, by `start`. identity: tells the weights apart from others, once they are loaded."""
+        self._load, self._identity = load, identity
+        self._pair: LoadedPair | None = None
+
+    async def start(self, services: Services) -> None:
+        self._pair = await self._load()
+
+    @property
+    def stats(self) -> RunnerStats | None:
+        """Counts of both models, once they are loaded."""
+        return self._pair.stats if self._pair is not None else None
+
+    def revision(self) -> str:
+        return self._identity()
+
+    async def close(self) -> None:
+        """Free the models."""
+        if self._pair is not None:
+            await self._pair.policy.close()
+            await self._pair.reference.close()
+
+    async def score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+        """Raises RequestError for a conversation that a model's template refuses or that is longer than both read.
+
+        An answer that is whole counts with the token that ends its turn, one that goes on does not.
+        """
+        assert self._pair is not None
+        asked = [(group, answer) for group in groups for answer in group.answers]
+        models = (self._pair.policy, self._pair.reference)
+        texts = [await asyncio.to_thread(_texts, each, asked, self._pair.longest) for each in models]
+        policy, reference = [await each.logprobs(found) for each, found in zip(models, texts, strict=True)]
+        values = iter(
+            group.params.beta * (math.fsum(up) - math.fsum(down)) / (max(1, len(up)) if group.params.per_token else 1)
+            for (group, _), up, down in zip(asked, policy, reference, strict=True)
+        )
+        tokens = iter(len(ours) + len(theirs) for (ours, _), (theirs, _) in zip(*texts, strict=True))
+        return [
+            ScoreResult(tuple(next(values) for _ in group.answers), sum(next(tokens) for _ in group.answers))
+            for group in groups
+        ]
+
+
+def _texts(model: LanguageModel, asked: Sequence[tuple[ScoreGroup, Answer]], longest: int) -> list[Text]:
+    """Return conversation and answer as a model reads them. Raises RequestError."""
+    halves = [model.conversations.divide(g.messages, a.text, partial=a.partial) for g, a in asked]
+    ids = model.conversations.encode([half for both in halves for half in both])
+    texts: list[Text] = []
+    for prompt, answer in zip(ids[::2], ids[1::2], strict=True):
+        if not prompt:
+            raise RequestError("the conversation has no token that the answer could go on from", "messages")
+        if (count := len(prompt) + len(answer)) > longest:
+            raise TooLong(f"conversation and answer have {count} tokens; both models read {longest}", "messages")
+        texts.append(([*prompt, *answer], len(prompt)))
+    return texts

@@ -1,18 +1,15 @@
 """The served model as judge between two answers: how likely it names the first as the better one.
 
-Read from the log-probabilities of the reply's first token, "A" against "B", so a verdict costs two prompts
-and no generation. Both orders are asked and averaged, which takes out a preference for a place (position
-bias: Zheng et al. 2023, arXiv 2306.05685). Question and answers stand in the prompt as quotes: each of their
-lines begins with "> ", and what could be a special token of some tokenizer is broken up, so that no text can
-look like a part of the prompt. What is too long is cut, and the prompt says so outside of the quote.
+Both orders are asked and averaged, which takes out a preference for a place (position bias: Zheng et al. 2023,
+arXiv 2306.05685). Question and answers are quoted in the prompt (verdicts.py). What is too long is cut, and the prompt
+says so outside of the quote.
 """
 
 from collections.abc import Sequence
 
 from guiderail.guides.core.reward import Services, instructions, prompt_text
-from guiderail.guides.core.types import Message, TokenPrompt
-from guiderail.server.rewards.llm_judge import yes_probability
-from guiderail.server.rewards.quoting import quoted
+from guiderail.guides.core.types import Message
+from guiderail.server.rewards.verdicts import Verdicts, quoted
 
 CUT = "(The rest is cut off.)"
 
@@ -26,17 +23,13 @@ class PairwiseJudge:
         """
         self._services = services
         self._max_tokens = max_tokens
-        # After a template's generation prompt the reply starts at once, after "Reply:" with a space.
-        space = "" if services.renderer.has_chat_template else " "
-        first, second = (services.renderer.encode(space + letter)[0] for letter in "AB")
-        if first == second:
-            raise ValueError("this tokenizer gives A and B the same first token, so the model cannot judge pairs")
-        self._verdicts = ((first,), (second,))
+        refusal = "this tokenizer gives A and B the same first token, so the model cannot judge pairs"
+        self._verdicts = Verdicts(services, ("A", "B"), refusal)
 
     async def prefer(
         self, messages: Sequence[Message], criterion: str, answers: Sequence[str], pairs: Sequence[tuple[int, int]]
     ) -> list[float]:
-        """For each pair (i, j) of indices: the probability that answers[i] beats answers[j], in [0, 1].
+        """Return for each pair (i, j) of indices the probability that answers[i] beats answers[j], in [0, 1].
 
         `criterion` is a question such as "Which answer is more helpful?". All pairs are asked in one batch,
         equal prompts once. The value of (i, j) is exactly 1 minus that of (j, i), and 0.5 for equal answers.
@@ -50,11 +43,9 @@ class PairwiseJudge:
             for i, j in pairs
             for first, second in ((i, j), (j, i))
         }
-        prompts = {text: self._prompt(text) for text in dict.fromkeys(texts.values())}
-        rows = await self._services.engine.answer_logprobs(
-            [prompt for prompt in prompts.values() for _ in self._verdicts], self._verdicts * len(prompts)
-        )
-        names_a = {text: yes_probability(a[0], b[0]) for text, a, b in zip(prompts, rows[::2], rows[1::2], strict=True)}
+        asked = list(dict.fromkeys(texts.values()))
+        found = await self._verdicts.first([self._verdicts.prompt(text) for text in asked])
+        names_a = dict(zip(asked, found, strict=True))
 
         def beats(i: int, j: int) -> float:
             if i > j:  # the same sum for both orders, so that they are complements to the last bit
@@ -65,7 +56,7 @@ class PairwiseJudge:
         return [beats(i, j) for i, j in pairs]
 
     def _asked(self, messages: Sequence[Message]) -> tuple[str, str]:
-        """What the answers were given under, with its heading, and the question: together within the tokens of one."""
+        """Return instructions (with a heading) and question: together they have the tokens of one quoted text."""
         told = instructions(messages)
         if not told:
             return "", self._quote(prompt_text(messages))
@@ -78,9 +69,3 @@ class PairwiseJudge:
             text = text[: min(len(text) - 1, len(text) * limit // len(ids))]
         lines = quoted(text)
         return lines if text == whole else f"{lines}\n{CUT}"
-
-    def _prompt(self, text: str) -> TokenPrompt:
-        renderer = self._services.renderer
-        if renderer.has_chat_template:
-            return renderer.render([Message("user", text)])
-        return TokenPrompt(tuple(renderer.encode(text + "\nReply:", add_special_tokens=True)))

@@ -31,12 +31,12 @@ async def batching(folder: str, rounds: int) -> list[tuple[float, float]]:
 
     from guiderail.guides.core.types import PROMPT, Answer, Message, ScoreGroup, TokenPrompt
     from guiderail.server.metrics import Metrics
-    from guiderail.server.rewards.models.loading import neural_reward
+    from guiderail.server.rewards.models.loading import model_reward
     from guiderail.server.rewards.models.reward_spec import RewardModelSpec
     from guiderail.server.scoring.batcher import BatchingScorer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    reward = neural_reward(RewardModelSpec(path=folder), Path("/nonexistent"), print)
+    reward = model_reward(RewardModelSpec(path=folder), Path("/nonexistent"), print)
     await reward.start(None)  # type: ignore[arg-type]
     scorer = BatchingScorer({"rm": reward}, Metrics("bench"))
 

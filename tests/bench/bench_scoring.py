@@ -141,8 +141,8 @@ class Methods:
 
 
 async def apart(work: Callable[..., Any], *args: Any) -> Any:
-    """Run torch work in the one thread that also does it in the server (see scoring_thread)."""
-    from guiderail.server.rewards.models.neural import scoring_thread
+    """Run torch work in the thread that does all of it in the server, too (see scoring_thread)."""
+    from guiderail.server.rewards.models.backend import scoring_thread
 
     return await asyncio.get_running_loop().run_in_executor(scoring_thread(), work, *args)
 

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from guiderail.guides.core.types import Answer, Message, ScoreGroup, TokenPrompt
-from guiderail.server.rewards.models.loading import neural_reward
+from guiderail.server.rewards.models.loading import model_reward
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 from guiderail.server.settings import Settings
 
@@ -34,7 +34,7 @@ async def test_both_backends_give_the_same_values(
     for backend in ("packed", "vllm"):
         # In bfloat16 each backend is off by up to 0.07 here, on each kind of CPU differently.
         spec = RewardModelSpec(path=reward_head, backend=backend, dtype="float32", kv_gb=0.5)
-        reward = neural_reward(spec, tmp_path, print)
+        reward = model_reward(spec, tmp_path, print)
         await reward.start(services)
         try:
             for head in ([1.0, 0.0], [0.0, 1.0]):

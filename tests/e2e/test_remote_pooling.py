@@ -10,7 +10,7 @@ from vllm_server import vllm_server
 
 from guiderail.guides.core.guide import ScoreResult
 from guiderail.guides.core.types import Answer, Message, ScoreGroup, TokenPrompt
-from guiderail.server.rewards.models.loading import classifier_folder, neural_reward
+from guiderail.server.rewards.models.loading import classifier_folder, model_reward
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 from guiderail.server.settings import Settings
 
@@ -42,7 +42,7 @@ async def test_a_remote_server_gives_the_values_of_the_packed_backend(
     async with httpx.AsyncClient() as http:  # what the check at start tells a server by that reads the option
         assert (await http.post(f"{pooling_server}/pooling", json=body)).status_code == 400
     for name, spec in (("packed", RewardModelSpec(path=reward_head, dtype="float32")), ("remote", remote)):
-        reward = neural_reward(spec, tmp_path, print)
+        reward = model_reward(spec, tmp_path, print)
         await reward.start(NO_SERVICES)
         try:
             for head in ([1.0, 0.0], [0.0, 1.0]):

@@ -11,7 +11,7 @@ from aiohttp import web
 from scripted_server import ScriptedServer
 
 from guiderail.guides.core.types import Answer, Message, ScoreGroup, TokenPrompt
-from guiderail.server.rewards.models.loading import neural_reward
+from guiderail.server.rewards.models.loading import model_reward
 from guiderail.server.rewards.models.remote_reward import RemotePooler, RemoteReward, connect
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 
@@ -72,7 +72,7 @@ async def pooler(*servers: ScriptedPooling, **options: Any) -> AsyncIterator[Rem
 
 def served(path: str, **options: Any) -> Any:
     """The reward of `--reward name=path,backend=vllm,...`."""
-    return neural_reward(RewardModelSpec(path=path, backend="vllm", **options), Path("/nonexistent"), print)
+    return model_reward(RewardModelSpec(path=path, backend="vllm", **options), Path("/nonexistent"), print)
 
 
 def group(text: str) -> ScoreGroup:

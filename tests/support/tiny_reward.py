@@ -1,4 +1,4 @@
-"""A tiny base model with a tokenizer and chat template of its own, and a reward head on it, as files."""
+"""Tiny models with a tokenizer and chat template of their own, as files: a base with a reward head, language models."""
 
 import json
 from pathlib import Path
@@ -35,6 +35,25 @@ def tiny_head(folder: Path, *, heads: int = 2, positions: int = 96, **card: Any)
     about = {"format": "guiderail-reward-head", "version": 1, "base": str(base), "hidden_size": 48, **card}
     (head / "reward.json").write_text(json.dumps(about))
     return str(head)
+
+
+def tiny_policy(folder: Path, name: str, *, seed: int = 0, kind: Any = None, config: Any = None, **sizes: Any) -> str:
+    """Writes a language model (a `kind` of transformers, by default a Llama's) and returns its path."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 96,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model = (kind or LlamaForCausalLM)((config or LlamaConfig)(**shape | sizes))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
+    return str(folder / name)
 
 
 def tiny_tokenizer() -> Any:

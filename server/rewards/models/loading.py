@@ -17,13 +17,20 @@ from typing import Any
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.memory.shares import RewardShare
 from guiderail.server.models import catalogue
-from guiderail.server.models.cpu_features import auto_dtype
 from guiderail.server.models.model_fingerprint import fingerprint
 from guiderail.server.remote.remote_options import api_key
-from guiderail.server.rewards.models.neural import Backend, NeuralReward, PackedBackend, scoring_thread
-from guiderail.server.rewards.models.remote_reward import RemoteReward, connect
+from guiderail.server.rewards.models.backend import ModelReward, scoring_thread
+from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder
+from guiderail.server.rewards.models.model_resources import (
+    device_and_dtype,
+    keep_to,
+    pool_tokens,
+    pooling_settings,
+)
+from guiderail.server.rewards.models.neural import LoadedReward, NeuralReward
+from guiderail.server.rewards.models.policy_loading import implicit_reward
+from guiderail.server.rewards.models.remote_reward import RemotePooler, RemoteReward, connect
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
-from guiderail.server.rewards.models.room import pool_tokens, pooling_settings
 
 BUNDLED = {path.name: path for path in sorted((Path(__file__).parent / "heads").glob("*")) if path.is_dir()}
 
@@ -38,21 +45,24 @@ class LoadedModel:
     longest: int | None
 
 
-def neural_reward(
+def model_reward(
     spec: RewardModelSpec, cache: Path, say: Callable[[str], None], share: RewardShare | None = None
-) -> NeuralReward:
-    """The reward of a spec; the model is loaded when it starts. Raises GuiderailError for a broken reward.json.
+) -> ModelReward:
+    """Return the reward of a spec; its model is loaded when it starts. Raises GuiderailError for a broken reward.json.
 
     share: where it runs and its part of the memory there; None: on the CPU, or alone on the first GPU.
     """
+    if spec.reference is not None:
+        return implicit_reward(spec, spec.reference, cache, say, share)
 
-    def packed() -> tuple[Backend, Any, int | None]:
-        if share is not None and share.limit is not None:
-            import torch
+    def conversations(tokenizer: Any) -> ConversationEncoder:
+        return ConversationEncoder(tokenizer, at_end_of_turn=card is not None)
 
-            torch.cuda.set_per_process_memory_fraction(share.limit, share.device)
+    def packed() -> LoadedReward:
+        keep_to(share)
         model = load_model(spec.path, cache, spec.dtype, say, share.device if share is not None else None)
-        from guiderail.server.rewards.models.packed import PackedRunner, token_bytes
+        from guiderail.server.rewards.models.packed import PackedBackend, PackedRunner
+        from guiderail.server.rewards.models.packed_decoder import token_bytes
 
         say(_computes_in(spec, model.decoder.dtype))
         size = token_bytes(model.decoder)
@@ -62,13 +72,14 @@ def neural_reward(
         runner = PackedRunner(model.decoder, model.heads, capacity=capacity)
         runner.warm_up()
         longest = min(model.longest or runner.longest, runner.longest)
-        return PackedBackend(runner, len(model.heads)), model.tokenizer, longest
+        return LoadedReward(PackedBackend(runner, len(model.heads)), conversations(model.tokenizer), longest)
 
-    async def load() -> tuple[Backend, Any, int | None]:
+    async def load() -> LoadedReward:
         if spec.backend == "packed":
             return await asyncio.get_running_loop().run_in_executor(scoring_thread(), packed)
         if spec.urls:
-            return await _connect(spec, cache, say)
+            pooler, tokenizer = await _connect(spec, cache, say)
+            return LoadedReward(pooler, conversations(tokenizer), pooler.longest)
         from transformers import AutoTokenizer
 
         from guiderail.server.engines.vllm.pooling import build_pooling
@@ -76,25 +87,26 @@ def neural_reward(
         loop = asyncio.get_running_loop()
         folder = await loop.run_in_executor(scoring_thread(), classifier_folder, spec.path, cache, say)
         settings = await loop.run_in_executor(scoring_thread(), pooling_settings, spec, folder, share, say)
-        pooler = await build_pooling(settings)
-        say(_computes_in(spec, pooler.dtype))
-        return pooler, AutoTokenizer.from_pretrained(folder), pooler.longest
+        engine = await build_pooling(settings)
+        say(_computes_in(spec, engine.dtype))
+        return LoadedReward(engine, conversations(AutoTokenizer.from_pretrained(folder)), engine.longest)
 
     card = head_card(spec.path)
     last_tokens = (card or {}).get("max_tokens")
     kind = RemoteReward if spec.urls else NeuralReward
-    return kind(
-        load, spec.head, at_end_of_turn=card is not None, last_tokens=last_tokens,
-        identity=lambda: _identity(spec, cache),
-    )  # fmt: skip
+    return kind(load, spec.head, last_tokens=last_tokens, identity=lambda: _identity(spec, cache))
 
 
 def check_source(name: str, spec: RewardModelSpec) -> None:
-    """Refuses a `--reward NAME=PATH` that can be seen to lead nowhere, before anything takes its time.
+    """Refuse a `--reward NAME=PATH` that can be seen to lead nowhere, before anything takes its time.
 
     Raises GuiderailError naming the reward.
     """
     flag = f"--reward {name}:"
+    for path in (spec.path, spec.reference) if spec.reference is not None else ():
+        if head_card(path) is not None:
+            raise GuiderailError(f"{flag} {path} is a reward head; policy and reference must be language models")
+        catalogue.check_name(path, flag)
     card = head_card(spec.path)
     if card is not None:
         catalogue.check_name(str(card.get("base")), f"{flag} its base")
@@ -111,14 +123,14 @@ def _computes_in(spec: RewardModelSpec, dtype: Any) -> str:
 
 
 def _identity(spec: RewardModelSpec, cache: Path) -> str:
-    """What tells a model's weights apart; of a remote one only its name is known."""
+    """Return what tells a model's weights apart; of a remote one only its name is known."""
     if spec.urls:
         return f"remote-{spec.model or spec.path}"
     return fingerprint(str(head_folder(spec.path)) if head_card(spec.path) else catalogue.resolve(spec.path, cache))
 
 
-async def _connect(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]) -> tuple[Backend, Any, int | None]:
-    """The remote servers of a spec, and the tokenizer of its path."""
+async def _connect(spec: RewardModelSpec, cache: Path, say: Callable[[str], None]) -> tuple[RemotePooler, Any]:
+    """Connect to the remote servers of a spec; return them and the tokenizer of its path."""
     key = api_key(spec.key_env)
     if key == "":
         raise GuiderailError(f"key_env={spec.key_env}: this environment variable is not set, or empty")
@@ -126,11 +138,11 @@ async def _connect(spec: RewardModelSpec, cache: Path, say: Callable[[str], None
     tokenizer, heads = await loop.run_in_executor(scoring_thread(), _description, spec.path, cache, say)
     probe = tokenizer("How many heads do you have?")["input_ids"]
     pooler = await connect(spec.urls, probe=probe, model=spec.model, key=key, heads=heads)
-    return pooler, tokenizer, pooler.longest
+    return pooler, tokenizer
 
 
 def _description(path: str, cache: Path, say: Callable[[str], None]) -> tuple[Any, int | None]:
-    """A model's tokenizer, and how many heads it has (None where only the server knows)."""
+    """Return a model's tokenizer and its number of heads (None where only the server knows)."""
     from safetensors import safe_open
     from transformers import AutoTokenizer, PretrainedConfig
 
@@ -148,7 +160,7 @@ def _description(path: str, cache: Path, say: Callable[[str], None]) -> tuple[An
 
 
 def classifier_folder(path: str, cache: Path, say: Callable[[str], None] = lambda text: None) -> str:
-    """A folder or Hub id that vLLM loads as a sequence classifier; a reward head is joined to its base, once.
+    """Return a folder or Hub id that vLLM loads as a sequence classifier; a reward head is joined to its base, once.
 
     Nothing is rounded on the way: the base keeps the dtype that it is stored in, the heads are float32.
     """
@@ -168,7 +180,7 @@ def classifier_folder(path: str, cache: Path, say: Callable[[str], None] = lambd
 
 
 def write_classifier(model: LoadedModel, base: Path, target: Path) -> None:
-    """Writes decoder, heads and tokenizer as a Hugging Face sequence classifier into a new folder."""
+    """Write decoder, heads and tokenizer as a Hugging Face sequence classifier into a new folder."""
     from safetensors.torch import save_file
 
     target.mkdir()
@@ -188,12 +200,12 @@ def write_classifier(model: LoadedModel, base: Path, target: Path) -> None:
 
 
 def head_folder(path: str) -> Path:
-    """Where a reward head of this name or path would be."""
+    """Return the folder of a reward head of this name or path, whether there is one or not."""
     return BUNDLED.get(path, Path(path).expanduser())
 
 
 def head_card(path: str) -> dict[str, Any] | None:
-    """What reward.json says of a reward head; None if there is none. Raises GuiderailError if it is broken."""
+    """Return a reward head's reward.json; None if there is none. Raises GuiderailError if it is broken."""
     file = head_folder(path) / "reward.json"
     if not file.is_file():
         return None
@@ -216,18 +228,11 @@ def load_model(
     say: Callable[[str], None] = lambda text: None,
     device: str | None = None,
 ) -> LoadedModel:
-    """Loads a reward model onto a device (None: the GPU if there is one, else the CPU), in a dtype of torch.
-
-    "auto" is bfloat16 on a GPU, on a CPU what server/models/processor.py chooses; "stored" leaves the model's weights
-    in what its files hold. Raises GuiderailError.
-    """
+    """Load a reward model; device and dtype as in device_and_dtype. Raises GuiderailError."""
     import torch
     from transformers import AutoTokenizer
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else auto_dtype()
-    kind = "auto" if dtype == "stored" else getattr(torch, dtype)
+    device, kind = device_and_dtype(device, dtype)
     card = head_card(path)
     if card is not None:
         return _load_head(head_folder(path), card, cache, kind, device, say)

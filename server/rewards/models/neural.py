@@ -1,40 +1,36 @@
 """Reward models as rewards: texts under the model's own chat template, scored by the packed runner.
 
-One thread owns a model's runner, so scoring never runs on the event loop and calls of many requests are
-scored one batch after another. Raw head values come out, without sigmoid or normalisation.
+A model's backend owns a thread or a process, so scoring never runs on the event loop and calls of many requests
+are scored one batch after another. Raw head values come out, without sigmoid or normalisation.
 """
 
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from guiderail.guides.core import guide as base
 from guiderail.guides.core.guide import ScoreResult
-from guiderail.guides.core.reward import Reward, Services, begun
+from guiderail.guides.core.reward import Services, begun
 from guiderail.guides.core.types import Answer, ScoreGroup
 from guiderail.server.engines.engine_stats import RunnerStats
-from guiderail.server.rewards.conversation import Conversations, Rendered, TooLong, windows
+from guiderail.server.rewards.models.backend import Backend, ModelReward
+from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder, Rendered, TooLong, windows
 
 
-class Backend(Protocol):
-    """What scores token sequences: the packed runner, a vLLM pooling engine here, or such servers elsewhere."""
+@dataclass(frozen=True, slots=True)
+class LoadedReward:
+    """A running model, its template and tokenizer, and the tokens of the longest input (None: no limit)."""
 
-    heads: int
-    stats: RunnerStats
-
-    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """[S][heads] raw values after the last token of each sequence."""
-        ...
-
-    async def close(self) -> None: ...
+    backend: Backend
+    conversations: ConversationEncoder
+    longest: int | None
 
 
-class NeuralReward(Reward):
+class NeuralReward(ModelReward):
     """A reward model's raw value of the answer to the conversation (its own tokenizer and chat template)."""
 
     class Params(base.Params):
@@ -57,44 +53,39 @@ class NeuralReward(Reward):
 
     def __init__(
         self,
-        load: Callable[[], Awaitable["tuple[Backend, Any, int | None]"]],
+        load: Callable[[], Awaitable[LoadedReward]],
         head: int = 0,
         *,
-        at_end_of_turn: bool = False,
         last_tokens: int | None = None,
         identity: Callable[[], str] | None = None,
     ) -> None:
-        """`load` returns the backend, the tokenizer and the longest input (None: no limit).
+        """`load` is called once, by `start`.
 
-        at_end_of_turn: score at the token that ends the answer's turn, where reward heads are trained, and
-        not after what a template puts behind it (ChatML: a line break), where sequence classifiers are.
         last_tokens: the model was trained on so many tokens at the end of a conversation; longer ones are cut to them
         unless the request says otherwise (`long`), and without it refused where they are longer than the model reads.
         identity: tells the weights apart from others, once they are loaded.
         """
         self._identity = identity
         self._load = load
-        self._at_end_of_turn = at_end_of_turn
         self._last_tokens = last_tokens
         self._head = head
         self._backend: Backend | None = None
-        self._tokenizer: Any = None
-        self._conversations: Conversations | None = None
+        self._conversations: ConversationEncoder | None = None
         self._longest: int | None = None
 
     async def start(self, services: Services) -> None:
-        backend, self._tokenizer, self._longest = await self._load()
-        self._conversations = Conversations(self._tokenizer, at_end_of_turn=self._at_end_of_turn)
-        self._backend = backend
-        if not 0 <= self._head < backend.heads:
-            raise ValueError(f"head={self._head}, but the model has heads 0 to {backend.heads - 1}")
+        loaded = await self._load()
+        self._conversations, self._longest = loaded.conversations, loaded.longest
+        self._backend = loaded.backend
+        if not 0 <= self._head < loaded.backend.heads:
+            raise ValueError(f"head={self._head}, but the model has heads 0 to {loaded.backend.heads - 1}")
 
     @property
     def stats(self) -> RunnerStats | None:
         """Counts of the backend, once it is loaded."""
         return self._backend.stats if self._backend is not None else None
 
-    def check(self, params: Any, services: Services) -> None:
+    def check(self, params: Params, services: Services) -> None:
         if params.heads is not None and self._backend is not None and len(params.heads) != self._backend.heads:
             raise ValueError(f"'heads' has {len(params.heads)} weights; the model has {self._backend.heads} heads")
 
@@ -103,7 +94,7 @@ class NeuralReward(Reward):
         return f"{weights}-head{self._head}"
 
     async def close(self) -> None:
-        """Frees the model."""
+        """Free the model."""
         if self._backend is not None:
             await self._backend.close()
 
@@ -130,13 +121,13 @@ class NeuralReward(Reward):
             results.append(ScoreResult(tuple(scored), tokens, tuple(sorted(warnings - {""}))))
         return results
 
-    def _mix(self, heads: Sequence[float], params: Any) -> float:
+    def _mix(self, heads: Sequence[float], params: Params) -> float:
         if params.heads is None:
             return heads[self._head]
         return math.fsum(weight * value for weight, value in zip(params.heads, heads, strict=True))
 
     def _texts(self, group: ScoreGroup, answer: Answer) -> list[Rendered]:
-        """What to score for one answer: with steps every marked part of it, and last the whole answer."""
+        """Return the texts to score for one answer: with steps every marked part of it, and last the whole answer."""
         assert self._conversations is not None
         render, mark = self._conversations.render, group.params.steps
         whole = render(group.messages, answer.text, partial=answer.partial)
@@ -149,7 +140,7 @@ class NeuralReward(Reward):
         return [*(render(before, text, partial=True) for text in ends), whole]
 
     def _encode(self, texts: Sequence[tuple[Rendered, str | None]]) -> list[tuple[list[list[int]], str]]:
-        """The windows to score of each text, whose `long` stands beside it, and a warning or ""."""
+        """Return the windows to score of each text, whose `long` stands beside it, and a warning or ""."""
         assert self._conversations is not None
         encoded = self._conversations.encode([text for text, _ in texts])
         return [self._windows(ids, text.ended, long) for ids, (text, long) in zip(encoded, texts, strict=True)]
@@ -182,33 +173,3 @@ def _aggregate(values: Sequence[float], how: str) -> float:
         case "sum":
             return sum(values)
     return values[-1]
-
-
-@cache
-def scoring_thread() -> ThreadPoolExecutor:
-    """The one thread of this process that runs torch, for all reward models, their loading included.
-
-    GNU OpenMP keeps a pool of workers for each thread that ever ran a parallel region. As soon as there are
-    more of them than cores it stops spinning at barriers, which makes scoring a third slower on two cores.
-    Its priority is the engine's: at a lower one it starved while idle vLLM processes polled for work.
-    """
-    return ThreadPoolExecutor(1, "guiderail-reward")
-
-
-class PackedBackend:
-    """Backend over a PackedRunner, which the scoring thread owns."""
-
-    def __init__(self, runner: Any, heads: int) -> None:
-        self._runner = runner
-        self.heads = heads
-        self.stats: RunnerStats = runner.stats
-
-    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        loop = asyncio.get_running_loop()
-        values: list[list[float]] = await loop.run_in_executor(
-            scoring_thread(), lambda: self._runner.score(sequences).tolist()
-        )
-        return values
-
-    async def close(self) -> None:
-        self._runner = None

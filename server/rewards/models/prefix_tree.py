@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 
 class NoRoom(Exception):
@@ -20,18 +21,20 @@ class NoRoom(Exception):
 
 @dataclass(eq=False)
 class Node:
-    """Consecutive tokens, the slots of their keys and values, and what was scored after the last of them.
+    """Consecutive tokens, the slots of their keys and values, and what was computed from their hidden states.
 
-    `ready` is False until the runner has computed the node; `score` is None until asked for. The slots of a
-    `passing` node hold nothing afterwards.
+    `ready` is False until the runner has computed the node. score: a reward head's values after the last token, None
+    until asked for. logprobs: of each token after the ones before it, float32, NaN until asked for; None: all of them.
+    The slots of a `passing` node hold nothing afterwards.
     """
 
     tokens: tuple[int, ...]
-    slots: np.ndarray[Any, np.dtype[np.int64]]
+    slots: npt.NDArray[np.int64]
     start: int
     parent: "Node | None"
     ready: bool = False
     score: Any = None
+    logprobs: npt.NDArray[np.float32] | None = None
     used: int = 0
     pinned: bool = False
     passing: bool = False
@@ -59,7 +62,7 @@ class PrefixTree:
         return self.capacity - self._n_free
 
     def insert(self, tokens: Sequence[int], *, may_pass: bool = False) -> Node:
-        """The node that ends with `tokens` (not empty), made and split as needed, and pinned with its ancestors.
+        """Return the node that ends with `tokens` (not empty), made and split as needed, pinned with its ancestors.
 
         may_pass: where pinned nodes leave too few slots for the new tokens, they become a passing node.
         Raises NoRoom if they may not, or if a passing node would have to be kept as others go on from it; the tree is
@@ -83,7 +86,7 @@ class PrefixTree:
         return node
 
     def missing(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens` lie in no node yet."""
+        """Return the number of `tokens` that lie in no node yet."""
         node, at = self.root, 0
         while at < len(tokens):
             child = node.children.get(tokens[at])
@@ -95,8 +98,34 @@ class PrefixTree:
                 break
         return len(tokens) - at
 
+    def known(self, tokens: Sequence[int], start: int) -> int:
+        """Return the first position from `start` on whose token has no log-probability yet; len(tokens) if all do."""
+        node, at = self.root, 0
+        while at < len(tokens) and (child := node.children.get(tokens[at])) is not None:
+            common = _common(child.tokens, tokens, at)
+            first = max(0, start - at)
+            if first < common:
+                if child.logprobs is None:
+                    return at + first
+                unknown = np.flatnonzero(np.isnan(child.logprobs[first:common]))
+                if len(unknown):
+                    return at + first + int(unknown[0])
+            node, at = child, at + common
+            if common < len(child.tokens):
+                break
+        return min(max(at, start), len(tokens))
+
+    def reopen(self, end: Node, position: int) -> None:
+        """Let what is ready of the path to `end` be computed again from a position on, in the slots that it has."""
+        node: Node | None = end
+        while node is not None and node.end > position:
+            if node.ready and node.start < position:
+                self._split(node, position - node.start)
+            node.ready = False
+            node = node.parent
+
     def split_last(self, node: Node) -> Node:
-        """A ready node whose score was never asked for: its last token becomes a node to be computed again."""
+        """Make the last token of a ready node without a score a node to be computed again, and return that."""
         if len(node.tokens) > 1:
             head = self._split(node, len(node.tokens) - 1)
             self._touch(head)
@@ -104,14 +133,14 @@ class PrefixTree:
         return node
 
     def unpin(self) -> None:
-        """Ends a batch: every node may be evicted again, and passing ones are gone."""
+        """End a batch: every node may be evicted again, and passing ones are gone."""
         for node in list(self.walk()):
             node.pinned = False
             if node.passing:
                 self._unlink(node)
 
     def drop_unready(self) -> None:
-        """Removes nodes that were never computed (their batch failed), with all beneath them."""
+        """Remove nodes that were never computed (their batch failed), with all beneath them."""
         for node in [n for n in self.walk() if not n.ready and n.parent is not None and n.parent.ready]:
             for each in list(_subtree(node)):
                 if not each.passing:
@@ -119,7 +148,7 @@ class PrefixTree:
             self._unlink(node)
 
     def walk(self) -> Iterator[Node]:
-        """All nodes, parents before children."""
+        """Iterate over all nodes, parents before children."""
         return _subtree(self.root)
 
     def _touch(self, node: Node) -> None:
@@ -137,26 +166,28 @@ class PrefixTree:
         return node
 
     def _keep(self, node: Node) -> None:
-        """Gives a passing node slots, as others will read it."""
+        """Give a passing node slots, as others will read it."""
         node.slots, node.passing = self._take(len(node.tokens)), False
 
     def _split(self, node: Node, length: int) -> Node:
-        """Puts the node's first `length` tokens into a new parent of it, which is returned."""
+        """Put the node's first `length` tokens into a new parent of it and return that."""
         assert node.parent is not None
         head = Node(node.tokens[:length], node.slots[:length], node.start, node.parent, node.ready, used=node.used)
         head.pinned = node.pinned
+        if node.logprobs is not None:
+            head.logprobs, node.logprobs = node.logprobs[:length], node.logprobs[length:]
         node.parent.children[head.tokens[0]] = head
         node.tokens, node.slots, node.start, node.parent = node.tokens[length:], node.slots[length:], head.end, head
         head.children[node.tokens[0]] = node
         return head
 
-    def _take(self, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _take(self, count: int) -> npt.NDArray[np.int64]:
         if self._n_free < count:
             self._evict(count)
         self._n_free -= count
         return self._free[self._n_free : self._n_free + count][::-1].copy()
 
-    def _release(self, slots: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    def _release(self, slots: npt.NDArray[np.int64]) -> None:
         self._free[self._n_free : self._n_free + len(slots)] = slots[::-1]
         self._n_free += len(slots)
 
@@ -189,7 +220,7 @@ def _subtree(node: Node) -> Iterator[Node]:
 
 
 def _common(tokens: tuple[int, ...], other: Sequence[int], at: int) -> int:
-    """How many of `tokens` equal other[at:]."""
+    """Return the number of leading `tokens` that equal those of other[at:]."""
     limit = min(len(tokens), len(other) - at)
     for i in range(limit):
         if tokens[i] != other[at + i]:

@@ -67,7 +67,7 @@ async def connect(
 
 
 class RemotePooler:
-    """guiderail.server.rewards.models.neural.Backend over HTTP; made by `connect`.
+    """guiderail.server.rewards.models.backend.Backend over HTTP; made by `connect`.
 
     `stats` counts the tokens asked for: what the servers' caches saved is in their own metrics.
     """

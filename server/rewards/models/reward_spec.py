@@ -1,4 +1,4 @@
-"""What the operator says of a reward model: `--reward name=path[,option=value...]` or YAML. Imports nothing heavy."""
+"""The operator's words on a reward model: `--reward name=path[,option=value...]` or YAML. Imports nothing heavy."""
 
 from typing import Self
 
@@ -13,6 +13,12 @@ class RewardModelSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
+    reference: str | None = Field(
+        None,
+        min_length=1,
+        description="A causal language model: the reward is then the answer's log-likelihood ratio under `path`, the "
+        "policy, and it (DPO's implicit reward). Both have one tokenizer and run here, side by side.",
+    )
     backend: str = Field("packed", pattern="^(packed|vllm)$")
     head: int = Field(0, ge=0)
     dtype: str = Field("auto", pattern="^(auto|float32|float16|bfloat16)$")
@@ -46,7 +52,16 @@ class RewardModelSpec(BaseModel):
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        if self.url is None:
+        if self.reference is not None:
+            allowed, why = (
+                {"path", "reference", "backend", "dtype", "kv_gb", "device"},
+                "does not go with reference",
+            )
+            if self.backend != "packed":
+                raise ValueError("reference needs backend=packed")
+            if self.reference == self.path:
+                raise ValueError("policy and reference are the same, so the ratio is always 0")
+        elif self.url is None:
             allowed, why = (
                 {"path", "backend", "head", "dtype", "kv_gb", "device"},
                 "is for a remote server and needs url",
@@ -61,6 +76,9 @@ class RewardModelSpec(BaseModel):
 
 
 def parse_flag(text: str) -> tuple[str, dict[str, str]]:
-    """Splits name=path[,key=value...]. Raises GuiderailError."""
-    usage = "--reward takes NAME=PATH[,backend=packed|vllm][,head=0][,dtype=auto][,device=cuda:1][,url=http://...]"
+    """Split name=path[,key=value...]. Raises GuiderailError."""
+    usage = (
+        "--reward takes NAME=PATH[,backend=packed|vllm][,head=0][,dtype=auto][,device=cuda:1][,url=http://...] "
+        "or NAME=POLICY,reference=REFERENCE[,dtype=auto][,device=cuda:1]"
+    )
     return named_options(text, "path", usage)

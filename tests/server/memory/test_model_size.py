@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from guiderail.server.memory.model_size import header, shape, weight_bytes, width
-from guiderail.server.rewards.models.packed import token_bytes
+from guiderail.server.rewards.models.packed_decoder import token_bytes
 
 LLAMA_8B = LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,

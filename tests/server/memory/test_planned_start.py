@@ -73,9 +73,9 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
             placed.append(share.device if share else "anywhere")
             return neural(spec, cache, say, share and replace(share, device="cpu", limit=None))
 
-        placement, neural = serve.place, serve.neural_reward
+        placement, neural = serve.place, serve.model_reward
         monkeypatch.setattr(serve, "place", place)
-        monkeypatch.setattr(serve, "neural_reward", on_cpu)
+        monkeypatch.setattr(serve, "model_reward", on_cpu)
         return placed
 
     return pretend

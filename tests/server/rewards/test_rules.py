@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from guiderail.guides.core.reward import Services, TextReward
-from guiderail.server.rewards.llm_judge import yes_probability
 from guiderail.server.rewards.rules import JsonSchema, Keywords, Length, Regex, content_words
+from guiderail.server.rewards.verdicts import probability_of_first
 
 SERVICES: Any = Services(engine=None, renderer=None)  # type: ignore[arg-type]
 
@@ -106,8 +106,8 @@ def test_bad_parameters_are_refused(reward: TextReward, params: dict[str, Any], 
         score(reward, "", **params)
 
 
-def test_yes_probability() -> None:
-    assert yes_probability(-1.0, -1.0) == 0.5
-    assert yes_probability(-2.0, -1.0) == pytest.approx(1 / (1 + 2.718281828))
-    assert yes_probability(-1e9, -1.0) == pytest.approx(0.0)
-    assert yes_probability(-1.0, -1e9) == 1.0
+def test_probability_of_first() -> None:
+    assert probability_of_first(-1.0, -1.0) == 0.5
+    assert probability_of_first(-2.0, -1.0) == pytest.approx(1 / (1 + 2.718281828))
+    assert probability_of_first(-1e9, -1.0) == pytest.approx(0.0)
+    assert probability_of_first(-1.0, -1e9) == 1.0

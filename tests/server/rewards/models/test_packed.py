@@ -7,33 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModel,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from tiny_configs import CONFIGS, SMALL
+from transformers import AutoModel
 
 from guiderail.server.engines.vllm.native_ops import native_ops
 from guiderail.server.rewards.models.cpu_rotary import speed_up_rotary
 from guiderail.server.rewards.models.packed import PackedRunner
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "attention_dropout": 0.0,
-}  # fmt: skip
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SMALL),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(**SMALL),
-    "mistral with a window": MistralConfig(**SMALL, sliding_window=16),
-    "gemma2 with soft-cap and window": Gemma2Config(**SMALL, sliding_window=16, query_pre_attn_scalar=16),
-    "gemma3": Gemma3TextConfig(**SMALL, sliding_window=16, query_pre_attn_scalar=16),
-}
 
 
 def build(

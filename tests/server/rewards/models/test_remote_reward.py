@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from scripted_pooling import NO_SERVICES, ScriptedPooling, drop, group, logits, pooler, served
-from tiny_reward import tiny_head
+from tiny_reward import tiny_head, tiny_tokenizer
 from waiting import until
 
 from guiderail.guides.core.errors import RewardFailed
@@ -189,7 +189,7 @@ class TestFaults:
     async def test_a_failure_fails_the_requests_that_use_it(self, server: ScriptedPooling, tmp_path: Path) -> None:
         reward = served(tiny_head(tmp_path), url=server.url)
         await reward.start(NO_SERVICES)
-        bad = reward._tokenizer("w9")["input_ids"][0]
+        bad = tiny_tokenizer()("w9")["input_ids"][0]
 
         async def fault(request: web.Request) -> web.Response | None:
             sequences = (await request.json())["input"]

@@ -116,7 +116,7 @@ class TestStart:
             server.seen.clear()
             await reward.score([group(" ".join(WORDS * 2))])
             await reward.close()
-            ids = reward._tokenizer("<s> user w1 w2 </s> <s> assistant " + " ".join(WORDS * 2) + " </s>")["input_ids"]
+            ids = tiny_tokenizer()("<s> user w1 w2 </s> <s> assistant " + " ".join(WORDS * 2) + " </s>")["input_ids"]
             assert server.seen[0]["input"] == [ids[-12:]]
             reward = served(str(tmp_path / "base"), url=server.url)
             await reward.start(NO_SERVICES)

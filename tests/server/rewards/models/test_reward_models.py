@@ -12,8 +12,8 @@ from guiderail.guides.core.errors import GuiderailError
 from guiderail.guides.core.types import Answer, Message, ScoreGroup, TokenPrompt
 from guiderail.server.memory import kv_pool
 from guiderail.server.memory.shares import RewardShare
-from guiderail.server.rewards.models import room
-from guiderail.server.rewards.models.loading import load_model, neural_reward
+from guiderail.server.rewards.models import model_resources
+from guiderail.server.rewards.models.loading import load_model, model_reward
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec, parse_flag
 
 SERVICES: Any = None
@@ -46,7 +46,7 @@ async def test_a_head_scores_what_it_was_trained_on(length: int, tmp_path: Path)
     assert (cut > 0) == (length != 5)
     whole, _ = trained_features(head, answer, 1000)
     weight = load_file(f"{head}/head.safetensors")["score.weight"]
-    reward = neural_reward(RewardModelSpec(path=head, dtype="float32"), tmp_path, print)
+    reward = model_reward(RewardModelSpec(path=head, dtype="float32"), tmp_path, print)
     await reward.start(SERVICES)
     (result,) = await reward.score([group(Answer(answer), params=reward.Params())])
     await reward.close()
@@ -58,7 +58,7 @@ async def test_a_head_scores_what_it_was_trained_on(length: int, tmp_path: Path)
 
 async def test_a_partial_answer_is_cut_on_the_same_side(tmp_path: Path) -> None:
     head = tiny_head(tmp_path, max_tokens=10)
-    reward = neural_reward(RewardModelSpec(path=head, dtype="float32"), tmp_path, print)
+    reward = model_reward(RewardModelSpec(path=head, dtype="float32"), tmp_path, print)
     await reward.start(SERVICES)
     words = WORDS[3:43]
     answers = [Answer(" ".join(each), partial=True) for each in (words, words[-10:], words[-9:])]
@@ -73,7 +73,7 @@ async def test_it_reads_all_that_the_model_reads_by_default(tmp_path: Path, monk
     """Though the least that every model gets (1 MiB here, 2,048 tokens) would not hold it."""
     monkeypatch.setattr(kv_pool, "LEAST_POOL", 2**20)
     head = tiny_head(tmp_path, positions=2540)
-    reward = neural_reward(RewardModelSpec(path=head, dtype="float32"), tmp_path, print)
+    reward = model_reward(RewardModelSpec(path=head, dtype="float32"), tmp_path, print)
     await reward.start(SERVICES)
     (result,) = await reward.score([group(Answer(" ".join(WORDS * 31)), params=reward.Params())])
     assert result.tokens == 31 * 80 + 36
@@ -87,7 +87,7 @@ async def test_with_less_memory_it_reads_less_and_says_so(
     """1 MiB holds 2,048 tokens of the tiny model (512 bytes each)."""
     spec = RewardModelSpec(path=tiny_head(tmp_path, positions=30_000), dtype="float32", kv_gb=kv_gb)
     said: list[str] = []
-    reward = neural_reward(spec, tmp_path, said.append, share)
+    reward = model_reward(spec, tmp_path, said.append, share)
     await reward.start(SERVICES)
     assert any("reads 30,000 tokens, but there is memory for 2,048 of them (see kv_gb)" in line for line in said)
     fits, too_long = Answer(" ".join(WORDS * 25)), Answer(" ".join(WORDS * 26))
@@ -119,10 +119,10 @@ def test_a_pooling_engine_has_its_part(
 ) -> None:
     """On a GPU its share, of which vLLM takes what it measures to be left, unless keys and values were fixed."""
     cpu = device is None
-    monkeypatch.setattr(room, "on_cpu", lambda: cpu)
+    monkeypatch.setattr(model_resources, "on_cpu", lambda: cpu)
     tiny_head(tmp_path, positions=30_000)
     spec = RewardModelSpec(path="x", backend="vllm", dtype="float32" if cpu else "auto", **options)
-    made = room.pooling_settings(spec, str(tmp_path / "base"), share, print)
+    made = model_resources.pooling_settings(spec, str(tmp_path / "base"), share, print)
     assert (made.max_model_len, made.device) == (context, device)
     assert (made.kv_cache_gb is not None) == kv_gb
     assert made.gpu_memory_utilization == (share.utilization if share else 0.9)
@@ -130,7 +130,7 @@ def test_a_pooling_engine_has_its_part(
 
 def test_a_pooling_engine_of_a_kind_that_is_not_known_is_left_to_vllm(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "brand-new"}')
-    made = room.pooling_settings(RewardModelSpec(path="x", backend="vllm"), str(tmp_path), None, print)
+    made = model_resources.pooling_settings(RewardModelSpec(path="x", backend="vllm"), str(tmp_path), None, print)
     assert (made.max_model_len, made.kv_cache_gb) == (None, kv_pool.LEAST_POOL / 2**30)
 
 
@@ -149,14 +149,14 @@ async def test_it_runs_where_it_was_placed_within_its_limit(tmp_path: Path, monk
     )
     monkeypatch.setattr(loading, "load_model", load)
     spec = RewardModelSpec(path=tiny_head(tmp_path), dtype="float32")
-    reward = neural_reward(spec, tmp_path, print, RewardShare("cuda:1", kv=2**20, limit=0.25))
+    reward = model_reward(spec, tmp_path, print, RewardShare("cuda:1", kv=2**20, limit=0.25))
     await reward.start(SERVICES)
     await reward.close()
     assert (devices, limits) == (["cuda:1"], [(0.25, "cuda:1")])
 
 
 async def test_without_max_tokens_too_long_is_an_error(tmp_path: Path) -> None:
-    reward = neural_reward(RewardModelSpec(path=tiny_head(tmp_path)), tmp_path, print)
+    reward = model_reward(RewardModelSpec(path=tiny_head(tmp_path)), tmp_path, print)
     await reward.start(SERVICES)
     answers = (Answer("w1"), Answer(" ".join(WORDS)))
     with pytest.raises(ValueError, match=r"have 116 tokens; the model reads 96"):
@@ -187,7 +187,7 @@ def test_the_bundled_head_says_that_it_cuts() -> None:
 def test_a_broken_head_is_found_before_anything_starts(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "reward.json").write_text(content)
     with pytest.raises(GuiderailError, match=message):
-        neural_reward(RewardModelSpec(path=str(tmp_path)), tmp_path, print)
+        model_reward(RewardModelSpec(path=str(tmp_path)), tmp_path, print)
 
 
 def test_a_remote_flag() -> None:

@@ -14,8 +14,8 @@ from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.types import PROMPT, Answer, Message, ScoreGroup, TokenPrompt
 from guiderail.server.engines.engine_stats import RunnerStats
 from guiderail.server.metrics import Metrics
-from guiderail.server.rewards.conversation import Conversations, windows
-from guiderail.server.rewards.models.neural import NeuralReward
+from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder, windows
+from guiderail.server.rewards.models.neural import LoadedReward, NeuralReward
 from guiderail.server.scoring.batcher import BatchingScorer
 
 SERVICES: Any = None
@@ -32,7 +32,7 @@ def tokenizer(template: str | None = TEMPLATE) -> Any:
 
 
 def read(messages: tuple[Message, ...], answer: str, *, partial: bool = False, template: str | None = TEMPLATE) -> Any:
-    conversations = Conversations(tokenizer(template), at_end_of_turn=True)
+    conversations = ConversationEncoder(tokenizer(template), at_end_of_turn=True)
     (ids,) = conversations.encode([conversations.render(messages, answer, partial=partial)])
     return ids
 
@@ -116,9 +116,9 @@ async def reward(last: int | None, longest: int | None) -> tuple[NeuralReward, I
     backend = Insults()
 
     async def load() -> Any:
-        return backend, tokenizer(), longest
+        return LoadedReward(backend, ConversationEncoder(tokenizer(), at_end_of_turn=True), longest)
 
-    scored = NeuralReward(load, at_end_of_turn=True, last_tokens=last)
+    scored = NeuralReward(load, last_tokens=last)
     await scored.start(SERVICES)
     return scored, backend
 

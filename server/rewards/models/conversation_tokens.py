@@ -1,4 +1,4 @@
-"""A conversation and an answer as a reward model's token ids: its chat template, its tokenizer, windows of its length.
+"""Token ids of a conversation and an answer for a model: by its chat template, its tokenizer, in windows of its length.
 
 Texts of users and models are content. What looks like one of the tokenizer's control tokens there is encoded as the
 ordinary text that it is, so that no text can end its turn or begin another one.
@@ -21,14 +21,18 @@ class TooLong(RequestError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A text for the tokenizer in parts, `plain` where control tokens are content; ended: it ends with its turn."""
+    """A text for the tokenizer in parts, `plain` where control tokens are content.
+
+    ended: it ends with its turn. opens: it stands first, where a tokenizer without a template puts special tokens.
+    """
 
     parts: tuple[tuple[str, bool], ...]
     ended: bool
+    opens: bool = True
 
 
-class Conversations:
-    """Renders and encodes for one tokenizer."""
+class ConversationEncoder:
+    """Renders conversations and encodes them, for one tokenizer."""
 
     def __init__(self, tokenizer: Any, *, at_end_of_turn: bool = False) -> None:
         """at_end_of_turn: drop what a template puts behind the token that ends the answer's turn."""
@@ -39,7 +43,7 @@ class Conversations:
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
 
     def render(self, messages: Sequence[Message], answer: str, *, partial: bool) -> Rendered:
-        """The conversation with an answer, which goes on with a last message of the assistant.
+        """Render the conversation with an answer, which goes on with a last message of the assistant.
 
         Raises RequestError for a conversation that the chat template refuses. A system message that it has no place
         for stands before the first user message.
@@ -62,25 +66,43 @@ class Conversations:
             text = text.rstrip()
         return Rendered(self._split(text, mark), ended=not goes_on and self._at_end_of_turn)
 
+    def divide(self, messages: Sequence[Message], answer: str, *, partial: bool) -> tuple[Rendered, Rendered]:
+        """Render as `render` does, in two: what the answer goes on from, and the answer with what ends its turn.
+
+        A language model reads the two one after the other, each in tokens of its own. Raises RequestError.
+        """
+        cut = _unused("".join((answer, *(m.content for m in messages))))
+        whole = self.render(messages, cut + answer, partial=partial)
+        found = [i for i, (text, _) in enumerate(whole.parts) if cut in text]
+        if len(found) != 1 or whole.parts[found[0]][0].count(cut) != 1:
+            raise RequestError("the model's chat template does not show the answer once", "messages")
+        at = found[0]
+        text, plain = whole.parts[at]
+        before, after = text.split(cut)
+        first = Rendered((*whole.parts[:at], (before, plain)), ended=False)
+        return first, Rendered(((after, plain), *whole.parts[at + 1 :]), whole.ended, opens=False)
+
     def encode(self, texts: Sequence[Rendered]) -> list[list[int]]:
-        """Token ids of each text."""
+        """Return the token ids of each text."""
+        kinds = [(t.parts[0][1], t.opens) if len(t.parts) == 1 else None for t in texts]  # most have one part
         found = {
-            plain: iter(
-                self._ids([t.parts[0][0] for t in texts if len(t.parts) == 1 and t.parts[0][1] is plain], plain)
-            )
-            for plain in (False, True)
+            kind: iter(self._ids([t.parts[0][0] for t, each in zip(texts, kinds, strict=True) if each == kind], *kind))
+            for kind in dict.fromkeys(kinds)
+            if kind is not None
         }
         return [
-            next(found[text.parts[0][1]])
-            if len(text.parts) == 1
-            else [token for part, plain in text.parts for token in self._ids([part], plain)[0]]
-            for text in texts
+            next(found[kind])
+            if kind is not None
+            else [
+                token
+                for i, (part, plain) in enumerate(text.parts)
+                for token in self._ids([part], plain, text.opens and i == 0)[0]
+            ]
+            for text, kind in zip(texts, kinds, strict=True)
         ]
 
-    def _ids(self, texts: list[str], plain: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        add = not self._tokenizer.chat_template
+    def _ids(self, texts: list[str], plain: bool, opens: bool) -> list[list[int]]:
+        add = opens and not self._tokenizer.chat_template
         ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=add, split_special_tokens=plain)["input_ids"]
         return ids
 
@@ -104,11 +126,10 @@ class Conversations:
         return text
 
     def _mark(self, *contents: str) -> str:
-        """A character that is in none of the contents; "" where they have no control tokens to mark."""
+        """Return a character that is in none of the contents; "" where they have no control tokens to mark."""
         if self._special is None or not any(self._special.search(content) for content in contents):
             return ""
-        used = set("".join(contents))
-        return next(chr(code) for code in PRIVATE if chr(code) not in used)
+        return _unused("".join(contents))
 
     def _marked(self, content: str, mark: str) -> str:
         if not mark or self._special is None:
@@ -121,12 +142,18 @@ class Conversations:
         return tuple((piece, i % 2 == 1) for i, piece in enumerate(pieces) if piece) or (("", False),)
 
 
+def _unused(text: str) -> str:
+    """Return a character of no meaning that is not in the text."""
+    used = set(text)
+    return next(chr(code) for code in PRIVATE if chr(code) not in used)
+
+
 def _refused(error: Exception) -> RequestError:
     return RequestError(f"the reward model's chat template refuses the conversation: {error}", "messages")
 
 
 def windows(ids: list[int], size: int, *, end: bool) -> list[list[int]]:
-    """All of a sequence in overlapping windows of at most `size` tokens, the last one first.
+    """Return all of a sequence in overlapping windows of at most `size` tokens, the last one first.
 
     A reward is read at a window's end, and what lies far before that says little there: the ends are a quarter of
     `size` apart, and the first windows are shorter, so that no token is far from the end of some window.

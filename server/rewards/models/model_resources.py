@@ -1,6 +1,7 @@
-"""How much memory a reward model that runs here gets for keys and values, and how long a text it reads with that."""
+"""Device, dtype and memory of a reward model that runs here, and how long a text it reads with that memory."""
 
 from collections.abc import Callable
+from typing import Any
 
 from guiderail.server.engines.vllm.engine_args import EngineSettings
 from guiderail.server.engines.vllm.environment import on_cpu
@@ -14,6 +15,28 @@ LEAST_TOKENS = 1024  # however little the operator gives
 BLOCK = 128  # tokens, a multiple of vLLM's blocks
 
 
+def device_and_dtype(device: str | None, dtype: str) -> tuple[str, Any]:
+    """Return the device (None: the GPU if there is one, else the CPU) and torch's dtype, or "auto" for "stored".
+
+    The dtype "auto" is bfloat16 on a GPU, on a CPU what server/models/cpu_features.py chooses; "stored" is what the
+    model's files hold.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else auto_dtype()
+    return device, "auto" if dtype == "stored" else getattr(torch, dtype)
+
+
+def keep_to(share: RewardShare | None) -> None:
+    """Hold this process to its part of a GPU's memory, where there is a plan of it."""
+    if share is not None and share.limit is not None:
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(share.limit, share.device)
+
+
 def pool_tokens(
     spec: RewardModelSpec,
     share: RewardShare | None,
@@ -23,10 +46,10 @@ def pool_tokens(
     *,
     on_cpu: bool,
 ) -> int:
-    """Tokens whose keys and values a reward model keeps: as the operator says, as was planned, or what it reads.
+    """Return the tokens whose keys and values a model keeps: as the operator says, as planned, or all that it reads.
 
-    reads: tokens of the longest text (None: no limit), kv_token: bytes of one. Says if there is memory for less than it
-    reads. Raises GuiderailError if there is next to none.
+    reads: tokens of the longest text (None: no limit). kv_token: bytes of one token. `say` hears of memory for less
+    than it reads. Raises GuiderailError if there is next to none.
     """
     if spec.kv_gb is not None:
         kv = int(spec.kv_gb * GIB)
@@ -43,7 +66,7 @@ def pool_tokens(
 def pooling_settings(
     spec: RewardModelSpec, folder: str, share: RewardShare | None, say: Callable[[str], None]
 ) -> EngineSettings:
-    """How a pooling engine is started. One that has memory for less than its model reads gets a shorter context."""
+    """Return the settings of a pooling engine: with memory for less than its model reads it gets a shorter context."""
     cpu = on_cpu()
     dtype = auto_dtype() if cpu and spec.dtype == "auto" else spec.dtype
     found = read_shape(folder, dtype)

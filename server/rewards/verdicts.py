@@ -1,0 +1,55 @@
+"""A verdict of the served model between two words, read from the log-probabilities of its reply's first token.
+
+It costs a prompt for each word and no generation. Texts stand in the prompt as quotes, so that nothing in them can look
+like a part of it: each line begins with "> ", and what could be a special token of some tokenizer is broken up.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+from guiderail.guides.core.reward import Services
+from guiderail.guides.core.types import Message, TokenPrompt
+
+# <|im_end|>, </s>, <start_of_turn>, [INST], [CLS]: a space after the bracket makes ordinary text of them.
+_SPECIAL = re.compile(r"(?<=<)(?=[^\s<>]+>)|(?<=\[)(?=/?[A-Z_]+\])")
+
+
+def quoted(text: str) -> str:
+    """Return the text as a quote, line by line."""
+    return "\n".join("> " + _SPECIAL.sub(" ", line) for line in text.splitlines() or [""])
+
+
+class Verdicts:
+    """Asks the served model for one of two words."""
+
+    def __init__(self, services: Services, words: tuple[str, str], refusal: str) -> None:
+        """Raises ValueError with `refusal` if the tokenizer cannot tell the first tokens of the words apart."""
+        self._services = services
+        # After a template's generation prompt the reply starts at once, after "Reply:" with a space.
+        space = "" if services.renderer.has_chat_template else " "
+        first, second = (services.renderer.encode(space + word)[0] for word in words)
+        if first == second:
+            raise ValueError(refusal)
+        self._tokens = ((first,), (second,))
+
+    def prompt(self, text: str, adapter: str | None = None) -> TokenPrompt:
+        """Return the question `text` as the served model, or an adapter of it, is to read it."""
+        renderer = self._services.renderer
+        if renderer.has_chat_template:
+            ids = renderer.render([Message("user", text)]).token_ids
+        else:
+            ids = tuple(renderer.encode(text + "\nReply:", add_special_tokens=True))
+        return TokenPrompt(ids, adapter)
+
+    async def first(self, prompts: Sequence[TokenPrompt]) -> list[float]:
+        """Return the probability of the first word against the second for each prompt. Raises as the engine does."""
+        rows = await self._services.engine.answer_logprobs(
+            [prompt for prompt in prompts for _ in self._tokens], self._tokens * len(prompts)
+        )
+        return [probability_of_first(one[0], other[0]) for one, other in zip(rows[::2], rows[1::2], strict=True)]
+
+
+def probability_of_first(first: float, second: float) -> float:
+    """Return exp(first) / (exp(first) + exp(second)) without underflow."""
+    return 1.0 / (1.0 + math.exp(min(second - first, 700.0)))
