@@ -12,7 +12,7 @@ from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.reward import Services
 from guiderail.guides.core.types import Answer, Message, SamplingSpec, ScoreGroup, TokenPrompt
 from guiderail.server.engines.lora import check_adapter
-from guiderail.server.engines.vllm.scheduler import MANY_ROWS
+from guiderail.server.engines.vllm.scheduling.short_steps import MANY_SEQUENCES
 from guiderail.server.rewards.likelihood_ratio import Implicit
 from guiderail.server.rewards.llm_judge import Judge
 from guiderail.server.rewards.pairwise_judge import PairwiseJudge
@@ -73,8 +73,8 @@ async def test_forced_rows_leave_their_neighbours_alone(live: Live) -> None:
 
 
 async def test_rows_that_sit_out_steps_go_on_where_they_were(live: Live) -> None:
-    """Many rows sit out the steps in which plain chats begin (vllm_gang.py): it shows in nothing that they give."""
-    engine, many = live.state.engine, MANY_ROWS + 4
+    """Many rows sit out the steps in which plain chats begin (vllm/scheduling): it shows in nothing that they give."""
+    engine, many = live.state.engine, MANY_SEQUENCES + 4
     words = live.state.renderer.encode("A completely different answer, word by word, of some length, about nothing.")
     answers = [words[i % len(words) :] + words for i in range(many)]
     alone = await engine.answer_logprobs([prompt(live)] * many, answers)

@@ -49,7 +49,7 @@ def sour_engine(folder: Path) -> str:
         "vllm.general_plugins",
         f"""
 def entry():
-    from guiderail.server.engines.vllm.scheduler import GroupScheduler
+    from guiderail.server.engines.vllm.scheduling.scheduler import GroupScheduler
     plain = GroupScheduler.schedule
     def schedule(self, *args, **options):
         if any(request.max_tokens == {SOUR} for request in self.requests.values()):

@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from guiderail.server.engines.vllm.mixture.recipe import Recipe
-from guiderail.server.engines.vllm.scheduler import AsyncGroupScheduler, GroupScheduler
+from guiderail.server.engines.vllm.scheduling.scheduler import AsyncGroupScheduler, GroupScheduler
 
 BLOCK = 32
 

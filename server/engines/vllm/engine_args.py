@@ -124,7 +124,9 @@ def fitting_args(settings: EngineSettings, *, cpu: bool, max_model_len: int, asy
             raise ValueError(f"on CPU max_num_batched_tokens must hold a whole prompt, up to {max_model_len} tokens")
         args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": whole}
     here = "guiderail.server.engines.vllm"
-    args["scheduler_cls"] = f"{here}.scheduler.{'AsyncGroupScheduler' if async_scheduling else 'GroupScheduler'}"
+    args["scheduler_cls"] = (
+        f"{here}.scheduling.scheduler.{'AsyncGroupScheduler' if async_scheduling else 'GroupScheduler'}"
+    )
     if v2:
         return args | {"enable_trace_replay": True, "logits_processors": [f"{here}.mixture.runner_v2:MixedPolicies"]}
     processors = ["mixture.runner_v1:MixedPolicies", "forced_tokens:ForcedTokens"]

@@ -50,7 +50,7 @@ class WorkerExtension:
 
     def settle(self) -> None:
         """Once everything is loaded: what vLLM leaves to be done for a process that serves for long."""
-        end_with_parent()  # a pooling engine has no scheduler of ours to do it (vllm_gang.py)
+        end_with_parent()  # a pooling engine has no scheduler of ours to do it (vllm/scheduling)
         self._unpin_helpers()
         self._use_huge_pages()
         self._freeze_heap()

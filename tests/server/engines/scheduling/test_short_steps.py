@@ -4,7 +4,8 @@ import pytest
 from played import BLOCK, Played
 
 from guiderail.server.engines.vllm.params import PRIORITY_STRIDE
-from guiderail.server.engines.vllm.scheduler import MANY_ROWS, AsyncGroupScheduler, GroupScheduler
+from guiderail.server.engines.vllm.scheduling.scheduler import AsyncGroupScheduler, GroupScheduler
+from guiderail.server.engines.vllm.scheduling.short_steps import MANY_SEQUENCES
 
 
 @pytest.fixture(params=[GroupScheduler, AsyncGroupScheduler], ids=["plain", "async"])
@@ -69,7 +70,7 @@ def decoding(played: Played, rows: int, priority: int = 1) -> list[str]:
 
 
 def test_many_rows_sit_out_the_step_in_which_chats_begin_but_not_the_next(whole: Played) -> None:
-    rows = decoding(whole, MANY_ROWS)
+    rows = decoding(whole, MANY_SEQUENCES)
     whole.add("c0", 100, first=90)
     whole.add("c1", 50, first=91)
     wide(whole, 1, 30)
@@ -84,16 +85,16 @@ def test_many_rows_sit_out_the_step_in_which_chats_begin_but_not_the_next(whole:
 
 
 def test_plain_chats_do_not_sit_out_for_each_other(whole: Played) -> None:
-    rows = decoding(whole, MANY_ROWS + 4, priority=0)
+    rows = decoding(whole, MANY_SEQUENCES + 4, priority=0)
     whole.add("c0", 100, first=90)
     assert whole.step() == {**dict.fromkeys(rows, 1), "c0": 100}
 
 
 def test_few_rows_do_not_sit_out_nor_do_any_without_a_place_for_the_chat(whole: Played) -> None:
-    decoding(whole, MANY_ROWS - 1)
+    decoding(whole, MANY_SEQUENCES - 1)
     whole.add("c0", 100, first=90)
-    assert len(whole.step()) == MANY_ROWS
-    for i in range(64 - MANY_ROWS):
+    assert len(whole.step()) == MANY_SEQUENCES
+    for i in range(64 - MANY_SEQUENCES):
         whole.add(f"f{i}", 4, first=91)
     whole.step()
     whole.step()
@@ -103,19 +104,19 @@ def test_few_rows_do_not_sit_out_nor_do_any_without_a_place_for_the_chat(whole: 
 
 def test_rows_do_not_sit_out_where_chats_that_decode_might_lack_a_block(model_path: str) -> None:
     sizes = {"max_num_seqs": 64, "max_num_batched_tokens": 1024, "enable_chunked_prefill": False}
-    played = Played(model_path, blocks=2 * MANY_ROWS + 3, **sizes)  # one is vLLM's own
-    chats = [f"c{i}" for i in range(MANY_ROWS)]
+    played = Played(model_path, blocks=2 * MANY_SEQUENCES + 3, **sizes)  # one is vLLM's own
+    chats = [f"c{i}" for i in range(MANY_SEQUENCES)]
     for i, chat in enumerate(chats):
         played.add(chat, BLOCK - 3, first=60 + i)
     played.step()
-    rows = decoding(played, MANY_ROWS)
+    rows = decoding(played, MANY_SEQUENCES)
     played.add("late", 20, first=99)
     assert played.step() == {**dict.fromkeys([*chats, *rows], 1), "late": 20}
 
 
 def test_rows_of_a_mixture_do_not_sit_out(whole: Played) -> None:
     whole.group("a", (10, 10))
-    rows = decoding(whole, MANY_ROWS)
+    rows = decoding(whole, MANY_SEQUENCES)
     whole.add("c0", 100, first=90)
     assert whole.step().keys() == {"a0", "a1", "c0", *rows}
     assert whole.in_step("a", 2)

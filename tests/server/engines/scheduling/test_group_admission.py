@@ -9,7 +9,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import Request, RequestStatus
 
 from guiderail.server.engines.vllm.mixture.recipe import Recipe
-from guiderail.server.engines.vllm.scheduler import AsyncGroupScheduler, GroupScheduler
+from guiderail.server.engines.vllm.scheduling.scheduler import AsyncGroupScheduler, GroupScheduler
 
 
 @pytest.fixture(params=[GroupScheduler, AsyncGroupScheduler], ids=["plain", "async"])
@@ -70,7 +70,7 @@ def test_a_group_waits_for_kv_blocks(model_path: str) -> None:
 
 
 def test_prompts_too_long_for_a_step_are_cached_for_the_next_try(played: Played) -> None:
-    """The rows part (which mixed.py sees), and begin together when they come again."""
+    """The sequences part (which lockstep.py sees), and start together when they come again."""
     played.group("a", (200, 210))
     while not (played.emitted["a0"] and played.emitted["a1"]):
         played.step()
@@ -95,13 +95,13 @@ def test_aborted_rows_leave_nothing_behind(played: Played) -> None:
     scheduler.finish_requests(["a0", "b0", "b1", "late", "unknown"], RequestStatus.FINISHED_ABORTED)
     assert scheduler.get_num_unfinished_requests() == 4
     assert set(played.step()) == {"s0", "s1", "s2", "s3"}
-    assert not scheduler._groups
+    assert not scheduler.admission.pending
     played.group("c", (10, 10))
     scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
     assert scheduler.get_num_unfinished_requests() == 0
     played.add("new", 5)
     assert played.step()["new"] == 5
-    assert not scheduler._groups
+    assert not scheduler.admission.pending
 
 
 def test_priority_goes_before_arrival_for_groups_too(played: Played) -> None:
