@@ -1,7 +1,6 @@
 """Errors as HTTP bodies, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -89,6 +88,6 @@ def _plain(message: str) -> str:
     return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
 
 
-def openai_body(status: int, message: str) -> dict[str, Any]:
+def openai_body(status: int, message: str) -> dict[str, dict[str, str | None]]:
     """The body for errors that the framework raises itself (404, 405)."""
     return ApiError(status, message, code={404: "not_found", 405: "method_not_allowed"}.get(status)).body

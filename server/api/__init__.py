@@ -1,1 +1,1 @@
-"""HTTP: routes, wire schemas, responses, errors. Knows nothing of vLLM; work goes through server/requests."""
+"""HTTP: routes, responses, transport. Knows nothing of vLLM; work goes through server/requests."""

@@ -14,7 +14,6 @@ from guiderail.guides.core.errors import GuiderailError
 from guiderail.guides.core.registry import describe
 from guiderail.server.api.bodies import Body, ChatBody, Json, TextBody
 from guiderail.server.api.responses import stream, whole
-from guiderail.server.api.schemas import UNSUPPORTED, ChatRequest, CompletionRequest, ScoreRequest
 from guiderail.server.api.transport import (
     ClientGone,
     error_response,
@@ -27,6 +26,7 @@ from guiderail.server.metrics import Load
 from guiderail.server.models.cpu_features import description
 from guiderail.server.openai_errors import ApiError, bad_request, from_exception, from_validation
 from guiderail.server.requests import build
+from guiderail.server.requests.schemas import UNSUPPORTED, ChatRequest, CompletionRequest, ScoreRequest
 from guiderail.server.requests.score import score, scoring
 from guiderail.server.rewards.models.backend import ModelReward
 from guiderail.server.state import ServerState
@@ -181,7 +181,7 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def parse(model: type[S], body: Json) -> S:
-    """The wire model of a body. Raises ApiError (400)."""
+    """Check a body against its schema. Raises ApiError (400)."""
     for name, reason in UNSUPPORTED.items():
         if name in body:
             raise bad_request(f"'{name}': {reason}", name, "unsupported_parameter")

@@ -8,11 +8,11 @@ from guiderail.guides.core.context import Context
 from guiderail.guides.core.guide import Limits
 from guiderail.guides.core.types import PROMPT, Message, TokenPrompt
 from guiderail.guides.prompters import Template
-from guiderail.server.api.schemas import ChatRequest, CompletionRequest, SamplingFields
 from guiderail.server.openai_errors import ApiError, bad_request
 from guiderail.server.requests.admission import Work
 from guiderail.server.requests.resolve import Alignment
 from guiderail.server.requests.sampling_fields import refuse_unkept, sampling_spec
+from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, SamplingFields
 from guiderail.server.requests.specs import read_alignment
 from guiderail.server.state import ServerState
 

@@ -1,9 +1,11 @@
 """The sampling fields of a request: what a guide refuses of them, and what they are to the engine."""
 
+from dataclasses import fields
+
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.types import SamplingSpec
-from guiderail.server.api.schemas import SamplingFields
 from guiderail.server.openai_errors import bad_request
+from guiderail.server.requests.schemas import SamplingFields
 
 
 def refuse_unkept(name: str, guide: Guide, request: SamplingFields) -> None:
@@ -24,30 +26,22 @@ def refuse_unkept(name: str, guide: Guide, request: SamplingFields) -> None:
 def sampling_spec(
     request: SamplingFields, max_tokens: int, logprobs: int | None, stops: tuple[str, ...]
 ) -> SamplingSpec:
-    """How a request's answers are sampled. stops: the prompter's, besides the request's own."""
+    """Return how a request's answers are sampled. stops: the prompter's, besides the request's own.
+
+    A field that the schema and SamplingSpec call the same is the same.
+    """
     schema = None
     if request.response_format is not None and request.response_format.type != "text":
         given = request.response_format.json_schema
         schema = given.schema_ if given is not None else {"type": "object"}
-    return SamplingSpec(
-        max_tokens=max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=max(0, request.top_k),
-        min_p=request.min_p,
-        seed=request.seed,
-        stop=(*request.stops, *stops),
-        stop_token_ids=tuple(request.stop_token_ids),
-        include_stop_str_in_output=request.include_stop_str_in_output,
-        min_tokens=request.min_tokens,
-        ignore_eos=request.ignore_eos,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=request.logit_bias or {},
-        logprobs=logprobs,
-        skip_special_tokens=request.skip_special_tokens,
-        json_schema=schema,
-        stream=request.stream,
-        priority=request.priority,
-    )
+    same = {f.name: getattr(request, f.name) for f in fields(SamplingSpec) if f.name in SamplingFields.model_fields}
+    own = {
+        "max_tokens": max_tokens,
+        "top_k": max(0, request.top_k),
+        "stop": (*request.stops, *stops),
+        "stop_token_ids": tuple(request.stop_token_ids),
+        "logit_bias": request.logit_bias or {},
+        "logprobs": logprobs,
+        "json_schema": schema,
+    }
+    return SamplingSpec(**same | own)

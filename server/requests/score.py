@@ -10,10 +10,10 @@ from guiderail.guides.core.tasks import together
 from guiderail.guides.core.types import Candidate, SamplingSpec
 from guiderail.guides.scoring.calibration_sample import CalibrationSpec
 from guiderail.guides.scoring.selection.best import Argmax
-from guiderail.server.api.schemas import ScoreInput, ScoreRequest
 from guiderail.server.openai_errors import bad_request
 from guiderail.server.requests.admission import Work
 from guiderail.server.requests.run import admitted
+from guiderail.server.requests.schemas import ScoreInput, ScoreRequest
 from guiderail.server.requests.specs import NamedSpec, RewardSpec, read_calibration, read_name, read_rewards
 from guiderail.server.state import ServerState
 

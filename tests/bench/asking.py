@@ -13,9 +13,9 @@ from report import ROOT, Target, write_section
 
 from guiderail.server.api.bodies import Body, ChatBody, TextBody
 from guiderail.server.api.responses import whole
-from guiderail.server.api.schemas import ChatRequest, CompletionRequest
 from guiderail.server.offline.prompt_file import read_prompts
 from guiderail.server.requests import build
+from guiderail.server.requests.schemas import ChatRequest, CompletionRequest
 from guiderail.server.settings import OperatorLimits
 from guiderail.server.state import ServerState
 

@@ -28,8 +28,8 @@ from quality_tasks import BUDGET, GRID, SEQUENCES, Task, body, guides, sequences
 from quality_urial import urial
 from report import ROOT
 
-from guiderail.server.api.schemas import ScoreRequest
 from guiderail.server.offline.offline_state import offline
+from guiderail.server.requests.schemas import ScoreRequest
 from guiderail.server.requests.score import score, scoring
 from guiderail.server.settings import Settings
 from guiderail.server.state import ServerState

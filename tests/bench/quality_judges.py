@@ -9,7 +9,7 @@ from typing import Any
 
 from asking import user
 
-from guiderail.server.api.schemas import ScoreRequest
+from guiderail.server.requests.schemas import ScoreRequest
 from guiderail.server.requests.score import score, scoring
 from guiderail.server.state import ServerState
 

@@ -14,8 +14,8 @@ from measured import interval
 from quality_judges import CLEAR
 from quality_metrics import diversity
 
-from guiderail.server.api.schemas import ScoreRequest
 from guiderail.server.offline.offline_state import offline
+from guiderail.server.requests.schemas import ScoreRequest
 from guiderail.server.requests.score import score, scoring
 from guiderail.server.settings import Settings
 

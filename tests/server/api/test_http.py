@@ -12,8 +12,8 @@ from serving import serving
 from virtual_time import in_virtual_time
 from waiting import until
 
-from guiderail.server.api.schemas import ChatRequest
 from guiderail.server.requests import build
+from guiderail.server.requests.schemas import ChatRequest
 from guiderail.server.settings import OperatorLimits
 
 BODY = {"messages": [{"role": "user", "content": "q"}], "seed": 10, "max_tokens": 400}

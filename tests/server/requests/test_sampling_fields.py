@@ -7,7 +7,7 @@ import pytest
 from tabular_server import tabular_state
 
 from guiderail.server.api.app import create_app
-from guiderail.server.api.schemas import ChatRequest, CompletionRequest, SamplingFields
+from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, SamplingFields
 
 # A value that is not the default, and one that says the default again.
 FIELDS: dict[str, tuple[Any, Any]] = {

@@ -12,7 +12,7 @@ from waiting import until
 
 from guiderail.guides import ScoreResult
 from guiderail.guides.core.reward import Reward
-from guiderail.server.api.schemas import ScoreRequest
+from guiderail.server.requests.schemas import ScoreRequest
 from guiderail.server.requests.score import scoring
 
 BODY: dict[str, Any] = {

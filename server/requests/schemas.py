@@ -1,10 +1,10 @@
-"""The wire models of a request: OpenAI's fields, vLLM's common sampling fields, and `alignment`.
+"""The bodies of requests: OpenAI's fields, vLLM's common sampling fields, and `alignment`.
 
 A field that is not here is refused by name. Fields of OpenAI that Guiderail does not serve are listed
 in UNSUPPORTED with the reason, and refused with it.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
@@ -37,20 +37,20 @@ def fault(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("value_error", "{message}", {"message": message, "param": param})
 
 
-class Wire(BaseModel):
-    """Base of wire models: unknown fields are errors, numbers are not made of strings, no NaN or infinity."""
+class Schema(BaseModel):
+    """Base of request bodies: unknown fields are errors, numbers are not made of strings, no NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class TextPart(Wire):
+class TextPart(Schema):
     """A part of a message's content; only text is served."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(Wire):
+class ChatMessage(Schema):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -68,22 +68,22 @@ class ChatMessage(Wire):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class StreamOptions(Wire):
+class StreamOptions(Schema):
     """OpenAI's stream_options."""
 
     include_usage: StrictBool = False
 
 
-class JsonSchemaFormat(Wire):
+class JsonSchemaFormat(Schema):
     """The json_schema part of response_format."""
 
     name: str = "response"
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: dict[str, object] = Field(alias="schema")
     strict: StrictBool | None = None
 
 
-class ResponseFormat(Wire):
+class ResponseFormat(Schema):
     """OpenAI's response_format."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -99,7 +99,7 @@ class ResponseFormat(Wire):
 StopText = Annotated[str, Field(min_length=1)]
 
 
-class SamplingFields(Wire):
+class SamplingFields(Schema):
     """What chat and text completions have in common."""
 
     model: str | None = None
@@ -125,7 +125,7 @@ class SamplingFields(Wire):
     stream_options: StreamOptions | None = None
     user: str | None = None
     priority: int = Field(0, ge=-100, le=100)
-    alignment: str | dict[str, Any] | None = None
+    alignment: str | dict[str, object] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "SamplingFields":
@@ -177,30 +177,30 @@ class ChatRequest(SamplingFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class AnswerFields(Wire):
+class AnswerFields(Schema):
     """An answer to score; `partial` marks one that goes on."""
 
     text: str
     partial: StrictBool = False
 
 
-class ScoreInput(Wire):
+class ScoreInput(Schema):
     """A conversation and the answers to its last message."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     answers: list[str | AnswerFields] = Field(min_length=1, max_length=1024)
 
 
-class ScoreRequest(Wire):
+class ScoreRequest(Schema):
     """Body of POST /v1/rewards/score; `rewards`, `combine` and `calibration` as in the alignment object.
 
     `max_tokens` and `temperature` are those of the answers that calibration draws, if any transform needs them.
     """
 
     inputs: list[ScoreInput] = Field(min_length=1, max_length=1024)
-    rewards: list[str | dict[str, Any]] = Field(min_length=1)
-    combine: str | dict[str, Any] = "sum"
-    calibration: dict[str, Any] = {}
+    rewards: list[str | dict[str, object]] = Field(min_length=1)
+    combine: str | dict[str, object] = "sum"
+    calibration: dict[str, object] = {}
     max_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0, le=100)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
