@@ -1,4 +1,4 @@
-"""What a command tells the operator on standard error: lines, steps of the start with their times, a request to try."""
+"""Messages to the operator on standard error: lines, steps of the start with their times, a request to try."""
 
 import sys
 import time
@@ -8,12 +8,12 @@ from guiderail.server.settings import Settings
 
 
 def say(text: str) -> None:
-    """Tells the operator what is going on."""
+    """Print a line for the operator."""
     print(f"guiderail: {text}", file=sys.stderr, flush=True)
 
 
 def steps() -> Callable[[str], None]:
-    """Tells the operator what is being waited for, with the seconds since this call."""
+    """Return a function that tells the operator what is being waited for, with the seconds since this call."""
     began = time.monotonic()
     return lambda text: say(f"{time.monotonic() - began:4.0f} s  {text}")
 

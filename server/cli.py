@@ -19,7 +19,7 @@ TASKS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status. Errors that Guiderail knows are one line on stderr."""
+    """Run one command; return the exit status. Errors that Guiderail knows are one line on stderr."""
     _leave_source_folder()
     args = _parser().parse_args(argv)
     from guiderail.guides.core.errors import GuiderailError
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave_source_folder() -> None:
-    """Takes the project's root off sys.path (where `python -m` puts it): transformers would import kernels/ from it."""
+    """Take the project's root off sys.path (where `python -m` puts it): transformers would import kernels/ from it."""
     root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != root]
 

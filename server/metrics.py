@@ -16,7 +16,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is going on at the moment."""
+    """The state of the server at the moment, which gauges show."""
 
     num_requests_running: int
     num_requests_waiting: int

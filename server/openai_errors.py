@@ -74,7 +74,7 @@ def _deepest(error: ValidationError) -> ErrorDetails:
 
 
 def path(prefix: str, loc: Sequence[int | str]) -> str:
-    """Joins a pydantic location to a path such as messages[0].role."""
+    """Join a pydantic location to a path such as messages[0].role."""
     text = prefix
     for part in loc:
         if isinstance(part, int):

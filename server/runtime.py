@@ -55,7 +55,7 @@ from guiderail.server.state import ServerState
 
 
 def serve(settings: Settings) -> int:
-    """Serves until told to stop. Raises GuiderailError if the server cannot start."""
+    """Serve until told to stop. Raises GuiderailError if the server cannot start."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     import uvloop
 
@@ -83,7 +83,7 @@ async def _serve(settings: Settings) -> int:
 
 @contextmanager
 def signals(stop: asyncio.Event) -> Iterator[None]:
-    """Sets `stop` on SIGTERM and Ctrl-C for the time of the block."""
+    """Set `stop` on SIGTERM and Ctrl-C for the time of the block."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -214,7 +214,7 @@ async def _prepare(
 async def start_rewards(
     rewards: Mapping[str, Reward], services: Services, *, engine_comes: bool = False
 ) -> dict[str, Reward]:
-    """Starts every reward. Raises PluginError naming the one that does not.
+    """Start every reward. Raises PluginError naming the one that does not.
 
     engine_comes: the engine is yet to start; what asks for it is returned, to be started then.
     """
@@ -227,7 +227,7 @@ async def start_rewards(
                 waiting[name] = reward
                 continue
             raise PluginError(
-                f"reward '{name}' does not start: {error!r}; mend it, or leave it out with --rewards"
+                f"reward '{name}' does not start: {error!r}; fix it, or leave it out with --rewards"
             ) from error
     return waiting
 
@@ -243,7 +243,7 @@ def assemble(
     stored: Sequence[StoredCalibration] = (),
     encoder_device: str = "cpu",
 ) -> ServerState:
-    """Joins the parts to a server state; engine and rewards may start later. Raises SettingsError."""
+    """Join the parts to a server state; engine and rewards may start later. Raises SettingsError."""
     try:
         styles = {name: load_style(Path(file).expanduser()) for name, file in settings.urial.items()}
         prompters = {**PROMPTERS, "urial": urial_with(styles)}
@@ -269,7 +269,7 @@ def _children() -> set[psutil.Process]:
 
 
 def _end(processes: Collection[psutil.Process]) -> None:
-    """Ends what is left of these processes (vLLM's, listed while they still were our descendants)."""
+    """End what is left of these processes (vLLM's, listed while they still were our descendants)."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()

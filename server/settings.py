@@ -40,7 +40,7 @@ class Repeated:
 
 
 class OperatorLimits(BaseModel):
-    """What no request may exceed. A request that asks for more is refused with the field's name."""
+    """Limits that no request may exceed. A request that asks for more is refused with the field's name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -146,7 +146,7 @@ class Settings(BaseSettings):
 
     @property
     def rows(self) -> int:
-        """How many sequences the engine decodes at once."""
+        """Number of sequences that the engine decodes at once."""
         return self.max_num_seqs or ROWS
 
     @property

@@ -1,4 +1,4 @@
-"""What a running server consists of. One frozen object, handed to the routes; there are no globals."""
+"""The parts of a running server. One frozen object, handed to the routes; there are no globals."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ Json = dict[str, object]
 
 @dataclass(slots=True)
 class ChatBody:
-    """Builds the bodies of one chat response."""
+    """The bodies of one chat response."""
 
     request: Request
     renderer: ChatRenderer
@@ -74,7 +74,7 @@ class ChatBody:
 
 @dataclass(slots=True)
 class TextBody:
-    """Builds the bodies of one text completion response."""
+    """The bodies of one text completion response."""
 
     request: Request
     renderer: ChatRenderer
@@ -132,7 +132,7 @@ Body = ChatBody | TextBody
 
 
 def envelope(body: Body, kind: str, choices: list[Json]) -> Json:
-    """What every body and chunk has around its choices."""
+    """Return what every body and chunk has around its choices."""
     return {
         "id": body.id,
         "object": kind,

@@ -1,6 +1,6 @@
 """Where the server listens: the address is taken before the engine starts, and answers once there is what to serve.
 
-An address in use is so told at once, and no process that the engine starts can be given its port meanwhile. Until
+A port already in use is reported immediately, and no process that the engine starts can take it meanwhile. Until
 `Listener.run` connections are refused, as health checks expect.
 """
 
@@ -39,7 +39,7 @@ class Listener:
         return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self.port}"
 
     async def run(self, app: object, stop: asyncio.Event, drain_timeout_s: float, say: Callable[[str], None]) -> None:
-        """Serves until `stop` is set; requests in flight then get the drain time. Raises GuiderailError."""
+        """Serve until `stop` is set; requests in flight then get the drain time. Raises GuiderailError."""
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
             log_level="warning",
@@ -62,7 +62,7 @@ class Listener:
             raise self._refusal(error) from error
 
     def close(self) -> None:
-        """Gives the address back."""
+        """Give the address back."""
         for each in self._sockets:
             each.close()
 

@@ -92,7 +92,7 @@ def build_router(state: ServerState) -> APIRouter:
 
     @router.post("/v1/rewards/score", openapi_extra=_body(ScoreRequest))
     async def score_answers(request: Request) -> Response:
-        """Scores given answers to given messages: raw values by reward, and combined."""
+        """Score given answers to given messages: raw values by reward, and combined."""
         try:
             work = scoring(state, parse(ScoreRequest, await read_object(request)))
         except (ApiError, GuiderailError) as error:

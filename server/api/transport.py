@@ -42,7 +42,7 @@ async def read_object(request: Request) -> dict[str, object]:
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[object, None, T]) -> T:
-    """Runs `work`, cancelling it when the client goes away. Raises ClientGone then."""
+    """Run `work`, cancelling it when the client goes away. Raises ClientGone then."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(receive))
     try:

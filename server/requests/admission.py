@@ -1,9 +1,10 @@
 """Admission by cost: what a request may take of the engine is known before it runs, and bounds what runs and waits.
 
-A request takes rows (its candidates alive at once) and tokens (rows times tokens, see Guide.cost). It runs at once if
-there are rows for it; else it waits in order of priority and arrival, as long as all that waits is within the
-operator's bound of tokens; beyond that it is refused with 429 and the time after which a retry makes sense. Wide
-requests (more than one row) share what narrow ones leave reserved: a search never takes the last rows from plain chats.
+A request takes rows, places for sequences in the engine's batch (one for each candidate alive at once), and tokens
+(sequences times tokens, see Guide.cost). It runs at once if there are rows for it; else it waits in order of priority
+and arrival, as long as all that waits is within the operator's bound of tokens; beyond that it is refused with 429 and
+the time after which a retry makes sense. Wide requests (more than one row) share what narrow ones leave reserved: a
+search never takes the last rows from plain chats.
 """
 
 import asyncio
@@ -51,7 +52,7 @@ class _Ticket:
 
 
 class Admission:
-    """Decides when requests run. Knows rows and tokens, nothing of guides or engines."""
+    """Decides when requests run. Knows sequences and tokens, nothing of guides or engines."""
 
     def __init__(self, limits: OperatorLimits, rows: int, metrics: Metrics) -> None:
         """`rows`: what the engine decodes at once. A request that is wider runs alone among the wide ones."""
@@ -79,7 +80,7 @@ class Admission:
     async def slot(
         self, rows: int, tokens: int, *, priority: int = 0, deadline: float | None = None
     ) -> AsyncIterator[float]:
-        """Holds the request's rows for the block; gives the seconds it waited for them.
+        """Hold the request's sequences for the block; give the seconds that it waited for them.
 
         Raises ApiError (429) at once if too much waits already or it could not begin before its deadline (a
         time.monotonic() value), and DeadlinePassed if the deadline passes while it waits.

@@ -31,7 +31,7 @@ class Request(Work):
 
 
 def chat(state: ServerState, request: ChatRequest, arrived: float) -> Request:
-    """Checks and renders a chat request that came at `arrived` (time.monotonic()). Raises ApiError or RequestError."""
+    """Check and render a chat request that came at `arrived` (time.monotonic()). Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
     alignment = state.resolver.resolve(read_alignment(request.alignment), profile)
     messages = tuple(m.message for m in request.messages)
@@ -46,7 +46,7 @@ def chat(state: ServerState, request: ChatRequest, arrived: float) -> Request:
 
 
 def completion(state: ServerState, request: CompletionRequest, arrived: float) -> Request:
-    """Checks and tokenizes a completion request; see chat. Raises ApiError or RequestError."""
+    """Check and tokenize a completion request; see chat. Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
     alignment = state.resolver.resolve(read_alignment(request.alignment), profile)
     if not isinstance(alignment.prompter, Template):
@@ -140,12 +140,12 @@ def _request(
 
 
 def _goes_on(request: SamplingFields) -> bool:
-    """Whether the answer continues the last message."""
+    """Return True if the answer continues the last message."""
     return isinstance(request, ChatRequest) and request.continue_final_message
 
 
 def _model(state: ServerState, name: str | None) -> tuple[str, str | None, str | None]:
-    """Splits a model name into (name to report, adapter, profile). Raises ApiError 404 if there is none such."""
+    """Split a model name into (name to report, adapter, profile). Raises ApiError 404 if there is none such."""
     settings = state.settings
     if name is None:
         return settings.model_name, None, None

@@ -15,7 +15,7 @@ from guiderail.server.openai_errors import ApiError
 
 
 class Contract:
-    """What one run of the guide called `name` has kept of its contract so far."""
+    """The state of one run of the guide called `name`: whether it has kept its contract so far."""
 
     def __init__(self, name: str) -> None:
         self._name = name

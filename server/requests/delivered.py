@@ -45,7 +45,7 @@ class Delivered:
         return tuple(ready)
 
     def _place(self, each: TokenLogprob) -> None:
-        """Notes which characters a token is of. Tokens that are parts of one character all have that character."""
+        """Note which characters a token is of. Tokens that are parts of one character all have that character."""
         before = self._ids[-SPAN:]
         known = len(self._decoder.text(before))
         self._ids.append(each.token_id)

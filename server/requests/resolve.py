@@ -1,4 +1,4 @@
-"""What a request's alignment comes to: server default < named profile < request, within the operator's limits.
+"""The alignment that a request comes to: server default < named profile < request, within the operator's limits.
 
 Resolving gives a frozen `Alignment`, checked down to the parameters of each guide and reward, which is
 echoed in the response. Whole top-level keys are replaced: a request that names `rewards` replaces the
@@ -220,7 +220,7 @@ class Resolver:
 
 
 def _configured(value: Mapping[str, object]) -> AlignmentSpec:
-    """What the operator writes of an alignment; it cannot build on a profile."""
+    """Read an alignment that the operator wrote; it cannot build on a profile."""
     spec = read_alignment(value)
     if "profile" in spec.given:
         raise bad_request("'alignment.profile' is for requests", "alignment.profile", "unknown_parameter")

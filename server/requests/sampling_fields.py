@@ -9,7 +9,7 @@ from guiderail.server.requests.schemas import SamplingFields
 
 
 def refuse_unkept(name: str, guide: Guide, request: SamplingFields) -> None:
-    """Raises ApiError (400) for a field that is set and that the guide called `name` cannot keep."""
+    """Raise ApiError (400) for a field that is set and that the guide called `name` cannot keep."""
     form = request.response_format
     if form is not None and form.type != "text" and not guide.keeps_format:
         raise bad_request(f"guide '{name}' cannot keep a response_format", "response_format")

@@ -100,7 +100,7 @@ StopText = Annotated[str, Field(min_length=1)]
 
 
 class SamplingFields(Schema):
-    """What chat and text completions have in common."""
+    """The fields that chat and text completions have in common."""
 
     model: str | None = None
     n: int = Field(1, ge=1)

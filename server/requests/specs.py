@@ -1,4 +1,4 @@
-"""What a request's `alignment` says, read once from JSON into frozen specs. Errors are 400s that name the field.
+"""A request's `alignment`, read once from JSON into frozen specs. Errors are 400s that name the field.
 
 Nothing is looked up here: which guides and rewards there are, and what parameters they take, is for resolve.py.
 """
@@ -40,7 +40,7 @@ class NamedSpec:
     OWN: ClassVar[tuple[str, ...]] = ("name",)  # fields of the object that are no parameters
 
     def among(self, known: Mapping[str, T]) -> T:
-        """Return what is known by the name. Raises ApiError (400)."""
+        """Return the entry of this name. Raises ApiError (400)."""
         if self.name not in known:
             where = f"{self.where}.name"
             raise bad_request(f"'{where}': no '{self.name}' here; known: {', '.join(sorted(known))}", where)

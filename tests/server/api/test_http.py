@@ -172,7 +172,7 @@ async def test_deadline_and_budget_are_reported() -> None:
 def test_a_deadline_counts_from_arrival_and_leaves_time_to_answer(within: float, kept: float) -> None:
     body = BODY | {"alignment": {"budget": {"deadline_s": within}}}
     request = build.chat(make_state(ScriptedEngine()), ChatRequest.model_validate(body), 1000.0)
-    assert request.contexts[0].limits.deadline == pytest.approx(1000 + within - kept)
+    assert request.deadline == pytest.approx(1000 + within - kept)
     assert request.spend.started == 1000
 
 
