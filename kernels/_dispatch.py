@@ -1,4 +1,4 @@
-"""Decides whether an operation runs its Triton or its torch path, and holds what every wrapper shares.
+"""Choice between an operation's Triton and torch path, and what all operations share: checks, launches, sizes.
 
 Rule: a CUDA tensor takes the Triton path where Triton imports; everything else takes the torch path.
 `force` overrides the rule for tests (the Triton path runs on CPU tensors under Triton's interpreter).
@@ -42,7 +42,7 @@ def jit(*, varying: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Callab
 
 
 def jit(fn: Callable[..., Any] | None = None, *, varying: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Any:
-    """`triton.jit`, or the plain function where there is no Triton.
+    """Apply `triton.jit`, or return the plain function where there is no Triton.
 
     Triton compiles a kernel anew for each kind of argument: an integer that is 1 or a multiple of 16, a pointer that
     is aligned to 16 bytes. varying: integers that change between calls, for which it must not. unaligned: pointers
@@ -58,26 +58,26 @@ def jit(fn: Callable[..., Any] | None = None, *, varying: Sequence[str] = (), un
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launches a kernel on the device of its first tensor, which need not be the current one (Triton takes that)."""
+    """Launch a kernel on the device of its first tensor, which need not be the current one (Triton takes that)."""
     first = next(each for each in args if isinstance(each, torch.Tensor))
     with _current(first):
         kernel[grid](*args, **options)
 
 
 def _current(tensor: Any) -> AbstractContextManager[Any]:
-    """Makes a CUDA tensor's device the current one."""
+    """Make a CUDA tensor's device the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def shared_memory_of(tensor: Any) -> int:
-    """Bytes of shared memory that one program can have on the tensor's device; 0 on the CPU."""
+    """Return the bytes of shared memory that one program can have on the tensor's device; 0 on the CPU."""
     if not tensor.is_cuda:
         return 0
     return int(torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin)
 
 
 def use_triton(tensor: Any) -> bool:
-    """True where this tensor's operation must run its Triton kernel."""
+    """Return True where this tensor's operation must run its Triton kernel."""
     if _forced is not None:
         return _forced == "triton"
     return AVAILABLE and bool(tensor.is_cuda)
@@ -85,7 +85,7 @@ def use_triton(tensor: Any) -> bool:
 
 @contextmanager
 def force(path: Literal["triton", "torch"]) -> Iterator[None]:
-    """Makes every operation take the named path, whatever the device; for tests and benchmarks.
+    """Make every operation take the named path, whatever the device; for tests and benchmarks.
 
     Raises ValueError for another name and RuntimeError for "triton" where Triton does not import.
     """
@@ -102,12 +102,12 @@ def force(path: Literal["triton", "torch"]) -> Iterator[None]:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least n (1 for n <= 1): Triton block sizes are powers of two."""
+    """Return the least power of two that is at least n (1 for n <= 1): Triton block sizes are powers of two."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def check(name: str, tensor: Any, shape: Sequence[int | None], dtypes: Sequence[Any], device: Any = None) -> None:
-    """Raises ValueError naming the argument unless its shape (None: any size), dtype and device are as asked."""
+    """Raise ValueError naming the argument unless its shape (None: any size), dtype and device are as asked."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.dim() != len(shape) or any(w is not None and w != g for w, g in zip(shape, tensor.shape, strict=True)):
@@ -121,7 +121,7 @@ def check(name: str, tensor: Any, shape: Sequence[int | None], dtypes: Sequence[
 
 
 def fail_if(problems: Sequence[tuple[Any, str]]) -> None:
-    """Raises ValueError with the message of the first problem whose 0-dim bool tensor is true.
+    """Raise ValueError with the message of the first problem whose 0-dim bool tensor is true.
 
     The flags are read together, so that a wrapper waits for the device once.
     """

@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 
 
 def tile_for(dim: int, element_size: int, shared_memory: int) -> Tile:
-    """The largest tile that spills no register: see the table of registers in BENCHMARKS.md (float32 spills)."""
+    """Return the largest tile that spills no register: see the table of registers in BENCHMARKS.md (float32 spills)."""
     if element_size == 4:
         return Tile(32, 32, 8, 1 if dim > 128 else 2)
     large = shared_memory >= LARGE_SHARED_MEMORY
@@ -50,7 +50,7 @@ def _block(
     q, k_ptr, v_ptr, index, key_row, seen, top, total, acc, scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys for all lanes: the softmax's new maximum, sum and weighted values."""
+    """Take in one block of keys for all lanes: return the softmax's new maximum, sum and weighted values."""
     d = tl.arange(0, D_P)
     at = index.to(tl.int64)[:, None] * key_row + d[None, :]
     if D == D_P:
@@ -148,7 +148,7 @@ _placed: "WeakKeyDictionary[Layout, dict[tuple[int, Any], Tables]]" = WeakKeyDic
 
 
 def _tile(heads: int, kv_heads: int, dim: int, like: Any) -> tuple[Tile, int]:
-    """The tile, and its query rows."""
+    """Return the tile and its query rows."""
     share = heads // kv_heads
     tile = tile_for(dim, like.element_size(), shared_memory_of(like))
     tile = tile._replace(lanes=max(tile.lanes, next_power_of_2(share)))
@@ -156,7 +156,7 @@ def _tile(heads: int, kv_heads: int, dim: int, like: Any) -> tuple[Tile, int]:
 
 
 def place(layout: Layout, heads: int, pool: Any, beside: Sequence[Any] = ()) -> list[Any]:
-    """As shared_prefix_attention.prepare."""
+    """Do what shared_prefix_attention.prepare does."""
     _, rows = _tile(heads, pool.shape[1], pool.shape[2], pool)
     levels, slots = work_items(layout, rows)
     positions = layout.positions.cpu().numpy().astype("int32")
@@ -169,7 +169,7 @@ def place(layout: Layout, heads: int, pool: Any, beside: Sequence[Any] = ()) -> 
 def attention(
     q: Any, k: Any, v: Any, kp: Any, vp: Any, layout: Layout, scale: float, window: int | None, softcap: float | None
 ) -> Any:
-    """shared_prefix_attention by Triton; arguments as there, checked already."""
+    """Compute shared_prefix_attention by Triton; arguments as there, checked already."""
     T, heads, dim = q.shape
     kv_heads = k.shape[1]
     q, k, v, kp, vp = (each.contiguous() for each in (q, k, v, kp, vp))

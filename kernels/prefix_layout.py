@@ -1,4 +1,4 @@
-"""Where the rows of a batch that shares prefixes belong: segments, contexts above them, and the kernel's work items.
+"""Places of the rows of a batch that shares prefixes: segments, contexts above them, and the kernel's work items.
 
 A layout is made and kept on the host, which knows all of it; a device gets one copy of what it needs, from pinned
 memory, which nothing waits for.
@@ -26,10 +26,10 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the rows of a batch belong. Make one per batch; all layers use it.
+    """Places of a batch's rows. Make one per batch; all layers use it.
 
     segments: (start, end) rows of each segment, in order, covering all rows.
-    contexts: what the segments see above themselves.
+    contexts: the tokens that segments see above themselves.
     positions: [T] int64, position of each row in its own sequence.
 
     Tensors belong on the CPU: those elsewhere are copied back first, which waits for their device.
@@ -56,7 +56,7 @@ COLUMNS = 5  # of a work item: row start, row end, first key, keys, position of 
 
 
 def work_items(layout: Layout, rows: int) -> tuple[list[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """(items of each level [I, COLUMNS], slots of all contexts [C]), int32; an item has at most `rows` query rows.
+    """Return (items of each level [I, COLUMNS], slots of all contexts [C]), int32; at most `rows` query rows an item.
 
     The last level is the segments among themselves. The others are the contexts: those of one level have no row in
     common, so that work items of a level may update their rows' softmax at the same time.
@@ -85,7 +85,7 @@ def work_items(layout: Layout, rows: int) -> tuple[list[np.ndarray[Any, Any]], n
 
 
 def on_device(arrays: Sequence[np.ndarray[Any, Any]], device: Any) -> list[Any]:
-    """The arrays as tensors on a device, by one copy that the host does not wait for."""
+    """Return the arrays as tensors on a device, by one copy that the host does not wait for."""
     starts, size = [], 0
     for array in arrays:
         starts.append(size)

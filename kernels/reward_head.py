@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Scores of a reward model's head at chosen rows of packed hidden states, in one pass.
+"""Compute a reward model's head at chosen rows of packed hidden states, in one pass.
 
     out[s, k] = b[k] + sum_h W[k, h] * g[h] * x[h] / sqrt(mean(x^2) + eps),   x = hidden[last[s]]
 
@@ -123,7 +123,7 @@ def reward_head(
     gemma_style: bool = False,
     validate: bool = True,
 ) -> Any:
-    """Gathers rows, applies the final RMSNorm and projects to the reward head's outputs.
+    """Gather rows, apply the final RMSNorm and project to the reward head's outputs.
 
     hidden [T, H] float16, bfloat16 or float32, any strides; last [S] int64, the row of each sequence's last (or
     marked) token, repeats allowed; norm_weight [H], or None where `hidden` is already normalised and the norm is
@@ -131,7 +131,7 @@ def reward_head(
     weight is 1 + norm_weight. Weights may have another float dtype than `hidden`. validate=False skips the look at
     the values of `last`, which waits for the device; rows outside [0, T) are then undefined behaviour.
 
-    Returns [S, K] float32. A non-finite value in a row makes that row of the result non-finite, and no other.
+    Return [S, K] float32. A non-finite value in a row makes that row of the result non-finite, and no other.
 
     Raises ValueError, naming the argument, for a wrong shape, dtype or device, eps <= 0 or a row outside [0, T).
     """

@@ -1,4 +1,4 @@
-"""Attention for ragged batches that share prefixes: each prefix is attended to once for all that continue it.
+"""Compute attention for ragged batches that share prefixes: each prefix is attended to once for all that continue it.
 
 The rows of a batch are new tokens in depth-first order of a tree of segments (prompt, answers so far,
 candidates, rollouts). Row i, at position p_i, attends to
@@ -10,6 +10,8 @@ one block of keys. Each block gives a partial softmax (output o_j, log-sum-exp l
 (the split softmax of FlashAttention, Dao et al. 2022, arXiv 2205.14135, section 3.1). No padding is computed.
 
 Optional: sliding window w (keys at positions > p_i - w) and logit soft-cap c (s -> c tanh(s / c)).
+
+The Triton kernel is in _shared_prefix_triton.py, as it would make this file too long.
 """
 
 import math
@@ -32,71 +34,10 @@ PRODUCT_SIZE = 65_536  # rows times keys from which the plain products win, on a
 PLAIN_PRODUCTS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-def shared_prefix_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    key_pool: Any,
-    value_pool: Any,
-    layout: Layout,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Any:
-    """Attention output [T, Hq, D] of the batch's rows, in query's dtype, accumulated in float32.
-
-    query: [T, Hq, D]; key, value: [T, Hkv, D] of the same rows; key_pool, value_pool: [P, Hkv, D], holding the
-    contexts' tokens. fp16, bf16 or fp32, all of one dtype; Hq a multiple of Hkv. scale defaults to D ** -0.5.
-    Raises ValueError for shapes or dtypes that do not fit.
-    """
-    _check(query, key, value, key_pool, value_pool, layout, window, softcap)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if use_triton(query):
-        from guiderail.kernels._shared_prefix_triton import attention
-
-        return attention(query, key, value, key_pool, value_pool, layout, scale, window, softcap)
-    return _torch(query, key, value, key_pool, value_pool, layout, scale, window, softcap)
-
-
-def prepare(
-    layout: Layout, heads: int, pool: Any, beside: Sequence[np.ndarray[Any, np.dtype[np.int64]]] = ()
-) -> list[Any]:
-    """Moves what attention needs to know of a layout to the device of a pool [P, Hkv, D], once for all layers.
-
-    heads: query heads. beside: arrays that go with it, in the same copy, which nothing waits for; returned as tensors
-    there. Optional: attention that finds a layout unprepared prepares it.
-    """
-    if use_triton(pool):
-        from guiderail.kernels._shared_prefix_triton import place
-
-        return place(layout, heads, pool, beside)
-    return on_device(beside, pool.device)
-
-
-def _check(q: Any, k: Any, v: Any, kp: Any, vp: Any, layout: Layout, window: int | None, softcap: float | None) -> None:
-    rows, heads, dim = q.shape if q.dim() == 3 else (0, 0, 0)
-    if rows != layout.positions.shape[0]:
-        raise ValueError(f"query must be [{layout.positions.shape[0]}, heads, dim], not {tuple(q.shape)}")
-    kv_heads = k.shape[1] if k.dim() == 3 else 0
-    if k.shape != (rows, kv_heads, dim) or v.shape != k.shape or kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"key {tuple(k.shape)} and value {tuple(v.shape)} do not fit query {tuple(q.shape)}")
-    if kp.dim() != 3 or kp.shape[1:] != k.shape[1:] or vp.shape != kp.shape:
-        raise ValueError(f"key_pool {tuple(kp.shape)} and value_pool {tuple(vp.shape)} must be [P, {kv_heads}, {dim}]")
-    if len({q.dtype, k.dtype, v.dtype, kp.dtype, vp.dtype}) != 1 or q.dtype not in (
-        torch.float16, torch.bfloat16, torch.float32,
-    ):  # fmt: skip
-        raise ValueError("query, key, value and pools must share one dtype of float16, bfloat16 and float32")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, not {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, not {softcap}")
-
-
 def _torch(
     q: Any, k: Any, v: Any, kp: Any, vp: Any, layout: Layout, scale: float, window: int | None, softcap: float | None
 ) -> Any:
-    """The CPU path: fused blocks where there is no mask but causality, explicit scores otherwise."""
+    """Take the CPU path: fused blocks where there is no mask but causality, explicit scores otherwise."""
     longest = int(layout.positions.max()) + 1
     positions = layout.positions.to(q.device)
     if window is not None and window >= longest:
@@ -121,12 +62,12 @@ def _torch(
 
 
 def _has_nan(tensor: Any) -> bool:
-    """Whether a tensor may hold a NaN: torch's fused attention takes a row of NaN scores alone for a masked one."""
+    """Return True if a tensor may hold a NaN: torch's fused attention takes a row of NaN scores for a masked one."""
     return bool(tensor.sum().isnan())
 
 
 def _by_length(segments: tuple[tuple[int, int], ...]) -> dict[int, list[int]]:
-    """Starts of the segments of each length: equal ones are one dense batch, so that nothing is padded."""
+    """Return the starts of the segments of each length: equal ones are one dense batch, so that nothing is padded."""
     found: dict[int, list[int]] = {}
     for start, end in segments:
         found.setdefault(end - start, []).append(start)
@@ -137,7 +78,7 @@ def _segments(
     q: Any, k: Any, v: Any, out: Any, lse: Any, length: int, starts: list[int], positions: Any,
     scale: float, window: int | None, softcap: float | None, fused: bool,
 ) -> None:  # fmt: skip
-    """Causal attention of all segments of one length among themselves, into out and lse."""
+    """Put causal attention of all segments of one length among themselves into out and lse."""
     step = torch.arange(length, device=q.device)
     if len(starts) * length == starts[-1] - starts[0] + length:  # they lie side by side
         rows: Any = slice(starts[0], starts[-1] + length)
@@ -163,12 +104,12 @@ def _segments(
 
 
 def _products_win(q: Any, size: int) -> bool:
-    """Whether plain products are the faster way for a block of `size` rows times keys."""
+    """Return True where plain products are the faster way for a block of `size` rows times keys."""
     return PLAIN_PRODUCTS and q.dtype == torch.bfloat16 and size >= PRODUCT_SIZE
 
 
 def _product_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | None:
-    """As _fused_context by plain bfloat16 products: see PLAIN_PRODUCTS for where they are faster.
+    """Do _fused_context by plain bfloat16 products: see PLAIN_PRODUCTS for where they are faster.
 
     Scores and unnormalised weights are rounded to bfloat16, as in transformers' eager attention. No row maximum is
     subtracted (a third of the time): None is returned where that could overflow or lose a row, for the fused path.
@@ -192,15 +133,15 @@ def _product_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | 
 
 
 def _in_range(total: Any) -> bool:
-    """Whether sums of unnormalised weights are all usable; False if any is NaN."""
+    """Return True if sums of unnormalised weights are all usable; False if any is NaN."""
     low, high = torch.aminmax(total)
     return float(low) >= SMALLEST_TOTAL and float(high) <= LARGEST_TOTAL
 
 
 def _product_segments(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] | None:
-    """Causal attention within segments [B, L, H, D] by plain bfloat16 products; see _product_context.
+    """Compute causal attention within segments [B, L, H, D] by plain bfloat16 products; see _product_context.
 
-    Returns out [B * L, Hq, D] float32 and log-sum-exp [B * L, Hq], or None where the fused path must be taken.
+    Return out [B * L, Hq, D] float32 and log-sum-exp [B * L, Hq], or None where the fused path must be taken.
     """
     batch, length, heads, dim = q.shape
     if not _products_win(q, batch * length * length):
@@ -222,7 +163,7 @@ def _product_segments(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any] |
 
 
 def _fused_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any]:
-    """Unmasked attention of rows [n, Hq, D] to keys [C, Hkv, D]."""
+    """Compute unmasked attention of rows [n, Hq, D] to keys [C, Hkv, D]."""
     if _products_win(q, q.shape[0] * len(k)):
         made = _product_context(q, k, v, scale)
         if made is not None:
@@ -236,7 +177,7 @@ def _fused_context(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any]:
 def _explicit(
     q: Any, k: Any, v: Any, q_at: Any, k_at: Any, scale: float, window: int | None, softcap: float | None
 ) -> tuple[Any, Any]:
-    """Masked attention with scores written out: out [n, Hq, D] and log-sum-exp [n, Hq], both float32."""
+    """Compute masked attention with scores written out: out [n, Hq, D] and log-sum-exp [n, Hq], both float32."""
     share = q.shape[1] // k.shape[1]
     keys = k.float().repeat_interleave(share, 1)
     scores = torch.einsum("nhd,chd->hnc", q.float(), keys) * scale
@@ -252,7 +193,68 @@ def _explicit(
 
 
 def _merge(out: Any, lse: Any, part: Any, part_lse: Any) -> None:
-    """Merges a partial softmax into (out, lse), in place."""
+    """Merge a partial softmax into (out, lse), in place."""
     weight = torch.sigmoid(part_lse - lse).masked_fill_(part_lse == -math.inf, 0.0)[..., None]  # of the part
     torch.lerp(out, part.to(out.dtype), weight.to(out.dtype), out=out)  # computes in float32, in a quarter of its time
     torch.logaddexp(lse, part_lse, out=lse)
+
+
+def _check(q: Any, k: Any, v: Any, kp: Any, vp: Any, layout: Layout, window: int | None, softcap: float | None) -> None:
+    rows, heads, dim = q.shape if q.dim() == 3 else (0, 0, 0)
+    if rows != layout.positions.shape[0]:
+        raise ValueError(f"query must be [{layout.positions.shape[0]}, heads, dim], not {tuple(q.shape)}")
+    kv_heads = k.shape[1] if k.dim() == 3 else 0
+    if k.shape != (rows, kv_heads, dim) or v.shape != k.shape or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"key {tuple(k.shape)} and value {tuple(v.shape)} do not fit query {tuple(q.shape)}")
+    if kp.dim() != 3 or kp.shape[1:] != k.shape[1:] or vp.shape != kp.shape:
+        raise ValueError(f"key_pool {tuple(kp.shape)} and value_pool {tuple(vp.shape)} must be [P, {kv_heads}, {dim}]")
+    if len({q.dtype, k.dtype, v.dtype, kp.dtype, vp.dtype}) != 1 or q.dtype not in (
+        torch.float16, torch.bfloat16, torch.float32,
+    ):  # fmt: skip
+        raise ValueError("query, key, value and pools must share one dtype of float16, bfloat16 and float32")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, not {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, not {softcap}")
+
+
+def prepare(
+    layout: Layout, heads: int, pool: Any, beside: Sequence[np.ndarray[Any, np.dtype[np.int64]]] = ()
+) -> list[Any]:
+    """Move what attention needs to know of a layout to the device of a pool [P, Hkv, D], once for all layers.
+
+    heads: query heads. beside: arrays that go with it, in the same copy, which nothing waits for; returned as tensors
+    there. Optional: attention that finds a layout unprepared prepares it.
+    """
+    if use_triton(pool):
+        from guiderail.kernels._shared_prefix_triton import place
+
+        return place(layout, heads, pool, beside)
+    return on_device(beside, pool.device)
+
+
+def shared_prefix_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    key_pool: Any,
+    value_pool: Any,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Any:
+    """Compute attention of the batch's rows: [T, Hq, D] in query's dtype, accumulated in float32.
+
+    query: [T, Hq, D]; key, value: [T, Hkv, D] of the same rows; key_pool, value_pool: [P, Hkv, D], holding the
+    contexts' tokens. fp16, bf16 or fp32, all of one dtype; Hq a multiple of Hkv. scale defaults to D ** -0.5.
+    Raises ValueError for shapes or dtypes that do not fit.
+    """
+    _check(query, key, value, key_pool, value_pool, layout, window, softcap)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if use_triton(query):
+        from guiderail.kernels._shared_prefix_triton import attention
+
+        return attention(query, key, value, key_pool, value_pool, layout, scale, window, softcap)
+    return _torch(query, key, value, key_pool, value_pool, layout, scale, window, softcap)

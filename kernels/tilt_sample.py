@@ -42,7 +42,7 @@ def _tilted(
     HAS_OTHER: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """z / temperature (z for temperature 0) of one block of a row, -inf beyond the vocabulary."""
+    """Return z / temperature (z for temperature 0) of one block of a row, -inf beyond the vocabulary."""
     v = start + tl.arange(0, BLOCK_V)
     inside = v < V
     at = v.to(tl.int64)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Log-probabilities of given tokens under a language-model head, without the [T, V] logits.
+"""Compute log-probabilities of given tokens under a language-model head, without the [T, V] logits.
 
     out[t] = z[t, tokens[t]] - log sum_v exp(z[t, v]),   z = cap(hidden @ weight^T),   cap(z) = c * tanh(z / c)
 
@@ -89,7 +89,7 @@ def _token_logprobs_kernel(
 
 
 def largest_blocks(element_size: int, shared_memory: int) -> tuple[int, int, int]:
-    """Rows, tokens of the vocabulary and hidden sizes of a block that spills no register, given many rows.
+    """Return rows, tokens of the vocabulary and hidden sizes of a block that spills no register, given many rows.
 
     Where there is no wgmma (and so less shared memory), both operands of a product pass through registers.
     """
@@ -158,13 +158,13 @@ def _torch_path(hidden, weight, tokens, softcap) -> Any:
 def token_logprobs(
     hidden: Any, weight: Any, tokens: Any, *, softcap: float | None = None, validate: bool = True
 ) -> Any:
-    """Log-probability of one given token per row of hidden states.
+    """Compute the log-probability of one given token per row of hidden states.
 
     hidden [T, H] and weight [V, H] of one dtype, float16, bfloat16 or float32, any strides; tokens [T] int64 in
     [0, V); softcap: positive cap of the logits, or None. validate=False skips the look at the values of `tokens`,
     which waits for the device; a token outside the vocabulary then yields a meaningless number.
 
-    Returns [T] float32; products are summed in float32. A row of `hidden` with a NaN gives NaN, and so does an
+    Return [T] float32; products are summed in float32. A row of `hidden` with a NaN gives NaN, and so does an
     infinity without a softcap; other rows are untouched. Temporaries: on the Triton path two [splits, T] tensors,
     at most 512 splits; on the torch path a float32 copy of `hidden` and blocks of 16 MiB.
 

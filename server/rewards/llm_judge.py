@@ -1,4 +1,4 @@
-"""The served model as judge: how likely it says yes, rather than no, to a question about the answer.
+"""The served model as judge: its probability of yes, rather than no, to a question about the answer.
 
 The instructions that the answer was given under (system messages, where there are any), the question, the answer and
 the rubric come in this order, so that judging many answers to one question shares the prefix. All but the rubric are

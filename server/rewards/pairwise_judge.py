@@ -1,4 +1,4 @@
-"""The served model as judge between two answers: how likely it names the first as the better one.
+"""The served model as judge between two answers: its probability of naming the first as the better one.
 
 Both orders are asked and averaged, which takes out a preference for a place (position bias: Zheng et al. 2023,
 arXiv 2306.05685). Question and answers are quoted in the prompt (verdicts.py). What is too long is cut, and the prompt
@@ -18,8 +18,8 @@ class PairwiseJudge:
     """Compares answers by asking the served model which of two is better."""
 
     def __init__(self, services: Services, *, max_tokens: int = 512) -> None:
-        """Question and answers are cut after `max_tokens` tokens each: three of them, the criterion and some
-        sixty tokens must fit the model's context. Raises ValueError if the tokenizer cannot tell A from B.
+        """max_tokens: of the question and of each answer, which are cut behind them: three times as many, the criterion
+        and some sixty tokens must fit the model's context. Raises ValueError if the tokenizer cannot tell A from B.
         """
         self._services = services
         self._max_tokens = max_tokens

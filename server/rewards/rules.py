@@ -57,7 +57,7 @@ class Keywords(TextReward):
 
 
 def content_words(text: str) -> list[str]:
-    """Distinct lower-case words of at least four letters that are not stop words, in order."""
+    """Return the distinct lower-case words of at least four letters that are not stop words, in order."""
     words = (word.lower() for word in re.findall(r"[^\W\d_]{4,}", text))
     return list(dict.fromkeys(word for word in words if word not in STOP_WORDS))
 
@@ -75,7 +75,7 @@ class Length(TextReward):
 
 
 def measure(text: str, unit: str) -> int:
-    """Length of a text in "words" (separated by space), "characters", or "sentences" (runs of . ! or ?)."""
+    """Return the length of a text in "words" (separated by space), "characters", or "sentences" (runs of . ! or ?)."""
     if unit == "words":
         return len(text.split())
     if unit == "characters":
@@ -106,7 +106,7 @@ class Regex(TextReward):
 
 
 def _matches(pattern: str, text: str, flags: int = 0, *, full: bool = False) -> bool:
-    """Whether the pattern matches. Raises ValueError when it takes too long."""
+    """Return True if the pattern matches. Raises ValueError when it takes too long."""
     compiled = regex.compile(pattern, flags)
     find = compiled.fullmatch if full else compiled.search
     try:  # concurrent: without the interpreter's lock, so that a slow pattern holds up nobody

@@ -1,9 +1,9 @@
-"""The Scorer: one queue per reward, drained in batches that mix the requests in flight.
+"""The scorer: one queue per reward, drained in batches that mix the requests in flight.
 
 Calls collect for a few milliseconds, and then for as long as the batch before them is scored; a batch is
 filled under a token budget, one group of each request in turn, so that a request with many candidates does
 not keep others waiting. A group whose caller was cancelled is dropped before it is scored. A failing group
-fails its own request, by the reward's name, and no other; what a reward refuses (RequestError) is the client's fault.
+fails its own request, by the reward's name, and no other; a refusal of a reward (RequestError) is the client's fault.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ class _Call:
 
     @property
     def tokens(self) -> int:
-        """Roughly what scoring costs: the prompt once, and every answer (in the served model's tokens)."""
+        """Rough cost of scoring: the prompt once, and every answer (in the served model's tokens)."""
         return len(self.group.prompt.token_ids) + sum(len(a.token_ids) or len(a.text) // 4 for a in self.group.answers)
 
 
@@ -46,10 +46,10 @@ class BatchingScorer:
         max_tokens: int = 16384,
         wait_s: float = 0.002,
     ) -> None:
-        """timeout_s: for one batch of one reward; None: as long as it takes (server/offline/offline_state.py).
+        """timeout_s: seconds for one batch of one reward; None: no limit (server/offline/offline_state.py).
 
         max_tokens: size of a batch (a larger group goes alone).
-        wait_s: how long the first call of an idle reward waits for company.
+        wait_s: seconds that the first call of an idle reward waits for company.
         """
         self._rewards = rewards
         self._metrics = metrics
@@ -60,7 +60,7 @@ class BatchingScorer:
         self._drains: dict[str, asyncio.Task[None]] = {}
 
     async def score(self, reward: str, group: ScoreGroup, owner: int = 0) -> ScoreResult:
-        """Scores one group, together with whatever else waits for the same reward.
+        """Score one group, together with whatever else waits for the same reward.
 
         Raises RewardFailed, or RequestError for a conversation that the reward refuses.
         """
@@ -93,7 +93,7 @@ class BatchingScorer:
                     call.future.set_exception(RewardFailed(name, "its queue was cut off"))
 
     def _take(self, name: str) -> list[_Call]:
-        """The next batch: calls still wanted, one of each owner in turn, up to max_tokens."""
+        """Take the next batch: calls still wanted, one of each owner in turn, up to max_tokens."""
         turns: dict[int, deque[_Call]] = {}
         for call in self._pending[name]:
             if not call.future.done():
@@ -151,7 +151,7 @@ class BatchingScorer:
 
 
 def _checked(name: str, results: object, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
-    """What a reward returned, if it is one result a group, of one finite number an answer. Raises RewardFailed."""
+    """Return a reward's results if each group has one, of one finite number an answer. Raises RewardFailed."""
     if not isinstance(results, list | tuple) or len(results) != len(groups):
         raise RewardFailed(name, f"it returned {_shown(results)} where one result for each of {len(groups)} was due")
     checked = []

@@ -1,1 +1,1 @@
-"""Reward models: loading, batched scoring on this machine or another. Knows nothing of requests."""
+"""Models that score answers: loaded here or run by other servers, scored in batches. They know nothing of requests."""

@@ -2,7 +2,7 @@
 
 On CPU linear layers in bfloat16 get weights that oneDNN has packed once, where it can; gate and up projections then
 become one product, and so do those of queries, keys and values; RMSNorm and rotary embedding are native operations
-where vLLM has them. Everywhere the last layer's MLP computes the rows that are scored alone. Results differ by
+where vLLM has them. Everywhere the last layer's MLP computes only the rows that are scored. Results differ by
 rounding only.
 """
 
@@ -20,7 +20,7 @@ PACK_ROWS = 1024  # the row count that oneDNN packs weights for; others work, ne
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
-    """nn.Linear over weights packed by oneDNN. bfloat16 only, on CPUs where processor.packs_bfloat16()."""
+    """nn.Linear over weights packed by oneDNN. bfloat16 only, on CPUs where cpu_features.packs_bfloat16()."""
 
     def __init__(self, weight: Any, bias: Any) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class FusedQkv:
         self._outputs: list[Any] = []
 
     def project(self, x: Any, which: int) -> Any:
-        """Output `which` of 0 (queries), 1 (keys), 2 (values)."""
+        """Return output `which` of 0 (queries), 1 (keys), 2 (values)."""
         if which == 0 or x is not self._input:
             self._input, self._outputs = x, list(self._product(x).split(self._widths, -1))
         out = self._outputs[which]
@@ -86,7 +86,7 @@ class Projection(nn.Module):  # type: ignore[misc]
 
 
 class OnlyRows(nn.Module):  # type: ignore[misc]
-    """A module applied to the rows named in `rows` alone; the others get zeros, as what they would is not looked at."""
+    """A module applied to the rows named in `rows` alone; the others, which nobody reads, get zeros."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class FastRMSNorm(nn.Module):  # type: ignore[misc]
 
 
 def norm_parts(module: Any) -> tuple[Any, float, bool] | None:
-    """(weight, eps, whether the weight is stored minus one) of an RMSNorm module, None for other modules."""
+    """Return (weight, eps, True if the weight is stored minus one) of an RMSNorm module, None for other modules."""
     name = type(module).__name__
     weight = getattr(module, "weight", None)
     if not name.endswith("RMSNorm") or weight is None or weight.dim() != 1:
@@ -131,7 +131,7 @@ def norm_parts(module: Any) -> tuple[Any, float, bool] | None:
 
 
 def speed_up(model: Any) -> None:
-    """Replaces what has a faster equivalent, in place. On CPU; float32 models keep their linear layers."""
+    """Replace modules by faster equivalents, in place. On CPU; float32 models keep their linear layers."""
     ops = native_ops()
     if ops is not None:
         speed_up_rotary(model, ops)
@@ -153,7 +153,7 @@ def speed_up(model: Any) -> None:
 
 
 def only_last_rows(model: Any) -> OnlyRows | None:
-    """Makes the last layer's MLP compute chosen rows alone; None for a model that is built otherwise."""
+    """Make the last layer's MLP compute chosen rows alone and return it; None for a model that is built otherwise."""
     layers = getattr(model, "layers", None)
     if layers is None or getattr(layers[-1], "mlp", None) is None:
         return None

@@ -41,7 +41,7 @@ class FastRotary:
 
 
 def speed_up_rotary(model: Any, ops: Any) -> None:
-    """Gives the model's attention modules the native operation where theirs does the same."""
+    """Give the model's attention modules the native operation where theirs does the same."""
     made: dict[Any, Any] = {}  # one for all layers, so that they share a pass's table
     for module in model.modules():
         plain = type(module).forward
@@ -59,7 +59,7 @@ def speed_up_rotary(model: Any, ops: Any) -> None:
 
 
 def _same(fast: FastRotary, original: Callable[..., Any]) -> bool:
-    """Whether a function turns vectors as FastRotary does: some models pair neighbours instead of halves."""
+    """Return True if a function turns vectors as FastRotary does: some models pair neighbours instead of halves."""
     draw = torch.Generator().manual_seed(0)
     angles = torch.rand(1, 3, 32, generator=draw).repeat(1, 1, 2)
     q, k = (torch.randn(1, heads, 3, 64, generator=draw) for heads in (4, 2))

@@ -1,4 +1,4 @@
-"""Reward models as rewards: texts under the model's own chat template, scored by the packed runner.
+"""Reward models as rewards: texts under the model's own chat template, scored by a backend.
 
 A model's backend owns a thread or a process, so scoring never runs on the event loop and calls of many requests
 are scored one batch after another. Raw head values come out, without sigmoid or normalisation.

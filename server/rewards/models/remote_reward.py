@@ -49,7 +49,7 @@ class RemoteReward(NeuralReward):
 async def connect(
     urls: Sequence[str], *, probe: Sequence[int], model: str | None, key: str | None, heads: int | None
 ) -> "RemotePooler":
-    """A backend over these servers, each of them checked by scoring the token ids of `probe`.
+    """Return a backend over these servers, each of them checked by scoring the token ids of `probe`.
 
     model: its name on the servers (None: the one they serve). heads: how many values it has (None: as many as
     the first answer). Raises RemoteError naming the server that is not there, serves another model or hides
@@ -83,7 +83,7 @@ class RemotePooler:
         self._remote = RemoteClient(key, IN_FLIGHT, READ_S)
 
     async def check(self, url: str, probe: Sequence[int], model: str | None, heads: int | None) -> None:
-        """Asks a server for its model and scores `probe`; sets what the backend says of itself. Raises RemoteError."""
+        """Ask a server for its model, score `probe`, and set heads and longest input. Raises RemoteError."""
         found = await self._remote.model(url, model)
         self._names[url] = found.id
         limits = [limit for limit in (self.longest, found.max_model_len) if limit is not None]
@@ -105,7 +105,7 @@ class RemotePooler:
             raise RemoteError(url, "does not read use_activation, so its values may be activated; use vLLM 0.32")
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """[S][heads] raw values. Raises RuntimeError if a server does not give them."""
+        """Return [S][heads] raw values. Raises RuntimeError if a server does not give them."""
         routes: dict[str, list[int]] = {}
         for index, tokens in enumerate(sequences):
             routes.setdefault(self._router.pick(tokens), []).append(index)
@@ -127,7 +127,7 @@ class RemotePooler:
         return [values[index] for index in range(len(sequences))]
 
     async def _score(self, home: str, sequences: list[Sequence[int]]) -> list[list[float]]:
-        """One chunk, at its home or, if that cannot be reached, at the next server."""
+        """Score one chunk at its home or, if that cannot be reached, at the next server."""
         first = self.urls.index(home)
         async with self._turns:
             for attempt, url in enumerate(islice(cycle(self.urls), first, first + ATTEMPTS), start=1):
@@ -147,7 +147,7 @@ class RemotePooler:
     async def _ask(
         self, url: str, sequences: Sequence[Sequence[int]], activation: bool | str = False
     ) -> list[list[float]]:
-        """One request for the values of these sequences, in their order."""
+        """Send one request and return the values of these sequences, in their order."""
         body = {
             "model": self._names[url],
             "task": "classify",
@@ -161,12 +161,12 @@ class RemotePooler:
         return [item.data for item in sorted(items, key=lambda item: item.index)]
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._remote.close()
 
 
 class PrefixRouter:
-    """Which server scores a sequence: the one that most of it went to before, as that has it in its cache.
+    """Choice of the server for a sequence: the one that most of it went to before, as that has it in its cache.
 
     Where there is none, or it has much more in flight than another, the servers take turns, less busy ones first.
     """
@@ -177,7 +177,7 @@ class PrefixRouter:
         self._homes: dict[int, str] = {}  # by the hash of a prefix of whole blocks, the longest unused first
 
     def pick(self, tokens: Sequence[int]) -> str:
-        """The server for this sequence, which counts as in flight there until `done`."""
+        """Return the server for this sequence, which counts as in flight there until `done`."""
         keys: list[int] = []
         for end in range(BLOCK, len(tokens) + 1, BLOCK):
             keys.append(hash((keys[-1] if keys else 0, *tokens[end - BLOCK : end])))
@@ -196,5 +196,5 @@ class PrefixRouter:
         return url
 
     def done(self, url: str, tokens: int) -> None:
-        """So many tokens are no longer in flight at a server."""
+        """Count so many tokens as no longer in flight at a server."""
         self._load[url] -= tokens

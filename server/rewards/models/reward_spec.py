@@ -8,7 +8,7 @@ from guiderail.server.remote.remote_options import named_options, usable_url
 
 
 class RewardModelSpec(BaseModel):
-    """One `--reward name=...`: where the model is and how it is run."""
+    """One `--reward name=...`: the place of a model and the options that it is run with."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,7 +42,7 @@ class RewardModelSpec(BaseModel):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """The base URLs of the remote servers, without a slash at the end."""
+        """Base URLs of the remote servers, without a slash at the end."""
         return tuple(self.url.split("|")) if self.url is not None else ()
 
     @field_validator("url")

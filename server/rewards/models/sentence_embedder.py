@@ -27,14 +27,14 @@ class SentenceEmbedder:
     """Turns texts into unit vectors. The model is loaded once, at the first call."""
 
     def __init__(self, path: str | None = None, device: str = "cpu") -> None:
-        """`path`: a folder or Hub id with safetensors weights and mean pooling; None: the embedded model."""
+        """path: a folder or Hub id with safetensors weights and mean pooling; None: the embedded model."""
         self.path = path
         self._device = device
         self._model: Any = None
         self._tokenizer: Any = None
 
     async def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Rows [N, H] of length one, in the order of `texts`, cut after MAX_TOKENS word pieces each.
+        """Return rows [N, H] of length one, in the order of `texts`, cut after MAX_TOKENS word pieces each.
 
         A row does not depend on the other texts (within 1e-5). Raises GuiderailError if the model does not load.
         """
@@ -67,7 +67,7 @@ class SentenceEmbedder:
 
 
 def _load(path: str | None, device: str) -> tuple[Any, Any]:
-    """Tokenizer and model, float32, on the device."""
+    """Return tokenizer and model, float32, on the device."""
     import torch
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import cached_file
@@ -88,7 +88,7 @@ def _load(path: str | None, device: str) -> tuple[Any, Any]:
 
 
 def _embedded() -> Path:
-    """The folder of the embedded model."""
+    """Return the folder of the embedded model."""
     try:
         return Path(str(distribution(PACKAGE).locate_file(PACKAGE.replace("-", "_")))) / "model"
     except PackageNotFoundError:
