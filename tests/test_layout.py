@@ -1,6 +1,8 @@
 """The shape of the source tree: import direction, where vLLM is imported, what transformers can mistake."""
 
 import ast
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -74,6 +76,58 @@ def test_every_package_says_what_it_is() -> None:
     assert [
         folder for folder in folders if not ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
     ] == []
+
+
+SOURCES = {path: path.read_text() for path in FILES}
+
+
+def concrete(base: type) -> list[type]:
+    """The classes below a base, of our own and not of plugins and tests, that can be made."""
+    for path in SOURCES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] == "guides" or parts[:2] == ("server", "rewards"):
+            importlib.import_module(".".join(["guiderail", *parts]).removesuffix(".__init__"))
+    below = base.__subclasses__()
+    found = below + [each for sub in below for each in concrete(sub)]
+    ours = [each for each in found if each.__module__.startswith(("guiderail.guides", "guiderail.server"))]
+    return [each for each in dict.fromkeys(ours) if not inspect.isabstract(each) and not each.__name__.startswith("_")]
+
+
+def test_every_kernel_has_a_caller_in_the_server() -> None:
+    import guiderail.kernels
+
+    used = {name for path in FILES if path.is_relative_to(ROOT / "server") for name in imports(path)}
+    for name in guiderail.kernels.__all__:
+        wanted = {f"guiderail.kernels.{name}", f"guiderail.kernels.{name}.{name}"}
+        assert used & wanted, f"no request reaches the kernel {name}"
+    everywhere = used | {name for path in (ROOT / "kernels").glob("[!_]*.py") for name in imports(path)}
+    modules = {f"guiderail.kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py") if path.stem != "__init__"}
+    assert [module for module in sorted(modules) if module not in everywhere] == []
+
+
+def test_every_guide_and_reward_can_be_asked_for() -> None:
+    """By its entry point, or made by the server, as the rewards of `--reward NAME=...` are."""
+    from guiderail.guides.core.guide import Guide
+    from guiderail.guides.core.reward import Reward
+
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    named = {value for group in entries.values() for value in group.values()}
+    guides, rewards = concrete(Guide), concrete(Reward)
+    assert len(guides) >= 8
+    assert len(rewards) >= 10
+    for each in (*guides, *rewards):
+        own = Path(inspect.getfile(each)).resolve()
+        used = any(each.__name__ in text for path, text in SOURCES.items() if path.resolve() != own)
+        assert f"{each.__module__}:{each.__name__}" in named or used, f"{each.__qualname__} is never asked for"
+
+
+def test_every_transform_and_selection_rule_can_be_asked_for() -> None:
+    from guiderail.guides.scoring import SELECTIONS, Selection
+    from guiderail.guides.scoring.chain import TRANSFORMS
+    from guiderail.guides.scoring.transforms import Transform
+
+    assert set(concrete(Selection)) == set(SELECTIONS.values())
+    assert set(concrete(Transform)) == set(TRANSFORMS.values())
 
 
 def test_helpers_of_tests_lie_in_one_folder() -> None:
