@@ -19,9 +19,9 @@ DOCUMENTS = [
     "server/rewards/README.md",
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-PATH = re.compile(
-    r"`((?:benchmarks|deploy|guides|kernels|server|tests)/[a-z\d_./-]*)`"
-)  # from the root; NAME is any name
+TOP = ("benchmarks", "deploy", "guides", "kernels", "server", "tests")
+PATH = re.compile(rf"`((?:{'|'.join(TOP)})/[\w./-]*)`")  # from the root
+FILE = re.compile(r"`(\w+\.py)`")  # a name alone
 PLACEHOLDER = re.compile(r"NAME|OP\.py")
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
@@ -37,6 +37,7 @@ def test_a_document_names_what_is_there(name: str) -> None:
     page = ROOT / name
     text = FENCED.sub("", page.read_text())
     missing = [path for path in PATH.findall(text) if not (ROOT / path).exists() and not PLACEHOLDER.search(path)]
+    missing += sorted(set(FILE.findall(text)) - {path.name for top in TOP for path in (ROOT / top).rglob("*.py")})
     for link in LINK.findall(text):
         target, _, anchor = link.partition("#")
         if "://" in target:
