@@ -1,4 +1,4 @@
-"""What a result says: percentiles, goodput, rewards and spend, and the keys of `vllm bench serve`."""
+"""Contents of a result: percentiles, goodput, rewards and spend, and the keys of `vllm bench serve`."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""How requests end: every kind of end, by class, in exact balance with what the server saw."""
+"""Outcomes of requests: every kind, by class, in exact balance with what the server saw."""
 
 import asyncio
 import socket

@@ -46,6 +46,6 @@ async def load_test(
 
 
 def by_id(server: Scripted, records: list[Record]) -> list[Any]:
-    """What the server noted of each record's request."""
+    """The server's notes on each record's request."""
     noted = {served.headers["X-Request-Id"]: served for served in server.served}
     return [noted[record.request_id] for record in records]

@@ -116,7 +116,7 @@ main_task: list["asyncio.Task[Any]"] = []
 
 
 async def stop() -> None:
-    """What Ctrl-C does in the middle of a command."""
+    """Ctrl-C in the middle of a command."""
     main_task[-1].cancel()
     await asyncio.sleep(60)
 
