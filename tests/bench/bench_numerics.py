@@ -49,8 +49,8 @@ def model() -> str:
     return catalogue.resolve(catalogue.DEFAULT_MODEL, Settings().cache)
 
 
-async def forced(engine: Any, prompts: list[TokenPrompt], rows: list[list[int]]) -> tuple[list[Any], float]:
-    """TokenLogprob of every position of `rows`, forced after `prompts`, all at once; and tokens/s."""
+async def forced(engine: Any, prompts: list[TokenPrompt], answers: list[list[int]]) -> tuple[list[Any], float]:
+    """TokenLogprob of every position of `answers`, forced after `prompts`, all at once; and tokens/s."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -61,10 +61,12 @@ async def forced(engine: Any, prompts: list[TokenPrompt], rows: list[list[int]])
         )  # fmt: skip
         return list(await engine._logprobs(prompt, params))
 
-    await asyncio.gather(*(one(prompt, row[:2]) for prompt, row in zip(prompts, rows, strict=True)))  # warms up
+    await asyncio.gather(
+        *(one(prompt, answer[:2]) for prompt, answer in zip(prompts, answers, strict=True))
+    )  # warms up
     began = time.perf_counter()
-    found = await asyncio.gather(*(one(prompt, row) for prompt, row in zip(prompts, rows, strict=True)))
-    return [place for row in found for place in row], sum(map(len, rows)) / (time.perf_counter() - began)
+    found = await asyncio.gather(*(one(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)))
+    return [place for row in found for place in row], sum(map(len, answers)) / (time.perf_counter() - began)
 
 
 async def logits() -> None:
@@ -73,7 +75,7 @@ async def logits() -> None:
     prompts = [
         TokenPrompt(render([Message(m["role"], m["content"]) for m in messages(i)]).token_ids) for i in range(ROWS)
     ]
-    rows: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     places: dict[str, list[Any]] = {}
     speed: dict[str, float] = {}
     for mode, settings in MODES.items():
@@ -82,8 +84,8 @@ async def logits() -> None:
             if not places:
                 async with engine.generate(prompts, SamplingSpec(TOKENS, 0.0, ignore_eos=True)) as rollouts:
                     async for delta in rollouts:
-                        rows[delta.row] += delta.token_ids
-            places[mode], speed[mode] = await forced(engine, prompts, rows)
+                        answers[delta.row] += delta.token_ids
+            places[mode], speed[mode] = await forced(engine, prompts, answers)
         finally:
             await engine.close()
         print(mode, f"{speed[mode]:.1f} tokens/s", file=sys.stderr)

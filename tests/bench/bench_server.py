@@ -154,7 +154,7 @@ async def main(rounds: int) -> None:
     print("starting two engines", file=sys.stderr)
     await raw.start()
     await served.start()
-    rows: dict[str, list[tuple[float, float]]] = {"plain": [], "plain, streamed": [], "best_of_16": []}
+    found: dict[str, list[tuple[float, float]]] = {"plain": [], "plain, streamed": [], "best_of_16": []}
     try:
         count = 3 * CLIENTS
         for number in range(-1, rounds):  # round -1 warms both up
@@ -164,21 +164,21 @@ async def main(rounds: int) -> None:
             best = [(await raw.sixteen(base + 400 + i), await served.sixteen(base + 500 + i)) for i in range(3)]
             if number < 0:
                 continue
-            rows["plain"].append(plain)
-            rows["plain, streamed"].append(streamed)
-            rows["best_of_16"] += best
+            found["plain"].append(plain)
+            found["plain, streamed"].append(streamed)
+            found["best_of_16"] += best
             print(f"round {number + 1}: {plain=} {streamed=} {best=}", file=sys.stderr)
     finally:
         await served.close()
         await raw.close()
-    report(rows)
+    report(found)
 
 
-def report(rows: dict[str, list[tuple[float, float]]]) -> None:
+def report(found: dict[str, list[tuple[float, float]]]) -> None:
     """Write the section."""
     wanted = {"plain": (">= 0.95", 0.95), "plain, streamed": ("(no target)", None), "best_of_16": ("<= 1.10", 1.10)}
     table, targets, data = [], [], {}
-    for name, pairs in rows.items():
+    for name, pairs in found.items():
         each, (text, target) = paired(pairs), wanted[name]
         timed = name == "best_of_16"  # seconds, of which less is better; the others are tokens/s
         word = "" if target is None else verdict(each.ratio, target, at_most=timed)

@@ -15,8 +15,8 @@ PAGE = ROOT / "BENCHMARKS.md"
 RESULTS = ROOT / "benchmarks"
 HEAD = """# Benchmarks
 
-Every speed is a ratio of two sides that took turns in one run on the machine named in its section; the machines are shared
-and noisy. Everything below is generated: each section by the command that it names, the summary from all of them.
+Comparisons are ratios of two sides that took turns in one run on the machine named in their section; the machines are
+shared and noisy. Everything below is generated: each section by the command that it names, the summary from all of them.
 [benchmarks/NOTES.md](benchmarks/NOTES.md) is written by hand: what was tried, and how earlier runs came out.
 """
 
