@@ -1,40 +1,103 @@
-"""Guides and the vocabulary they share with rewards: what a plugin author imports.
+"""The public API: all that a guide or a reward of somebody else's imports. Importing it needs neither vllm nor torch.
 
-Importing this needs neither vllm nor torch.
+README.md beside this file grows a guide from ten lines to one that decodes in steps.
 """
 
-from guiderail.guides.best_of_n import draw_scored
+from guiderail.guides.best_of_n import Drawn, draw_scored, in_place
 from guiderail.guides.core.context import Context
-from guiderail.guides.core.errors import DeadlinePassed, GuiderailError, RewardFailed
-from guiderail.guides.core.guide import Engine, Guide, Helpers, Params, Rollouts, Scorer, ScoreResult, answer_events
-from guiderail.guides.core.reward import Reward, Services, TextReward, answer_texts
-from guiderail.guides.core.types import Answer, Candidate, Delta, Event, Final, Message, Scored, ScoreGroup, Token
+from guiderail.guides.core.errors import (
+    AlignmentField,
+    DeadlinePassed,
+    EngineUnavailable,
+    FieldError,
+    GuideField,
+    GuiderailError,
+    RequestError,
+    RewardFailed,
+)
+from guiderail.guides.core.guide import Guide, answer_events
+from guiderail.guides.core.interfaces import Engine, Renderer, Rollouts, Scorer, ScoreResult, Services
+from guiderail.guides.core.policy import Policy, PolicySpec
+from guiderail.guides.core.reward import Reward, TextReward, answer_texts, instructions, prompt_text
+from guiderail.guides.core.types import (
+    Answer,
+    Candidate,
+    Delta,
+    Event,
+    Final,
+    Message,
+    Params,
+    SamplingSpec,
+    Scored,
+    ScoreGroup,
+    Token,
+    TokenLogprob,
+    TokenPrompt,
+)
+from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.pipeline import Pick
+from guiderail.guides.scoring.scores import Scores
+from guiderail.guides.search.lookahead import Lookahead, Weigh, roll_forward, successors, value
+from guiderail.guides.search.sequence import Piece, roll_out
+from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, draw_blocks, top_tokens
+from guiderail.guides.search.transcript import Transcript
 
 __all__ = [
+    "MAX_TOP_K",
+    "UNKEPT",
+    "AlignmentField",
     "Answer",
     "Candidate",
     "Context",
     "DeadlinePassed",
     "Delta",
+    "Drawn",
     "Engine",
+    "EngineUnavailable",
     "Event",
+    "FieldError",
     "Final",
     "Guide",
+    "GuideField",
     "GuiderailError",
-    "Helpers",
+    "Lookahead",
     "Message",
+    "Origin",
     "Params",
+    "Pick",
+    "Piece",
+    "Policy",
+    "PolicySpec",
+    "PoolKind",
+    "Renderer",
+    "RequestError",
     "Reward",
     "RewardFailed",
     "Rollouts",
+    "SamplingSpec",
     "ScoreGroup",
     "ScoreResult",
     "Scored",
     "Scorer",
+    "Scores",
     "Services",
+    "Steps",
     "TextReward",
     "Token",
+    "TokenLogprob",
+    "TokenPrompt",
+    "Transcript",
+    "Weigh",
     "answer_events",
     "answer_texts",
+    "draw_blocks",
     "draw_scored",
+    "in_place",
+    "instructions",
+    "prompt_text",
+    "roll_forward",
+    "roll_out",
+    "successors",
+    "top_tokens",
+    "value",
 ]

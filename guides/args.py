@@ -12,28 +12,31 @@ scores of one new token each.
 from collections.abc import AsyncGenerator
 from typing import ClassVar
 
+import numpy as np
 from pydantic import Field
 
-from guiderail.guides.core import guide as base
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.guide import Guide
-from guiderail.guides.core.types import Event
-from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.core.types import Event, Params
+from guiderail.guides.scoring.origin import Origin, PoolKind
 from guiderail.guides.search.lookahead import value
 from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, top_tokens
 
 
-class Args(Guide):
+class ArgsParams(Params):
+    top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, description="Tokens considered at each step.")
+    w: float = Field(default=1.5, ge=0, description="Weight of the reward against log-probabilities.")
+
+
+class Args(Guide[ArgsParams]):
     """ARGS: adds a weighted reward of the partial answer to each next token's log-probability."""
 
-    class Params(base.Params):
-        top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, description="Tokens considered at each step.")
-        w: float = Field(default=1.5, ge=0, description="Weight of the reward against log-probabilities.")
+    Params = ArgsParams
 
     streams: ClassVar[bool] = True
 
     def candidates(self) -> int:
-        return int(self.params.top_k)
+        return self.params.top_k
 
     def pools(self) -> dict[PoolKind, int]:
         return {"tokens": self.candidates()}
@@ -51,13 +54,11 @@ class Args(Guide):
         steps = Steps(ctx, "tokens")
         while steps.go_on(1):
             pieces = await top_tokens(ctx, steps.transcript, self.params.top_k)
-            candidates = await value(ctx, steps.transcript, pieces, [[]] * len(pieces))
+            scores = await value(ctx, steps.transcript, pieces, [[]] * len(pieces))
             log_prior = [piece.logprobs[0].logprob for piece in pieces]
-            for candidate, logprob in zip(candidates, log_prior, strict=True):
-                assert candidate.combined is not None
-                candidate.combined = logprob + self.params.w * candidate.combined
-            chosen = await ctx.pick(candidates, Origin("tokens", log_prior=log_prior))
-            for event in steps.commit(pieces[chosen.index], candidates, chosen):
+            scores = scores.with_combined(np.array(log_prior) + self.params.w * scores.combined)
+            pick = await ctx.select(scores, Origin("tokens", log_prior=log_prior))
+            for event in steps.commit(pieces[pick.row], pick):
                 yield event
         async for event in steps.end():
             yield event

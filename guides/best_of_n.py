@@ -6,79 +6,111 @@ generation and N scores per reward. Candidates are scored as they finish, not af
 """
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, overload
 
 from pydantic import Field
 
-from guiderail.guides.core import guide as base
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.errors import DeadlinePassed
 from guiderail.guides.core.guide import Guide, answer_events
 from guiderail.guides.core.seeds import POOL_SIZE
 from guiderail.guides.core.tasks import task_group
-from guiderail.guides.core.types import Candidate, Event, Scored
-from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.core.types import Candidate, Event, Params, Scored
+from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.sequence import Piece, roll_out
 
 
-class BestOfN(Guide):
+class BestOfNParams(Params):
+    n: int = Field(default=16, ge=1, le=4096, description="Number of candidate answers drawn from the policy.")
+
+
+class BestOfN(Guide[BestOfNParams]):
     """Best-of-N: draws n answers, scores them all and returns the selected one."""
 
-    class Params(base.Params):
-        n: int = Field(default=16, ge=1, le=4096, description="Number of candidate answers drawn from the policy.")
+    Params = BestOfNParams
 
     keeps_format: ClassVar[bool] = True
 
     def candidates(self) -> int:
-        n: int = self.params.n
-        return n
+        return self.params.n
 
     def pools(self) -> dict[PoolKind, int]:
-        return {"answers": self.candidates()}
+        return {"answers": self.params.n}
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         n = self.params.n
-        candidates = await draw_scored(ctx, ctx.selection.draws(n, ctx.seeds(1, stream=POOL_SIZE)[0]))
-        stopped_by = next((c.finish_reason for c in candidates if not c.finished), None)
-        pool = [c for c in candidates if c.transformed]
-        if not pool:  # nothing was finished and scored in time: what there is has to do
-            pool = [c for c in candidates if c.finished] or [c for c in candidates if c.token_ids]
+        (seed,) = ctx.seeds.stream(1, POOL_SIZE)
+        drawn = await draw_scored(ctx, ctx.pipeline.asked.selection.draws(n, seed))
+        stopped_by = next((c.finish_reason for c in drawn if not c.finished), None)
+        scores = drawn.scores
+        if scores is None:  # nothing was finished and scored in time: what there is has to do
+            pool = [c for c in drawn if c.finished] or [c for c in drawn if c.token_ids]
             if not pool:
                 raise DeadlinePassed("the deadline passed before any candidate had a token")
-            await ctx.score(pool)
-        yield Scored(tuple(candidates))
-        for event in answer_events(
-            await ctx.select(pool, Origin("answers", len(candidates), n)), candidates, stopped_by
-        ):
+            scores = await ctx.score(pool)
+        pick = await ctx.select(scores, Origin("answers", len(drawn), n))
+        everything = in_place(drawn, pick.candidates)
+        yield Scored(everything)
+        for event in answer_events(pick.chosen, everything, stopped_by):
             yield event
 
 
-async def draw_scored(ctx: Context, n: int) -> list[Candidate]:
-    """Draws n answers and scores each finished one as soon as it is there. Returned in row order.
+@dataclass(frozen=True, slots=True)
+class Drawn(Sequence[Candidate]):
+    """Answers that were drawn, in order; those that were scored with their scores.
+
+    scores: of those that were finished and scored, as a group; None if none was.
+    """
+
+    candidates: tuple[Candidate, ...]
+    scores: Scores | None
+
+    @overload
+    def __getitem__(self, index: int) -> Candidate: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Candidate]: ...
+
+    def __getitem__(self, index: int | slice) -> Candidate | Sequence[Candidate]:
+        return self.candidates[index]
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+
+async def draw_scored(ctx: Context, n: int) -> Drawn:
+    """Draw n answers and score each finished one as soon as it is there.
 
     Answers cut off by deadline or budget come back unscored, as do those whose score the deadline overtook.
     """
-    done: dict[int, Candidate] = {}
+    scored: dict[int, Scores] = {}
     async with task_group() as scoring:
 
-        def finished(row: int, piece: Piece) -> None:
-            done[row] = candidate = Candidate(
-                row, piece.text, tuple(piece.token_ids), piece.finish_reason, piece.stop_reason,
-                tuple(piece.logprobs) or None,
-            )  # fmt: skip
-            if candidate.finished:
-                scoring.create_task(_score_in_time(ctx, candidate))
+        async def score(index: int, answer: Candidate) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ctx.engine.remaining()):
+                    scored[index] = await ctx.score([answer])
 
-        await roll_out(ctx, [ctx.prompt] * n, replace(ctx.sampling, stream=False), ctx.seeds(n), finished)
-    return [done[row] for row in range(n)]
+        def finished(index: int, piece: Piece) -> None:
+            answer = piece.candidate(index)
+            if answer.finished:
+                scoring.create_task(score(index, answer))
+
+        sampling = replace(ctx.sampling, stream=False)
+        pieces = await roll_out(ctx, [ctx.prompt] * n, sampling, ctx.seeds.stream(n), finished)
+    drawn = tuple(piece.candidate(index) for index, piece in enumerate(pieces))
+    tables = [scored[index] for index in sorted(scored) if scored[index].raw]
+    if not tables:
+        return Drawn(drawn, None)
+    scores = Scores.join(tables)
+    return Drawn(in_place(drawn, scores.candidates), scores)
 
 
-async def _score_in_time(ctx: Context, candidate: Candidate) -> None:
-    left = None if ctx.limits.deadline is None else max(0.0, ctx.limits.deadline - time.monotonic())
-    with suppress(TimeoutError):
-        async with asyncio.timeout(left):
-            await ctx.score([candidate])
+def in_place(candidates: Iterable[Candidate], scored: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates, with those of `scored` in the places of the same numbers."""
+    known = {candidate.index: candidate for candidate in scored}
+    return tuple(known.get(candidate.index, candidate) for candidate in candidates)

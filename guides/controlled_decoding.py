@@ -14,33 +14,35 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from guiderail.guides.core import guide as base
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.guide import Guide
-from guiderail.guides.core.types import Event
-from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.core.types import Event, Params
+from guiderail.guides.scoring.origin import Origin, PoolKind
 from guiderail.guides.search.lookahead import Lookahead, roll_forward, value
 from guiderail.guides.search.stepwise import Steps, draw_blocks
 
 
-class ControlledDecoding(Guide):
+class ControlledDecodingParams(Params):
+    k: int = Field(default=8, ge=1, le=1024, description="Continuations drawn for each block.")
+    block: int = Field(default=32, ge=1, description="Tokens of a block.")
+    rollouts: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Rollouts of the policy whose mean is a block's value; 0: its own reward.",
+    )
+    horizon: int | None = Field(default=None, ge=1, description="Tokens of a rollout; null: to the answer's end.")
+
+
+class ControlledDecoding(Guide[ControlledDecodingParams]):
     """Controlled decoding: keeps the best of k continuations, block by block."""
 
-    class Params(base.Params):
-        k: int = Field(default=8, ge=1, le=1024, description="Continuations drawn for each block.")
-        block: int = Field(default=32, ge=1, description="Tokens of a block.")
-        rollouts: int = Field(
-            default=0,
-            ge=0,
-            le=64,
-            description="Rollouts of the policy whose mean is a block's value; 0: its own reward.",
-        )
-        horizon: int | None = Field(default=None, ge=1, description="Tokens of a rollout; null: to the answer's end.")
+    Params = ControlledDecodingParams
 
     streams: ClassVar[bool] = True
 
     def candidates(self) -> int:
-        return int(self.params.k * max(1, self.params.rollouts))
+        return self.params.k * max(1, self.params.rollouts)
 
     def pools(self) -> dict[PoolKind, int]:
         return {"blocks": self.params.k}
@@ -48,7 +50,7 @@ class ControlledDecoding(Guide):
     def cost(self, max_tokens: int) -> int:
         p = self.params
         steps, ahead = -(-max_tokens // p.block), min(p.horizon or max_tokens, max_tokens)
-        return int(p.k * (max_tokens + steps * p.rollouts * ahead))
+        return p.k * (max_tokens + steps * p.rollouts * ahead)
 
     def refuses(self) -> tuple[str, ...]:
         return ("presence_penalty", "frequency_penalty")  # the engine would count each block's tokens alone
@@ -64,9 +66,9 @@ class ControlledDecoding(Guide):
             tails = await roll_forward(ctx, steps.transcript, pieces, ahead, steps.count)
             if steps.cut_short([tail for rows in tails for tail in rows], pieces):
                 break
-            candidates = await value(ctx, steps.transcript, pieces, tails)  # V of each block
-            chosen = await ctx.pick(candidates, Origin("blocks", k))
-            for event in steps.commit(pieces[chosen.index], candidates, chosen):
+            scores = await value(ctx, steps.transcript, pieces, tails)  # V of each block
+            pick = await ctx.select(scores, Origin("blocks", k))
+            for event in steps.commit(pieces[pick.row], pick):
                 yield event
         async for event in steps.end():
             yield event

@@ -14,73 +14,80 @@ With one beam the request's selection rule picks at each step, else it picks amo
 Costs B (1 + k l) tokens and B k scores a token. Text is committed once all beams agree on it.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+import numpy as np
 from pydantic import Field
 
-from guiderail.guides.core import guide as base
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.policy import PolicySpec
 from guiderail.guides.core.tasks import together
-from guiderail.guides.core.types import Candidate, Event
-from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.core.types import Event, Params
+from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.scores import Scores
+from guiderail.guides.scoring.transforms import Array
 from guiderail.guides.search.lookahead import Lookahead, roll_forward, successors, value
 from guiderail.guides.search.sequence import Piece
 from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, top_tokens
 from guiderail.guides.search.transcript import Transcript
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Beam:
-    """A partial answer that the search keeps, or one that it considers: `transcript` with `piece` behind it."""
+    """A partial answer that the search keeps, or one that it considers: `transcript` with `piece` behind it.
+
+    scores: of it alone, with the means of its rollouts `tails`.
+    """
 
     transcript: Transcript
     log_p: float = 0.0
     piece: Piece = field(default_factory=Piece)
-    candidate: Candidate | None = None
-    tails: list[Piece] = field(default_factory=list)
-    h: float = 0.0
+    scores: Scores | None = None
+    tails: Sequence[Piece] = ()
 
     @property
     def finished(self) -> bool:
         """Whether it is a whole answer."""
-        return self.candidate is not None and self.candidate.finished
+        return self.scores is not None and self.scores.plain[0].finished
 
-    def kept(self) -> "Beam":
-        """The beam with its piece taken into the transcript."""
+    def kept(self, scores: Scores) -> "Beam":
+        """The beam with its piece taken into the transcript, and the scores that it was kept with."""
+        transcript = self.transcript
         if self.piece.token_ids:
-            self.transcript = self.transcript.fork()
-            self.transcript.commit(self.piece)
-            self.piece = Piece()
-        return self
+            transcript = transcript.fork()
+            transcript.commit(self.piece)
+        return Beam(transcript, self.log_p, Piece(), scores, self.tails)
 
 
-class Deal(Guide):
+class DealParams(Params):
+    beams: int = Field(default=1, ge=1, le=64, description="Partial answers kept after each step.")
+    top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, description="Tokens by which each beam is expanded.")
+    lookahead: int | None = Field(default=20, ge=0, description="Tokens of the lookahead; null: to the end.")
+    sampled: bool = Field(default=False, description="Sample the lookahead instead of decoding it greedily.")
+    weight: float = Field(default=1.0, ge=0, description="lambda: weight of the heuristic against log P.")
+    threshold: float | None = Field(
+        default=None, description="Hard constraint: a candidate whose combined reward is below it is dropped."
+    )
+    length_penalty: float = Field(default=0.0, ge=0, le=2, description="log P is divided by tokens ** this.")
+    instruction: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Alignment instruction, told behind the conversation's own system message.",
+    )
+
+
+class Deal(Guide[DealParams]):
     """DeAL: beam search over tokens with a lookahead heuristic made of rewards."""
 
-    class Params(base.Params):
-        beams: int = Field(default=1, ge=1, le=64, description="Partial answers kept after each step.")
-        top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, description="Tokens by which each beam is expanded.")
-        lookahead: int | None = Field(default=20, ge=0, description="Tokens of the lookahead; null: to the end.")
-        sampled: bool = Field(default=False, description="Sample the lookahead instead of decoding it greedily.")
-        weight: float = Field(default=1.0, ge=0, description="lambda: weight of the heuristic against log P.")
-        threshold: float | None = Field(
-            default=None, description="Hard constraint: a candidate whose combined reward is below it is dropped."
-        )
-        length_penalty: float = Field(default=0.0, ge=0, le=2, description="log P is divided by tokens ** this.")
-        instruction: str | None = Field(
-            default=None,
-            min_length=1,
-            description="Alignment instruction, told behind the conversation's own system message.",
-        )
+    Params = DealParams
 
     streams: ClassVar[bool] = True
 
     def candidates(self) -> int:
-        return int(self.params.beams * self.params.top_k)
+        return self.params.beams * self.params.top_k
 
     def pools(self) -> dict[PoolKind, int]:
         return {"tokens": self.params.top_k} if self.params.beams == 1 else {"beams": self.params.beams}
@@ -88,17 +95,17 @@ class Deal(Guide):
     def cost(self, max_tokens: int) -> int:
         p = self.params
         ahead = max_tokens if p.lookahead is None else min(p.lookahead, max_tokens)
-        return int(p.beams * max_tokens * (1 + p.top_k * ahead))
+        return p.beams * max_tokens * (1 + p.top_k * ahead)
 
     def refuses(self) -> tuple[str, ...]:
         return UNKEPT
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
-        start = PolicySpec(system=self.params.instruction).policy(ctx, "alignment.guide.instruction").prompt
-        ctx = replace(ctx, prompt=start)  # the policy of all candidates, and of the answers that calibrate
+        start = PolicySpec(system=self.params.instruction).policy(ctx.dialogue, "instruction")
+        ctx = ctx.telling(start.told).with_policy(start.prompt)  # of all candidates, and of the answers that calibrate
         steps = Steps(ctx, "tokens")
         beams = [Beam(steps.transcript.fork())]
-        chosen: Candidate | None = None
+        ended: Scores | None = None
         while steps.go_on(len(beams)):
             open_ = [beam for beam in beams if not beam.finished]
             found = await together(self._expand(ctx, beam, steps.count, i) for i, beam in enumerate(open_))
@@ -106,73 +113,69 @@ class Deal(Guide):
             if steps.cut_short([tail for new in found for beam in new for tail in beam.tails], likeliest):
                 break
             considered = [*(beam for beam in beams if beam.finished), *(new for each in found for new in each)]
-            beams = await self._keep(ctx, considered)
+            h, scores = self._score(considered)
+            rows = await self._keep(ctx, considered, h, scores)
+            beams = [considered[row].kept(scores.take([row])) for row in rows]
             if all(beam.finished for beam in beams):
-                beams = self._within(beams)
-                whole = [beam.candidate for beam in beams if beam.candidate]
-                if self.params.beams > 1:
-                    chosen = await ctx.pick(whole, Origin("beams", log_prior=[beam.log_p for beam in beams]))
-                else:
-                    (chosen,) = whole  # as picked step by step
-                beams = [beam for beam in beams if beam.candidate is chosen]
-            for event in steps.catch_up(
-                [beam.transcript for beam in beams], [new.candidate for new in considered if new.candidate], chosen
-            ):
+                best = await self._best(ctx, beams, h[rows], scores.take(rows))
+                beams, ended = [beams[best]], beams[best].scores
+            for event in steps.catch_up([beam.transcript for beam in beams], scores.candidates, ended):
                 yield event
-        if chosen is None and steps.count:  # a limit: the best beam is the answer, a finished one before others
-            best = next((beam for beam in beams if beam.finished), beams[0])
+        if ended is None and steps.count:  # a limit: the best beam is the answer, a finished one before others
+            last = next((beam for beam in beams if beam.finished), beams[0])
             if self.params.beams > 1:
-                ctx.report.moved(-best.log_p)
-            for event in steps.catch_up([best.transcript], [], best.candidate if best.finished else None):
+                ctx.report.moved(-last.log_p)
+            for event in steps.catch_up([last.transcript], [], last.scores if last.finished else None):
                 yield event
         async for event in steps.end():
             yield event
 
-    async def _expand(self, ctx: Context, beam: Beam, step: int, row: int) -> list[Beam]:
+    async def _expand(self, ctx: Context, beam: Beam, step: int, number: int) -> list[Beam]:
         """The beam's successors, scored: its top-k tokens, each with a lookahead."""
         p, transcript = self.params, beam.transcript
         ahead = Lookahead(ctx.prompt, 0 if p.lookahead == 0 else 1, p.lookahead or None, None if p.sampled else 0.0)
         pieces = await top_tokens(ctx, transcript, p.top_k)
         known = successors(beam.tails)
         reused = [known.get(tuple(piece.token_ids), []) for piece in pieces]
-        tails = await roll_forward(ctx, transcript, pieces, ahead, step, reused, f"beam {row}")
-        candidates = await value(ctx, transcript, pieces, tails)
+        tails = await roll_forward(ctx, transcript, pieces, ahead, step, reused, f"beam {number}")
+        scores = await value(ctx, transcript, pieces, tails)
         return [
-            Beam(transcript, beam.log_p + piece.logprobs[0].logprob, piece, candidate, tail)
-            for piece, candidate, tail in zip(pieces, candidates, tails, strict=True)
+            Beam(transcript, beam.log_p + piece.logprobs[0].logprob, piece, scores.take([i]), tail)
+            for i, (piece, tail) in enumerate(zip(pieces, tails, strict=True))
         ]
 
-    async def _keep(self, ctx: Context, considered: list[Beam]) -> list[Beam]:
-        """The beams of the largest c = log P + lambda h."""
+    def _score(self, considered: list[Beam]) -> tuple[Array, Scores]:
+        """The heuristic h [C] of all that is considered, and scores c = log P + lambda h."""
         p = self.params
-        candidates = [beam.candidate for beam in considered if beam.candidate is not None]
-        heuristic = ctx.rate(candidates)
-        for i, (beam, candidate, h) in enumerate(zip(considered, candidates, heuristic, strict=True)):
-            candidate.index, beam.h = i, h
-            length = len(beam.transcript.token_ids) + len(beam.piece.token_ids)
-            candidate.combined = beam.log_p / length**p.length_penalty + p.weight * h
-        none_keeps = p.threshold is not None and max(heuristic) < p.threshold
+        scores = Scores.join([beam.scores for beam in considered if beam.scores is not None])
+        lengths = [len(beam.transcript.token_ids) + len(beam.piece.token_ids) for beam in considered]
+        log_p = np.array([beam.log_p / n**p.length_penalty for beam, n in zip(considered, lengths, strict=True)])
+        numbered = tuple(replace(candidate, index=i) for i, candidate in enumerate(scores.plain))
+        return scores.combined, replace(scores.with_combined(log_p + p.weight * scores.combined), plain=numbered)
+
+    async def _keep(self, ctx: Context, considered: list[Beam], h: Array, scores: Scores) -> list[int]:
+        """The rows that go on, the best first."""
+        p = self.params
+        none_keeps = p.threshold is not None and h.max() < p.threshold
         if none_keeps:
             ctx.report.warn("no candidate kept the threshold at some step, so the nearest to it went on there")
-        pool = self._within(considered)
+        pool = self._within(h)
         if p.beams == 1:
-            chosen = await ctx.pick(
-                [beam.candidate for beam in pool if beam.candidate],
-                Origin("tokens", log_prior=[beam.piece.logprobs[0].logprob for beam in pool]),
-            )
-            return [beam.kept() for beam in pool if beam.candidate is chosen]
-        best = sorted(pool, key=_order)
-        if none_keeps:
-            best = sorted(considered, key=lambda beam: (-beam.h, _order(beam)))
-        return [beam.kept() for beam in best[: p.beams]]
+            log_prior = [considered[row].piece.logprobs[0].logprob for row in pool]
+            pick = await ctx.select(scores.take(pool), Origin("tokens", log_prior=log_prior))
+            return [pool[pick.row]]
+        best = sorted(scores.order, key=lambda row: -h[row]) if none_keeps else [r for r in scores.order if r in pool]
+        return best[: p.beams]
 
-    def _within(self, beams: list[Beam]) -> list[Beam]:
-        """Those that keep the threshold; where none does, those nearest to it."""
-        if self.params.threshold is None:
-            return beams
-        least = min(self.params.threshold, max(beam.h for beam in beams))
-        return [beam for beam in beams if beam.h >= least]
+    async def _best(self, ctx: Context, beams: list[Beam], h: Array, scores: Scores) -> int:
+        """The row of the answer among whole ones."""
+        if self.params.beams == 1:
+            return 0  # as picked step by step
+        pool = self._within(h)
+        log_prior = [beams[row].log_p for row in pool]
+        return pool[(await ctx.select(scores.take(pool), Origin("beams", log_prior=log_prior))).row]
 
-
-def _order(beam: Beam) -> tuple[float, float]:
-    return beam.candidate.order if beam.candidate else (0.0, 0.0)
+    def _within(self, h: Array) -> list[int]:
+        """Rows that keep the threshold; where none does, those nearest to it."""
+        threshold = self.params.threshold
+        return list(range(len(h))) if threshold is None else np.flatnonzero(h >= min(threshold, h.max())).tolist()

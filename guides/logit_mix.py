@@ -16,18 +16,17 @@ Costs L tokens, and for each of them a forward pass of each mixed policy (`spend
 """
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field, StrictInt
 
-from guiderail.guides.core import guide as base
 from guiderail.guides.core.context import Context
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.interfaces import Renderer, Services
 from guiderail.guides.core.policy import PolicySpec
-from guiderail.guides.core.reward import Services
-from guiderail.guides.core.types import Event, Mixed
-from guiderail.guides.sampling import Sampling
+from guiderail.guides.core.types import Event, Mixed, Params
+from guiderail.guides.sampling import sampled
 
 PLAUSIBILITY = 0.1  # contrastive decoding's alpha
 LARGEST_TILT = 100.0  # the engine's bound on a logit bias
@@ -39,29 +38,31 @@ class WeightedPolicy(PolicySpec):
     weight: float = Field(default=1.0, ge=-10, le=10, description="Negative: steer away from it.")
 
 
-class TokenTilt(base.Params):
+class TokenTilt(Params):
     """A value that is added to one token's log-probability."""
 
     token: StrictInt | str = Field(default="", description="The token's id, or a text that is one token.")
     value: float = Field(default=0.0, ge=-LARGEST_TILT, le=LARGEST_TILT)
 
 
-class LogitMix(Sampling):
+class LogitMixParams(Params):
+    plausibility: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Least share of the policy's top probability; null: 0.1 with a negative weight, else 0.",
+    )
+    policies: tuple[WeightedPolicy, ...] = Field(default=(), max_length=4, description="Policies to mix in.")
+    tilt: tuple[TokenTilt, ...] = Field(default=(), max_length=300, description="A sparse reward over tokens.")
+
+
+class LogitMix(Guide[LogitMixParams]):
     """Logit mixing: adds weighted log-probabilities of other policies, and a tilt per token, inside the engine."""
 
-    class Params(base.Params):
-        plausibility: float | None = Field(
-            default=None,
-            ge=0,
-            le=1,
-            description="Least share of the policy's top probability; null: 0.1 with a negative weight, else 0.",
-        )
-        policies: tuple[WeightedPolicy, ...] = Field(default=(), max_length=4, description="Policies to mix in.")
-        tilt: tuple[TokenTilt, ...] = Field(default=(), max_length=300, description="A sparse reward over tokens.")
+    Params = LogitMixParams
 
-    steers: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
     needs_rewards: ClassVar[bool] = False
-    keeps_format: ClassVar[bool] = False
 
     def rows(self) -> int:
         return 1 + len(self.params.policies)
@@ -74,40 +75,33 @@ class LogitMix(Sampling):
             raise ValueError("logit_mix needs 'policies' or a 'tilt'")
         for policy in self.params.policies:
             policy.check(services)
-        self._tilts(services)
+        self._tilts(services.renderer)
 
-    async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
+    def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         ctx.report.moved(None)  # the mixture's KL from the served policy is not known
-        services = ctx.helpers.services
-        mix = tuple(self._mixed(i, policy, ctx) for i, policy in enumerate(self.params.policies))
+        mix = []
+        for i, spec in enumerate(self.params.policies):
+            policy = spec.policy(ctx.dialogue, f"policies[{i}]")
+            mix.append(Mixed(policy.prompt.token_ids, policy.prompt.adapter, spec.weight))
+            if spec.weight >= 0:  # the answer is steered away from the others
+                ctx = ctx.telling(policy.told)
         bias = dict(ctx.sampling.logit_bias)
-        for token, value in self._tilts(services).items():
+        for token, value in self._tilts(ctx.dialogue.renderer).items():
             bias[token] = max(-LARGEST_TILT, min(LARGEST_TILT, bias.get(token, 0.0) + value))
-        mixed = replace(
-            ctx,
-            prompt=replace(ctx.prompt, mix=mix, plausibility=self._floor),
-            sampling=replace(ctx.sampling, logit_bias=bias),
-        )
-        async with aclosing(super().run(mixed)) as events:
-            async for event in events:
-                yield event
+        prompt = replace(ctx.prompt, mix=tuple(mix), plausibility=self._floor)
+        return sampled(ctx.with_policy(prompt, replace(ctx.sampling, logit_bias=bias)))
 
     @property
     def _floor(self) -> float:
         given = self.params.plausibility
         steers_away = any(policy.weight < 0 for policy in self.params.policies)
-        return PLAUSIBILITY * steers_away if given is None else float(given)
+        return PLAUSIBILITY * steers_away if given is None else given
 
-    @staticmethod
-    def _mixed(i: int, policy: WeightedPolicy, ctx: Context) -> Mixed:
-        prompt = policy.policy(ctx, f"alignment.guide.policies[{i}]", away=policy.weight < 0).prompt
-        return Mixed(prompt.token_ids, prompt.adapter, policy.weight)
-
-    def _tilts(self, services: Services) -> dict[int, float]:
+    def _tilts(self, renderer: Renderer) -> dict[int, float]:
         """Values by token id. Raises ValueError for a text that is not one token."""
         values: dict[int, float] = {}
         for each in self.params.tilt:
-            ids = [each.token] if isinstance(each.token, int) else services.renderer.encode(each.token, plain=True)
+            ids = [each.token] if isinstance(each.token, int) else renderer.encode(each.token, plain=True)
             if len(ids) != 1:
                 raise ValueError(f"'tilt': {each.token!r} is {len(ids)} tokens of this model; name single ones, or ids")
             values[ids[0]] = values.get(ids[0], 0.0) + each.value

@@ -9,7 +9,8 @@ from typing import ClassVar
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.errors import DeadlinePassed
 from guiderail.guides.core.guide import Guide
-from guiderail.guides.core.types import Candidate, Event, Final, Scored, Token, TokenLogprob
+from guiderail.guides.core.types import Event, Final, Scored, Token
+from guiderail.guides.search.sequence import Piece
 
 
 class Sampling(Guide):
@@ -19,26 +20,25 @@ class Sampling(Guide):
     steers: ClassVar[bool] = False
     keeps_format: ClassVar[bool] = True
 
-    async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
+    def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         ctx.report.moved(0.0)  # it is the policy's own answer
-        text: list[str] = []
-        ids: list[int] = []
-        logprobs: list[TokenLogprob] = []
-        finish, stop_reason = "length", None
-        async with ctx.generate([ctx.prompt], ctx.sampling, ctx.seeds(1)) as rollouts:
-            async for delta in rollouts:
-                text.append(delta.text)
-                ids.extend(delta.token_ids)
-                logprobs.extend(delta.logprobs or ())
-                finish, stop_reason = delta.finish_reason or finish, delta.stop_reason
-                if delta.text or delta.token_ids:
-                    yield Token(delta.text, delta.token_ids, delta.logprobs)
-        if finish == "deadline" and not ids:
-            raise DeadlinePassed("the deadline passed before the first token")
-        answer = Candidate(0, "".join(text), tuple(ids), finish, stop_reason, tuple(logprobs) or None)
-        if ctx.rewards:
-            await ctx.score([answer])
-            ctx.rate([answer])
-            yield Scored((answer,))
-        stopped_by = None if answer.finished else finish
-        yield Final(finish if answer.finished else "length", stop_reason, stopped_by, 0, (answer,))
+        return sampled(ctx)
+
+
+async def sampled(ctx: Context) -> AsyncGenerator[Event, None]:
+    """The events of one answer that the Context's policy writes."""
+    piece = Piece()
+    async with ctx.generate([ctx.prompt], ctx.sampling, ctx.seeds.stream(1)) as rollouts:
+        async for delta in rollouts:
+            piece.take(delta)
+            if delta.text or delta.token_ids:
+                yield Token(delta.text, delta.token_ids, delta.logprobs)
+    if piece.finish_reason == "deadline" and not piece.token_ids:
+        raise DeadlinePassed("the deadline passed before the first token")
+    answer = piece.candidate(0)
+    scores = await ctx.score([answer])
+    if scores.raw:
+        answer = scores.of(0, answer)
+        yield Scored((answer,))
+    stopped_by = None if answer.finished else answer.finish_reason
+    yield Final(answer.finish_reason if answer.finished else "length", answer.stop_reason, stopped_by, 0, (answer,))

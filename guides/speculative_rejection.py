@@ -21,37 +21,41 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from guiderail.guides.core import guide as base
+from guiderail.guides.best_of_n import in_place
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.errors import DeadlinePassed
-from guiderail.guides.core.guide import Guide, Rollouts, answer_events
-from guiderail.guides.core.reward import Services
-from guiderail.guides.core.types import Candidate, Delta, Event, Scored
-from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.core.guide import Guide, answer_events
+from guiderail.guides.core.interfaces import Rollouts, Services
+from guiderail.guides.core.types import Candidate, Event, Params, Scored
+from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.sequence import Piece
 from guiderail.guides.search.transcript import Transcript
 
 
-class SpeculativeRejection(Guide):
+class SpeculativeRejectionParams(Params):
+    n: int = Field(default=32, ge=1, le=4096, description="Answers that are started.")
+    alpha: float = Field(default=0.5, ge=0, lt=1, description="Share of the pool that a checkpoint rejects.")
+    segments: int | None = Field(
+        default=None,
+        ge=1,
+        description="Equal parts of max_tokens between which answers are rejected; null: one more than rejections.",
+    )
+    interval: int | None = Field(
+        default=None, ge=1, description="Tokens between checkpoints, in place of segments of max_tokens."
+    )
+    keep: int = Field(default=1, ge=1, description="Never fewer answers than this.")
+
+
+class SpeculativeRejection(Guide[SpeculativeRejectionParams]):
     """Speculative rejection: best-of-N that drops the worst partial answers at checkpoints."""
 
-    class Params(base.Params):
-        n: int = Field(default=32, ge=1, le=4096, description="Answers that are started.")
-        alpha: float = Field(default=0.5, ge=0, lt=1, description="Share of the pool that a checkpoint rejects.")
-        segments: int | None = Field(
-            default=None,
-            ge=1,
-            description="Equal parts of max_tokens between which answers are rejected; null: one more than rejections.",
-        )
-        interval: int | None = Field(
-            default=None, ge=1, description="Tokens between checkpoints, in place of segments of max_tokens."
-        )
-        keep: int = Field(default=1, ge=1, description="Never fewer answers than this.")
+    Params = SpeculativeRejectionParams
 
     keeps_format: ClassVar[bool] = True
 
     def candidates(self) -> int:
-        return int(self.params.n)
+        return self.params.n
 
     def pools(self) -> dict[PoolKind, int]:
         return {"survivors": self.candidates()}
@@ -65,7 +69,7 @@ class SpeculativeRejection(Guide):
         for checkpoint in self.checkpoints(max_tokens):
             tokens += alive * (checkpoint - done)
             alive, done = self._left(alive), checkpoint
-        return int(tokens + alive * (max_tokens - done))
+        return tokens + alive * (max_tokens - done)
 
     def checkpoints(self, max_tokens: int) -> list[int]:
         """After how many tokens of an answer of `max_tokens` the pool is scored, ascending."""
@@ -84,97 +88,87 @@ class SpeculativeRejection(Guide):
 
     def _left(self, alive: int) -> int:
         """How many of so many answers a checkpoint leaves."""
-        return int(min(alive, max(self.params.keep, round((1 - self.params.alpha) * alive))))
+        return min(alive, max(self.params.keep, round((1 - self.params.alpha) * alive)))
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         n = self.params.n
         sampling = replace(ctx.sampling, stream=True)
-        async with ctx.generate([ctx.prompt] * n, sampling, ctx.seeds(n)) as rollouts:
+        async with ctx.generate([ctx.prompt] * n, sampling, ctx.seeds.stream(n)) as rollouts:
             pool = _Pool(ctx, rollouts, n)
             checkpoints = self.checkpoints(sampling.max_tokens)
             async for delta in rollouts:
-                pool.take(delta)
+                pool.pieces[delta.row].take(delta)
                 while checkpoints and pool.reached(checkpoints[0]):
                     await self._reject(pool, checkpoints.pop(0))
-        answers = [pool.answer(row) for row in sorted(pool.alive)]
+        answers = [pool.pieces[i].candidate(i) for i in sorted(pool.alive)]
         stopped_by = next((a.finish_reason for a in answers if a.finish_reason in ("deadline", "budget")), None)
         whole = [a for a in answers if a.finished] or [a for a in answers if a.token_ids]
         if not whole:
             raise DeadlinePassed("the deadline passed before any candidate had a token")
-        await ctx.score([a for a in whole if not a.transformed])
-        everything = [pool.answer(row) for row in range(n)]
-        yield Scored(tuple(everything))
-        for event in answer_events(await ctx.select(whole, Origin("survivors", n)), everything, stopped_by):
+        pick = await ctx.select(await pool.scores(whole), Origin("survivors", n))
+        everything = in_place(pool.answers(), pick.candidates)
+        yield Scored(everything)
+        for event in answer_events(pick.chosen, everything, stopped_by):
             yield event
 
     async def _reject(self, pool: "_Pool", checkpoint: int) -> None:
-        """Scores the pool at a checkpoint and drops the worst of it."""
-        rows = sorted(pool.alive)
-        keep = self._left(len(rows))
-        if keep == len(rows):
-            return
-        ranked = await pool.rated(rows, checkpoint)
-        await pool.drop(ranked[keep:])
+        """Score the pool at a checkpoint and drop the worst of it."""
+        keep = self._left(len(pool.alive))
+        if keep < len(pool.alive):
+            await pool.drop((await pool.ranked(checkpoint))[keep:])
 
 
 class _Pool:
-    """The rows that are alive, what they wrote, and their finished answers."""
+    """The sequences that are alive, what they wrote, and the scores of those that are finished."""
 
     def __init__(self, ctx: Context, rollouts: Rollouts, n: int) -> None:
         self._ctx = ctx
         self._rollouts = rollouts
         self._transcript = Transcript(ctx)
-        self._pieces = [Piece() for _ in range(n)]
-        self._answers: dict[int, Candidate] = {}
+        self._known: dict[int, Scores] = {}  # of finished answers, as they were last compared
+        self.pieces = [Piece() for _ in range(n)]
         self.alive = set(range(n))
 
-    def take(self, delta: Delta) -> None:
-        """Adds a delta of the engine to its row."""
-        piece = self._pieces[delta.row]
-        piece.text += delta.text
-        piece.token_ids.extend(delta.token_ids)
-        piece.logprobs.extend(delta.logprobs or ())
-        if delta.finish_reason is not None:
-            piece.finish_reason, piece.stop_reason = delta.finish_reason, delta.stop_reason
-
     def reached(self, checkpoint: int) -> bool:
-        """Whether some living row goes on beyond so many tokens, and each that does is there.
+        """Whether some living sequence goes on beyond so many tokens, and each that does is there.
 
-        Which row is faster makes no difference: one that ended further on, while others lag, was going on here.
+        Which sequence is faster makes no difference: one that ended further on, while others lag, was going on here.
         """
-        pieces = [self._pieces[row] for row in self.alive]
+        pieces = [self.pieces[i] for i in self.alive]
         if any(piece.cut_short for piece in pieces):
             return False
         beyond = [piece for piece in pieces if not piece.finish_reason or len(piece.token_ids) > checkpoint]
         return bool(beyond) and all(len(piece.token_ids) >= checkpoint for piece in beyond)
 
-    def answer(self, row: int) -> Candidate:
-        """What a row wrote, as a candidate; always the same object once it is finished."""
-        if row in self._answers:
-            return self._answers[row]
-        piece = self._pieces[row]
-        answer = Candidate(
-            row, piece.text, tuple(piece.token_ids), piece.finish_reason or "partial", piece.stop_reason,
-            tuple(piece.logprobs) or None,
-        )  # fmt: skip
-        if piece.finish_reason:
-            self._answers[row] = answer
-        return answer
-
-    async def rated(self, rows: Sequence[int], checkpoint: int) -> list[int]:
-        """The rows by falling reward of what they had at the checkpoint; finished ones by their whole answer."""
+    async def ranked(self, checkpoint: int) -> list[int]:
+        """Numbers of the living by falling reward of what they had at the checkpoint, or of their whole answer."""
         at = []
-        for row in rows:
-            piece = self._pieces[row]
+        for i in sorted(self.alive):
+            piece = self.pieces[i]
             if piece.finish_reason in ("stop", "length") and len(piece.token_ids) <= checkpoint:
-                at.append(self.answer(row))
+                at.append(piece.candidate(i))
             else:
-                at.append(self._transcript.candidate(row, Piece("", piece.token_ids[:checkpoint])))
-        await self._ctx.score([candidate for candidate in at if not candidate.transformed])
-        self._ctx.rate(at)
-        return [rows[i] for i in sorted(range(len(rows)), key=lambda i: at[i].order)]
+                at.append(self._transcript.candidate(i, Piece("", piece.token_ids[:checkpoint])))
+        scores = await self.scores(at)
+        return [at[row].index for row in scores.order]
 
-    async def drop(self, rows: Sequence[int]) -> None:
-        """Gives rows up and frees their work in the engine."""
-        self.alive -= set(rows)
-        await asyncio.gather(*(self._rollouts.drop(row, "rejected") for row in rows))
+    async def scores(self, candidates: Sequence[Candidate]) -> Scores:
+        """Scores of candidates as a group; a finished answer is scored once."""
+        new = [candidate for candidate in candidates if candidate.index not in self._known]
+        found = await self._ctx.score(new)
+        rows = {candidate.index: found.take([row]) for row, candidate in enumerate(new)}
+        scores = Scores.join([self._known.get(c.index) or rows[c.index] for c in candidates])
+        for row, candidate in enumerate(candidates):
+            if candidate.finished and self.pieces[candidate.index].finish_reason:
+                self._known[candidate.index] = scores.take([row])
+        return scores
+
+    def answers(self) -> tuple[Candidate, ...]:
+        """All answers, those that were compared with their scores."""
+        scored = [scores.candidates[0] for scores in self._known.values()]
+        return in_place([piece.candidate(i) for i, piece in enumerate(self.pieces)], scored)
+
+    async def drop(self, numbers: Sequence[int]) -> None:
+        """Give sequences up and free their work in the engine."""
+        self.alive -= set(numbers)
+        await asyncio.gather(*(self._rollouts.drop(i, "rejected") for i in numbers))

@@ -26,44 +26,47 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from guiderail.guides.core import guide as base
 from guiderail.guides.core.context import Context
-from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.errors import AlignmentField, FieldError, GuideField
 from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.policy import PolicySpec
-from guiderail.guides.core.reward import Services
-from guiderail.guides.core.types import Candidate, Event
-from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.core.types import Event, Params
+from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.lookahead import Lookahead, Weigh, roll_forward, successors, value
 from guiderail.guides.search.sequence import Piece
 from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, draw_blocks, top_tokens
 
 
-class TransferQ(Guide):
+class TransferQParams(Params):
+    top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, description="Candidates of a step.")
+    block: int = Field(default=1, ge=1, description="Tokens of a step; 1 enumerates tokens, more draws blocks.")
+    lookahead: int | None = Field(default=20, ge=1, description="Tokens of a rollout; null: to the answer's end.")
+    rollouts: int = Field(default=1, ge=1, le=64, description="Rollouts for each candidate.")
+    temperature: float | None = Field(default=None, ge=0, description="Of the rollouts; null: the request's.")
+    alpha: float = Field(default=1.0, gt=0, description="Weight of the KL from the policy: larger stays closer.")
+    baseline: PolicySpec = Field(default=PolicySpec(), description="The aligned policy; default: the served one.")
+    baseline_reward: str | None = Field(
+        default=None,
+        description="Label of the reward (of weight 0) the baseline is aligned to: indirect.",
+    )
+    beta: float = Field(default=1.0, gt=0, description="KL weight at which the baseline was aligned (indirect).")
+    min_ess: float = Field(
+        default=0.3, ge=0, le=1, description="Least share of effective rollouts; below it weights are not used."
+    )
+    reuse: bool = Field(default=True, description="Whether the chosen candidate's rollouts serve the next step.")
+
+
+class TransferQ(Guide[TransferQParams]):
     """Transfer Q*: weighs each next token or block by the expected reward of an aligned baseline's rollouts."""
 
-    class Params(base.Params):
-        top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, description="Candidates of a step.")
-        block: int = Field(default=1, ge=1, description="Tokens of a step; 1 enumerates tokens, more draws blocks.")
-        lookahead: int | None = Field(default=20, ge=1, description="Tokens of a rollout; null: to the answer's end.")
-        rollouts: int = Field(default=1, ge=1, le=64, description="Rollouts for each candidate.")
-        temperature: float | None = Field(default=None, ge=0, description="Of the rollouts; null: the request's.")
-        alpha: float = Field(default=1.0, gt=0, description="Weight of the KL from the policy: larger stays closer.")
-        baseline: PolicySpec = Field(default=PolicySpec(), description="The aligned policy; default: the served one.")
-        baseline_reward: str | None = Field(
-            default=None,
-            description="Label of the reward (of weight 0) the baseline is aligned to: indirect.",
-        )
-        beta: float = Field(default=1.0, gt=0, description="KL weight at which the baseline was aligned (indirect).")
-        min_ess: float = Field(
-            default=0.3, ge=0, le=1, description="Least share of effective rollouts; below it weights are not used."
-        )
-        reuse: bool = Field(default=True, description="Whether the chosen candidate's rollouts serve the next step.")
+    Params = TransferQParams
 
     streams: ClassVar[bool] = True
 
     def candidates(self) -> int:
-        return int(self.params.top_k * self.params.rollouts)
+        return self.params.top_k * self.params.rollouts
 
     def pools(self) -> dict[PoolKind, int]:
         return {"tokens" if self.params.block == 1 else "blocks": self.params.top_k}
@@ -72,7 +75,7 @@ class TransferQ(Guide):
         p = self.params
         steps, ahead = -(-max_tokens // p.block), min(p.lookahead or max_tokens, max_tokens)
         drawn = max_tokens if p.block == 1 else p.top_k * max_tokens
-        return int(drawn + steps * p.top_k * p.rollouts * ahead)
+        return drawn + steps * p.top_k * p.rollouts * ahead
 
     def refuses(self) -> tuple[str, ...]:
         if self.params.block == 1:
@@ -86,7 +89,8 @@ class TransferQ(Guide):
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         p = self.params
-        baseline = p.baseline.policy(ctx, "alignment.guide.baseline")
+        baseline = p.baseline.policy(ctx.dialogue, "baseline")
+        ctx = ctx.telling(baseline.told)
         rho = Lookahead(baseline.prompt, p.rollouts, p.lookahead, p.temperature, baseline.stops, baseline.cleaner)
         weigh = self._indirect(ctx) if p.baseline_reward is not None else None
         steps = Steps(ctx, "tokens" if p.block == 1 else "blocks")
@@ -102,17 +106,17 @@ class TransferQ(Guide):
             tails = await roll_forward(ctx, steps.transcript, pieces, rho, steps.count, known=reused)
             if steps.cut_short([tail for rows in tails for tail in rows], pieces[:1] if p.block == 1 else pieces):
                 break
-            candidates = await value(ctx, steps.transcript, pieces, tails, weigh, rho)
-            log_prior = [piece.logprobs[0].logprob for piece in pieces] if p.block == 1 else None
-            for candidate in candidates:
-                assert candidate.combined is not None
-                candidate.combined /= p.alpha  # TQ / alpha
-                if log_prior is not None:
-                    candidate.combined += log_prior[candidate.index]  # + log pi0(z | s)
-            origin = Origin("blocks", p.top_k) if log_prior is None else Origin("tokens", log_prior=log_prior)
-            chosen = await ctx.pick(candidates, origin)
-            known = successors(tails[chosen.index]) if p.reuse else {}
-            for event in steps.commit(pieces[chosen.index], candidates, chosen):
+            scores = await value(ctx, steps.transcript, pieces, tails, weigh, rho)
+            combined = scores.combined / p.alpha  # TQ / alpha
+            if p.block == 1:
+                log_prior = [piece.logprobs[0].logprob for piece in pieces]
+                combined = combined + np.array(log_prior)  # + log pi0(z | s)
+                origin = Origin("tokens", log_prior=log_prior)
+            else:
+                origin = Origin("blocks", p.top_k)
+            pick = await ctx.select(scores.with_combined(combined), origin)
+            known = successors(tails[pick.row]) if p.reuse else {}
+            for event in steps.commit(pieces[pick.row], pick):
                 yield event
         async for event in steps.end():
             yield event
@@ -120,15 +124,16 @@ class TransferQ(Guide):
     def _indirect(self, ctx: Context) -> Weigh:
         """Weights w = exp((r - r_BL) / beta) of a candidate's rollouts; equal ones where they collapse."""
         p = self.params
-        term = next((t for t in ctx.rewards if t.label == p.baseline_reward), None)
+        term = next((t for t in ctx.pipeline.asked.rewards if t.label == p.baseline_reward), None)
         if term is None or term.weight != 0:
-            where = "alignment.guide.baseline_reward"
-            raise RequestError(f"'{where}' must be the label of a reward of weight 0 in 'alignment.rewards'", where)
+            raise FieldError(
+                GuideField("baseline_reward"),
+                " must be the label of a reward of weight 0 in ",
+                AlignmentField("rewards"),
+            )
 
-        def weigh(rollouts: Sequence[Candidate]) -> Sequence[float]:
-            r = np.array([c.combined for c in rollouts])
-            r_baseline = np.array([c.transformed[term.label] for c in rollouts])
-            exponents = (r - r_baseline) / p.beta
+        def weigh(rollouts: Scores) -> Sequence[float]:
+            exponents = (rollouts.combined - rollouts.transformed[term.label]) / p.beta
             w = np.exp(exponents - exponents.max())
             share = float(w.sum() ** 2 / (w**2).sum() / len(w))
             ctx.report.least("transfer_ess", share * len(w))

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from guiderail.guides.core.errors import DeadlinePassed, EngineUnavailable, GuideFailed, RequestError, RewardFailed
+from guiderail.guides.core.errors import (
+    AlignmentField,
+    DeadlinePassed,
+    EngineUnavailable,
+    FieldError,
+    GuideFailed,
+    GuideField,
+    RequestError,
+    RewardFailed,
+)
 
 
 class ApiError(Exception):
@@ -37,6 +46,9 @@ def from_exception(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case FieldError():
+            text = "".join(part if isinstance(part, str) else f"'{_place(part)}'" for part in error.parts)
+            return bad_request(text, _place(error.field))
         case RequestError():
             return bad_request(str(error), error.param)
         case EngineUnavailable():
@@ -52,6 +64,11 @@ def from_exception(error: Exception) -> ApiError:
             return ApiError(504, str(error), type="server_error", code="deadline_exceeded", param="alignment.budget")
         case _:
             return ApiError(500, f"internal error: {type(error).__name__}", type="server_error", code="internal_error")
+
+
+def _place(field: AlignmentField | GuideField) -> str:
+    """The path in the request of a field that a guide or the pipeline names."""
+    return f"alignment.guide.{field.name}" if isinstance(field, GuideField) else f"alignment.{field.name}"
 
 
 def from_validation(error: ValidationError, prefix: str = "", allowed: Sequence[str] = ()) -> ApiError:

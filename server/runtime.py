@@ -19,9 +19,11 @@ import psutil
 
 from guiderail.guides.core.errors import EngineUnavailable, PluginError
 from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.registry import load_guides, load_rewards
-from guiderail.guides.core.reward import Reward, Services
+from guiderail.guides.core.reward import Reward
 from guiderail.guides.prompters import PROMPTERS, load_style, urial_with
+from guiderail.guides.scoring.pipeline import Scorers
 from guiderail.server.announce import example, say, steps
 from guiderail.server.api.app import create_app
 from guiderail.server.api.listener import Listener
@@ -42,10 +44,10 @@ from guiderail.server.models.renderer import ChatRenderer
 from guiderail.server.openai_errors import ApiError
 from guiderail.server.placement import place
 from guiderail.server.requests.admission import Admission
-from guiderail.server.requests.helpers import ServerHelpers
 from guiderail.server.requests.resolve import Resolver
 from guiderail.server.rewards.models.loading import check_source, model_reward
 from guiderail.server.rewards.models.sentence_embedder import SentenceEmbedder
+from guiderail.server.rewards.pairwise_judge import ServedJudge
 from guiderail.server.scoring import calibration_file as calibration_store
 from guiderail.server.scoring.batcher import BatchingScorer
 from guiderail.server.scoring.calibration_file import StoredCalibration
@@ -254,12 +256,17 @@ def assemble(
         raise SettingsError(f"--urial: {error}") from error
     except ApiError as error:
         raise SettingsError(f"the configured alignment, profiles or limits are wrong: {error}") from error
-    helpers = ServerHelpers(
-        services, engine, Calibrator(stored, metrics), SentenceEmbedder(settings.encoder, encoder_device)
+    scorer = BatchingScorer(rewards, metrics)
+    scorers = Scorers(
+        scorer,
+        Calibrator(stored, metrics),
+        SentenceEmbedder(settings.encoder, encoder_device),
+        # Question, two answers and the criterion have to fit the context, which only a started engine knows.
+        ServedJudge(services, max_tokens=lambda: min(512, engine.max_model_len // 4)),
     )
     admission = Admission(settings.limits, settings.rows, metrics)
     return ServerState(
-        settings, engine, renderer, guides, rewards, resolver, BatchingScorer(rewards, metrics), helpers, admission,
+        settings, engine, renderer, guides, rewards, resolver, scorer, scorers, admission,
         metrics, int(time.time()),
     )  # fmt: skip
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from guiderail.guides.core.guide import Guide, Helpers
+from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.reward import Reward
+from guiderail.guides.scoring.pipeline import Scorers
 from guiderail.server.engines.served_engine import ServedEngine
 from guiderail.server.metrics import Metrics
 from guiderail.server.models.renderer import ChatRenderer
@@ -26,7 +27,7 @@ class ServerState:
     rewards: Mapping[str, Reward]
     resolver: Resolver
     scorer: BatchingScorer
-    helpers: Helpers
+    scorers: Scorers
     admission: Admission
     metrics: Metrics
     created: int

@@ -9,8 +9,9 @@ import pytest
 import pytest_asyncio
 from serving import Live, engine_dtype, serving
 
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.registry import load_guides, load_rewards
-from guiderail.guides.core.reward import Reward, Services
+from guiderail.guides.core.reward import Reward
 from guiderail.server.engines.supervised import SupervisedEngine
 from guiderail.server.engines.vllm.engine import build
 from guiderail.server.engines.vllm.engine_args import EngineSettings

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -136,6 +137,26 @@ def test_helpers_of_tests_lie_in_one_folder() -> None:
     known = (tests / "support", tests / "bench", tests / "plugin_example")
     elsewhere = [path for path in tests.rglob("*.py") if not any(path.is_relative_to(k) for k in known)]
     assert [p.name for p in elsewhere if not p.name.startswith("test_") and p.name != "conftest.py"] == []
+
+
+def module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("guiderail", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    """By whatever way round; imports in functions and for type checkers count."""
+    modules = {module(path): path for path in FILES}
+    graph = {name: sorted((imports(path) & modules.keys()) - {name}) for name, path in modules.items()}
+    for name, path in modules.items():  # `from package import module` imports the module, and not what the package does
+        froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        only = {n.module for n in froms if all(f"{n.module}.{alias.name}" in modules for alias in n.names)}
+        graph[name] = [other for other in graph[name] if other not in only]
+    TopologicalSorter(graph).prepare()  # raises CycleError, which shows the cycle
+
+
+def test_guides_do_not_know_where_their_parameters_stand_in_a_request() -> None:
+    assert [path for path in FILES if path.is_relative_to(ROOT / "guides") and "alignment." in path.read_text()] == []
 
 
 def test_guides_need_neither_torch_nor_vllm() -> None:

@@ -1,4 +1,4 @@
-"""What a request costs, counted alike for every guide."""
+"""Limits of a request and what it costs, counted alike for every guide."""
 
 import time
 from collections.abc import Iterator
@@ -33,15 +33,23 @@ class Stopwatch:
         return self._total + (time.monotonic() - self._since if self._open else 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one request: a time.monotonic() deadline and a number of generated tokens."""
+
+    deadline: float | None = None
+    max_tokens_generated: int | None = None
+
+
 @dataclass(slots=True)
 class Spend:
     """Tokens, calls and time of one request, over all its answers.
 
     Tokens are the served model's, except `reward_tokens`, which are the reward models' (0 for rewards
-    that read no tokens). `rollouts` are rows given to the engine; `reward_calls` are score calls.
-    `calibration_tokens` were generated for a calibration pool and are in no other figure; requests that
+    that read no tokens). `rollouts` are sequences given to the engine; `reward_calls` are score calls.
+    `calibration_tokens` were generated for a calibration pool and are counted nowhere else; requests that
     share the pool do not pay for it again. `queued_s`: waited for admission.
-    `mixed_tokens`: forward passes of policies that were mixed into rows.
+    `mixed_tokens`: forward passes of policies that were mixed into sequences.
     """
 
     prompt_tokens: int = 0
@@ -64,7 +72,7 @@ class Spend:
         return max(0, self.tokens_generated - self.tokens_accepted)
 
     def report(self) -> dict[str, float]:
-        """The figures of the response. Generation and scoring may overlap; waiting is the rest of the total."""
+        """Metrics of the response. Generation and scoring may overlap; waiting is the rest of the total."""
         total = time.monotonic() - self.started
         return {
             "prompt_tokens": self.prompt_tokens,

@@ -6,7 +6,7 @@ at the end that are only part of a character are not shown until the rest of it 
 
 from collections.abc import Sequence
 
-from guiderail.guides.core.reward import Renderer
+from guiderail.guides.core.interfaces import Renderer
 from guiderail.guides.core.types import TokenPrompt
 
 CONTEXT = 8  # prompt tokens that are decoded before the answer

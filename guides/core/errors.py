@@ -1,16 +1,46 @@
 """Errors that guides, rewards and engines raise. The server turns them into HTTP bodies."""
 
+from dataclasses import dataclass
+
 
 class GuiderailError(Exception):
     """Base of all errors that Guiderail raises on purpose."""
 
 
 class RequestError(GuiderailError):
-    """The request asks for something impossible. `param` is the path of the field at fault."""
+    """The request asks for something impossible. `param` is the field at fault."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentField:
+    """A field of the request's alignment, by its name there."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class GuideField:
+    """A field of the guide's own parameters, by its name there."""
+
+    name: str
+
+
+class FieldError(RequestError):
+    """A RequestError about a field whose place in the request the part that raises it does not know.
+
+    parts: the message, in which fields stand as such; the first one is at fault.
+    """
+
+    def __init__(self, field: AlignmentField | GuideField, *parts: str | AlignmentField | GuideField) -> None:
+        self.field = field
+        self.parts = (field, *parts)
+        super().__init__(
+            "".join(part if isinstance(part, str) else f"'{part.name}'" for part in self.parts), field.name
+        )
 
 
 class EngineUnavailable(GuiderailError):

@@ -5,24 +5,22 @@ out may run on another server (`guiderail serve --policy`), with the same tokeni
 
 A policy is told what the request's own is, and more: a `system` text stands in one system message behind the
 conversation's own, and the request's prompter puts it before the model unless the policy names another. What a policy
-is told the rewards of the answer read too (Context.view).
+is told the rewards of the answer read too (Dialogue.view).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from guiderail.guides.core.errors import RequestError
-from guiderail.guides.core.guide import Params
+from guiderail.guides.core.dialogue import Dialogue
+from guiderail.guides.core.errors import FieldError, GuideField, RequestError
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.named import read_named
-from guiderail.guides.core.reward import Services
-from guiderail.guides.core.types import PROMPT, TokenPrompt
-from guiderail.guides.prompters import PROMPTERS, Cleaner, Prompter, with_system
-
-if TYPE_CHECKING:
-    from guiderail.guides.core.context import Context
+from guiderail.guides.core.types import PROMPT, Params, TokenPrompt
+from guiderail.guides.prompters import PROMPTERS
+from guiderail.guides.prompters.prompter import Cleaner, Prompter, with_system
 
 
 def _prompter(spec: object) -> Prompter:
@@ -41,11 +39,13 @@ AnyPrompter = Annotated[Prompter, BeforeValidator(_prompter), PlainSerializer(la
 class Policy:
     """A policy before one conversation: its prompt, and what its own prompter does with what it writes.
 
-    stops: stop strings beside the request's. cleaner: takes the answer so far and filters what the policy writes
-    behind it; None where its prompter is the request's, whose cleaner reads every answer anyway.
+    told: what it is told besides the conversation. stops: stop strings beside the request's. cleaner: takes the answer
+    so far and filters what the policy writes behind it; None where its prompter is the request's, whose cleaner reads
+    every answer anyway.
     """
 
     prompt: TokenPrompt
+    told: tuple[str, ...] = ()
     stops: tuple[str, ...] = ()
     cleaner: Callable[[str], Cleaner] | None = None
 
@@ -69,30 +69,28 @@ class PolicySpec(Params):
         if self.prompter is not None:
             self.prompter.check(services)
 
-    def policy(self, ctx: "Context", where: str, *, away: bool = False) -> Policy:
-        """This policy before the Context's conversation. What it is told rewards will read, unless `away` from it.
+    def policy(self, dialogue: Dialogue, where: str) -> Policy:
+        """This policy before the conversation. Whoever uses what it writes has rewards read what it is told.
 
-        Raises RequestError naming `where`, the field of the spec, for what a prompter cannot put before the model.
+        Raises FieldError naming `where`, the guide's field that the spec is, for what a prompter cannot put before the
+        model.
         """
-        services, adapter = ctx.helpers.services, ctx.prompt.adapter
+        field, adapter = GuideField(where), dialogue.prompt.adapter
         if self.model is not None:
-            adapter = None if self.model == services.model_name else self.model
+            adapter = None if self.model == dialogue.model_name else self.model
         if self.system is None and self.prompter is None:
-            return Policy(TokenPrompt(ctx.prompt.token_ids, adapter))
-        if ctx.messages[0].role == PROMPT:
-            raise RequestError(f"'{where}': a policy with another prompt needs a chat request", where)
-        prompter = self.prompter or ctx.prompter
+            return Policy(TokenPrompt(dialogue.prompt.token_ids, adapter))
+        if dialogue.messages[0].role == PROMPT:
+            raise FieldError(field, ": a policy with another prompt needs a chat request")
+        prompter = self.prompter or dialogue.prompter
         try:
-            ids = ctx.render(prompter, with_system(ctx.messages, self.system or "")).token_ids
-            plain = ids if self.system is None else ctx.render(prompter, ctx.messages).token_ids
+            ids = dialogue.render(prompter, with_system(dialogue.messages, self.system or "")).token_ids
+            plain = ids if self.system is None else dialogue.render(prompter, dialogue.messages).token_ids
         except RequestError as error:
-            raise RequestError(f"'{where}': prompter '{prompter.name}' cannot put it: {error}", where) from error
+            raise FieldError(field, f": prompter '{prompter.name}' cannot put it: {error}") from error
         if self.system is not None and ids == plain:
-            raise RequestError(
-                f"'{where}': prompter '{prompter.name}' leaves system messages out with this model", where
-            )
-        if not away:
-            ctx.tell(self.system or "", self.prompter.says if self.prompter is not None else "")
-        if prompter == ctx.prompter:
-            return Policy(TokenPrompt(ids, adapter))
-        return Policy(TokenPrompt(ids, adapter), prompter.stops, prompter.cleaner)
+            raise FieldError(field, f": prompter '{prompter.name}' leaves system messages out with this model")
+        told = (self.system or "", "" if self.prompter is None else self.prompter.says)
+        if prompter == dialogue.prompter:
+            return Policy(TokenPrompt(ids, adapter), told)
+        return Policy(TokenPrompt(ids, adapter), told, prompter.stops, prompter.cleaner)

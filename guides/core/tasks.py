@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -18,8 +18,27 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
         raise failures.exceptions[0] from None
 
 
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def together(work: Iterable[Coroutine[None, None, T]]) -> list[T]:
     """Results of all coroutines, run concurrently, in their order."""
     async with task_group() as group:
         tasks = [group.create_task(each) for each in work]
     return [task.result() for task in tasks]
+
+
+class Background:
+    """Work that goes on beside its owner's, and ends with it."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    def start(self, work: Coroutine[None, None, T]) -> "asyncio.Task[T]":
+        """Begin the work."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        return task
+
+    async def close(self) -> None:
+        """Cancel what is not done yet, and wait until it is over."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -6,9 +6,26 @@ times seconds.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic
+
+from pydantic import BaseModel, ConfigDict
+from typing_extensions import TypeVar
 
 PROMPT = "prompt"
+
+
+def _title(model: type) -> str:
+    """Name in the JSON schema that clients see: parameters are called so whatever their class is called."""
+    return "Params" if model.__name__.endswith("Params") else model.__name__
+
+
+class Params(BaseModel):
+    """Parameters of a guide or reward: frozen, every field with a default, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, model_title_generator=_title)
+
+
+P_co = TypeVar("P_co", bound=Params, default=Params, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +97,7 @@ class SamplingSpec:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     skip_special_tokens: bool = True
-    json_schema: Mapping[str, Any] | None = None
+    json_schema: Mapping[str, object] | None = None
     stream: bool = True
     priority: int = 0
 
@@ -120,29 +137,28 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreGroup:
+class ScoreGroup(Generic[P_co]):
     """Answers that share a prompt and a reward's parameters: the unit of a score call.
 
     messages: the conversation with all that the policy was told. prompt: what the policy continues.
-    `params` is an instance of the reward's own `Params`. render: puts another conversation before the served model as
+    params: an instance of the reward's own `Params`. render: puts another conversation before the served model as
     the request's is put, with its prompter; None: with the chat template.
     """
 
     messages: tuple[Message, ...]
     prompt: TokenPrompt
     answers: tuple[Answer, ...]
-    params: Any
+    params: P_co
     render: Callable[[Sequence[Message]], TokenPrompt] | None = None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
-    """One candidate answer with everything known of it.
+    """One candidate answer, with its scores once it has been scored.
 
-    `rewards` holds raw values by the label of the reward in the request, `transformed` what became of
-    them, `combined` what selection saw, `tie` what orders candidates of equal `combined`. They are empty until scored
-    and rated. `adjusted` is the score of a
-    selection rule that changes scores, `weight` the probability with which a rule that samples would take it.
+    `rewards` holds raw values by the label of the reward in the request, `transformed` what became of them, `combined`
+    what selection saw, `tie` what orders candidates of equal `combined`. `adjusted` is the score of a selection rule
+    that changes scores, `weight` the probability with which a rule that samples would take it.
     """
 
     index: int
@@ -151,17 +167,12 @@ class Candidate:
     finish_reason: str
     stop_reason: int | str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
-    rewards: dict[str, float] = field(default_factory=dict)
-    transformed: dict[str, float] = field(default_factory=dict)
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    transformed: Mapping[str, float] = field(default_factory=dict)
     combined: float | None = None
     tie: float = 0.0
     adjusted: float | None = None
     weight: float | None = None
-
-    @property
-    def order(self) -> tuple[float, float]:
-        """Sorts rated candidates from the best to the worst."""
-        return -(self.combined or 0.0), -self.tie
 
     @property
     def finished(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from guiderail.guides.core.reward import Renderer, Services
+from guiderail.guides.core.interfaces import Renderer, Services
 from guiderail.guides.core.types import Message, TokenPrompt
 
 

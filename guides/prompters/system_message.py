@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
-from guiderail.guides.core.reward import Renderer, Services
+from guiderail.guides.core.interfaces import Renderer, Services
 from guiderail.guides.core.types import Message, TokenPrompt
 from guiderail.guides.prompters.prompter import Prompter, with_system
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from guiderail.guides.core.reward import Renderer
+from guiderail.guides.core.interfaces import Renderer
 from guiderail.guides.core.types import Message, TokenPrompt
 from guiderail.guides.prompters.prompter import Prompter
 

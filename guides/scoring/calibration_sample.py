@@ -5,13 +5,18 @@ nothing but their rank (InfAlign-CTRL, arXiv 2412.19792). Where the samples come
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from guiderail.guides.core.dialogue import Dialogue
+from guiderail.guides.core.interfaces import Scorer
+from guiderail.guides.core.metered_engine import MeteredEngine
+from guiderail.guides.scoring.terms import RewardTerm
+
 
 class CalibrationSpec(BaseModel):
-    """`alignment.calibration`: which samples transforms that need some are fitted on."""
+    """A request's `calibration`: which samples transforms that need some are fitted on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,8 +33,29 @@ class CalibrationSample:
     """Raw values [M] of one reward under the base policy.
 
     source: "drawn" for this prompt by this request, "shared" if another request drew them, "stored" for this
-    prompt by the operator, or "stored_pooled": the operator's, pooled over other prompts.
+    prompt by the operator, or "stored_pooled": the operator's, pooled over other prompts. warnings: what the client
+    should know of how the values came about.
     """
 
     values: tuple[float, ...]
     source: str
+    warnings: tuple[str, ...] = ()
+
+
+class Calibrator(Protocol):
+    """Finds what calibrates a reward, or draws it."""
+
+    async def sample(
+        self,
+        dialogue: Dialogue,
+        engine: MeteredEngine,
+        scorer: Scorer,
+        term: RewardTerm,
+        spec: CalibrationSpec,
+        length: int | None = None,
+    ) -> CalibrationSample:
+        """Raw values of the reward, of answers that the dialogue's policy gives. Raises RewardFailed, DeadlinePassed.
+
+        length: of these answers cut after so many tokens, which partial answers of that length compare with.
+        """
+        ...

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from guiderail.guides.scoring.diagnostics import by_proxy
+from guiderail.guides.scoring.gold import by_proxy
 from guiderail.guides.scoring.transforms import Array
 
 Law = Literal["best_of_n", "best_of_poisson"]

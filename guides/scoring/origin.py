@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from guiderail.guides.scoring.diagnostics import best_of_n_kl, selection_kl
+from guiderail.guides.scoring.kl import best_of_n_kl, selection_kl
 from guiderail.guides.scoring.transforms import Array
 
 PoolKind = Literal["answers", "blocks", "tokens", "survivors", "beams"]

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guiderail.guides.core.types import Candidate
-from guiderail.guides.scoring import Choice, effective_sample_size, moved_far, over_optimised
 from guiderail.guides.scoring.calibration_sample import CalibrationSample
+from guiderail.guides.scoring.entropy import effective_sample_size
+from guiderail.guides.scoring.over_optimisation import moved_far, over_optimised
+from guiderail.guides.scoring.selection.rule import Choice
 
 
 @dataclass(slots=True)
@@ -61,5 +63,5 @@ class SelectionReport:
         if choice.weights is not None:
             size = effective_sample_size(choice.weights)
             self.effective_sample_size = min(size, self.effective_sample_size or size)
-        for warning in (*choice.warnings, *over_optimised(candidates, choice, weights)):
+        for warning in (*choice.warnings, *over_optimised(candidates, choice.index, weights)):
             self.warn(warning)

@@ -1,8 +1,8 @@
 """One reward of a request, as the pipeline sees it."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from guiderail.guides.core.types import Params
 from guiderail.guides.scoring.chain import IDENTITY, Chain
 
 
@@ -16,5 +16,5 @@ class RewardTerm:
     name: str
     label: str
     weight: float
-    params: Any
+    params: Params
     chain: Chain = IDENTITY

@@ -8,15 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
+
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.seeds import ROLLOUT
 from guiderail.guides.core.tasks import together
 from guiderail.guides.core.types import Candidate, TokenPrompt
 from guiderail.guides.prompters.prompter import Cleaner
+from guiderail.guides.scoring.scores import Scores
+from guiderail.guides.scoring.transforms import Array
 from guiderail.guides.search.sequence import Piece, roll_out
 from guiderail.guides.search.transcript import Transcript
 
-Weigh = Callable[[Sequence[Candidate]], Sequence[float]]
+Weigh = Callable[[Scores], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ async def roll_forward(
                 due = max(0, transcript.due - len(piece.token_ids) - len(row.token_ids))
                 jobs.setdefault((want, min(want, due)), []).append((index, row))
         tails.append(rows)
-    seeds = iter(ctx.seeds(len(pieces) * ahead.rollouts, step, stream))
+    seeds = iter(ctx.seeds.stream(len(pieces) * ahead.rollouts, stream, step))
 
     async def extend(want: int, due: int, rows: list[tuple[int, Piece]], seeds: Sequence[int | None]) -> None:
         prompts = [transcript.prompt(ahead.policy, (*pieces[i].token_ids, *row.token_ids)) for i, row in rows]
@@ -99,33 +103,42 @@ async def value(
     tails: Sequence[Sequence[Piece]],
     weigh: Weigh | None = None,
     ahead: Lookahead | None = None,
-) -> list[Candidate]:
-    """Each piece as a candidate whose rewards and transformed rewards are the means over its rollouts.
+) -> Scores:
+    """Scores of each piece as a candidate, whose rewards and transformed rewards are the means over its rollouts.
 
     ahead: what the rollouts are from; needed where their policy has a prompter of its own.
-    weigh: gives the rollouts of one candidate (scored and rated) their weights in the means; default: equal.
-    A piece without rollouts is scored as it stands. `combined` is filled: with the mean of the rollouts' combined
-    rewards, or, where a combination compares candidates, by combining the means over the pieces as a group.
+    weigh: gives the rollouts of one candidate their weights in the means, from their scores; default: equal.
+    A piece without rollouts is scored as it stands. Its combined score is the mean of the rollouts' combined rewards,
+    or, where a combination compares candidates, that of the means over the pieces as a group.
     """
     candidates = [transcript.candidate(i, piece) for i, piece in enumerate(pieces)]
     groups = [[_rolled(ctx, transcript, i, pieces[i], tail, ahead) for tail in tails[i]] for i in range(len(pieces))]
     alone = [c for c, group in zip(candidates, groups, strict=True) if not group]
-    await ctx.score([*alone, *(rollout for group in groups for rollout in group)])
-    q: dict[int, float] = {}
-    for candidate, group in zip(candidates, groups, strict=True):
+    every = await ctx.score([*alone, *(rollout for group in groups for rollout in group)])
+    raw: dict[str, Array] = {label: np.empty(len(pieces)) for label in every.raw}
+    transformed: dict[str, Array] = {label: np.empty(len(pieces)) for label in every.raw}
+    means: dict[int, float] = {}
+    left, start = iter(range(len(alone))), len(alone)
+    for index, group in enumerate(groups):
         if not group:
+            row = next(left)
+            for label in raw:
+                raw[label][index], transformed[label][index] = every.raw[label][row], every.transformed[label][row]
             continue
-        combined = ctx.rate(group)
-        weights = [1.0] * len(group) if weigh is None else list(weigh(group))
-        for label in group[0].rewards:
-            candidate.rewards[label] = _mean([c.rewards[label] for c in group], weights)
-            candidate.transformed[label] = _mean([c.transformed[label] for c in group], weights)
-        if ctx.combine.pointwise:
-            q[candidate.index] = _mean(combined, weights)
-    ctx.rate(candidates)
-    for index, mean in q.items():
-        candidates[index].combined = mean
-    return candidates
+        rolled = every.group(range(start, start + len(group)))
+        start += len(group)
+        weights = [1.0] * len(group) if weigh is None else list(weigh(rolled))
+        for label in raw:
+            raw[label][index] = _mean(rolled.raw[label], weights)
+            transformed[label][index] = _mean(rolled.transformed[label], weights)
+        if every.combination.rule.pointwise:
+            means[index] = _mean(rolled.combined, weights)
+    scores = ctx.pipeline.table(candidates, raw, transformed)
+    if not means:
+        return scores
+    combined = scores.combined.copy()
+    combined[list(means)] = list(means.values())
+    return scores.with_combined(combined)
 
 
 def _rolled(
@@ -136,14 +149,17 @@ def _rolled(
     if ahead is None or ahead.cleaner is None:
         return whole
     before = transcript.candidate(index, piece).text
-    text = before + ahead.read(ctx.begun + before, whole.text[len(before) :])
+    text = before + ahead.read(ctx.dialogue.begun + before, whole.text[len(before) :])
     if text == whole.text:
         return whole
-    return replace(whole, text=text, token_ids=whole.token_ids[: ctx.decoder().kept(whole.token_ids, len(text))])
+    return replace(
+        whole, text=text, token_ids=whole.token_ids[: ctx.dialogue.decoder().kept(whole.token_ids, len(text))]
+    )
 
 
-def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+def _mean(values: Array, weights: Sequence[float]) -> float:
+    total: float = sum(w * v for w, v in zip(weights, values.tolist(), strict=True))
+    return total / sum(weights)
 
 
 def successors(tails: Sequence[Piece]) -> dict[tuple[int, ...], list[Piece]]:

@@ -1,4 +1,4 @@
-"""What guides that commit an answer step by step have in common: limits between steps, events, the end."""
+"""Common ground of guides that commit an answer step by step: limits between steps, events, the end."""
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
@@ -6,7 +6,9 @@ from dataclasses import replace
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.errors import DeadlinePassed
 from guiderail.guides.core.types import Candidate, Event, Scored, TokenLogprob
-from guiderail.guides.scoring import Origin, PoolKind
+from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.pipeline import Pick
+from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.sequence import Piece, roll_out
 from guiderail.guides.search.transcript import Transcript
 
@@ -29,13 +31,13 @@ class Steps:
         self.count = 0
         self._stopped_by: str | None = None
         self._left: Sequence[Piece] = ()  # what a step that a limit cut short had drawn
-        self._chosen: Candidate | None = None  # the whole answer, once it is there, with its rewards
+        self._ended: Scores | None = None  # of the whole answer alone, once it is there
 
     def go_on(self, tokens: int) -> bool:
         """Whether there is a next step, which costs `tokens` at least: not after the end or at a limit."""
-        if self._chosen is None and self._stopped_by is None:
-            self._stopped_by = self._ctx.over(tokens)
-        return self._chosen is None and self._stopped_by is None
+        if self._ended is None and self._stopped_by is None:
+            self._stopped_by = self._ctx.engine.over(tokens)
+        return self._ended is None and self._stopped_by is None
 
     def cut_short(self, drawn: Sequence[Piece], pieces: Sequence[Piece] | None = None) -> bool:
         """Whether a limit ended some of what a step drew. Then the step is not taken.
@@ -48,30 +50,31 @@ class Steps:
             self._left = drawn if pieces is None else pieces
         return bool(limits)
 
-    def commit(self, piece: Piece, candidates: Sequence[Candidate], chosen: Candidate) -> Iterator[Event]:
-        """Takes a piece into the answer; `chosen` is the answer with it. The events of the step."""
+    def commit(self, piece: Piece, pick: Pick) -> Iterator[Event]:
+        """Take a piece into the answer; the chosen candidate is the answer with it. The events of the step."""
         self.count += 1
         self.transcript.commit(piece)
-        self._chosen = chosen if chosen.finished else None
-        yield Scored(tuple(candidates))
-        yield self.transcript.token(last=chosen.finished)
+        self._ended = pick.scores.take([pick.row]) if pick.chosen.finished else None
+        yield Scored(pick.candidates)
+        yield self.transcript.token(last=pick.chosen.finished)
 
     def catch_up(
-        self, beams: Sequence[Transcript], candidates: Sequence[Candidate], chosen: Candidate | None = None
+        self, beams: Sequence[Transcript], candidates: Sequence[Candidate], ended: Scores | None = None
     ) -> Iterator[Event]:
-        """Commits what all beams agree on. The events of the step.
+        """Commit what all beams agree on. The events of the step.
 
-        chosen: the whole answer, scored, if the search is over; it is that of the first beam, and there is no other.
+        ended: scores of the whole answer alone, if the search is over; it is that of the first beam, and there is no
+        other.
         """
         self.count += 1
-        self._chosen = chosen
+        self._ended = ended
         if candidates:
             yield Scored(tuple(candidates))
         agreed = [len(set(tokens)) == 1 for tokens in zip(*(beam.token_ids for beam in beams), strict=False)]
         upto = (*agreed, False).index(False)
-        if upto > len(self.transcript.token_ids) or chosen is not None:
+        if upto > len(self.transcript.token_ids) or ended is not None:
             self.transcript.follow(beams[0], upto)
-            yield self.transcript.token(last=chosen is not None)
+            yield self.transcript.token(last=ended is not None)
 
     async def end(self) -> AsyncGenerator[Event, None]:
         """The last events: text that was held back, and Final with the whole answer's rewards.
@@ -79,24 +82,21 @@ class Steps:
         After a limit the best of the whole answers that the last step drew is taken, or, if there is nothing else,
         its longest piece. Raises DeadlinePassed if there is nothing to return.
         """
-        if self._chosen is None:
+        if self._ended is None:
             await self._make_do()
             yield self.transcript.token(last=True)
         answer = self.transcript.whole()
-        if self._chosen is None:
-            await self._ctx.score([answer])
-        else:
-            answer.rewards, answer.transformed = self._chosen.rewards, self._chosen.transformed
-        self._ctx.rate([answer])
-        yield self.transcript.final(answer, self._stopped_by)
+        scores = await self._ctx.score([answer]) if self._ended is None else Scores.join([self._ended])
+        yield self.transcript.final(scores.of(0, answer), self._stopped_by)
 
     async def _make_do(self) -> None:
-        """Commits what a limit left, as far as it can be used."""
+        """Commit what a limit left, as far as it can be used."""
         whole = [c for i, piece in enumerate(self._left) if (c := self.transcript.candidate(i, piece)).finished]
         if whole:
-            await self._ctx.score(whole)
-            self._chosen = await self._ctx.select(whole, self._origin([self._left[c.index] for c in whole]))
-            self.transcript.commit(self._left[self._chosen.index])
+            scores = await self._ctx.score(whole)
+            pick = await self._ctx.select(scores, self._origin([self._left[c.index] for c in whole]))
+            self._ended = scores.take([pick.row])
+            self.transcript.commit(self._left[pick.chosen.index])
         elif not self.transcript.token_ids:
             longest = max(self._left, key=lambda piece: len(piece.token_ids), default=Piece())
             if not longest.token_ids:
@@ -119,7 +119,7 @@ async def draw_blocks(ctx: Context, transcript: Transcript, k: int, block: int, 
         max_tokens=min(block, transcript.room),
         min_tokens=min(block, transcript.due),
     )
-    return await roll_out(ctx, [transcript.prompt()] * k, sampling, ctx.seeds(k, step))
+    return await roll_out(ctx, [transcript.prompt()] * k, sampling, ctx.seeds.stream(k, step=step))
 
 
 async def top_tokens(ctx: Context, transcript: Transcript, k: int) -> list[Piece]:
@@ -127,7 +127,7 @@ async def top_tokens(ctx: Context, transcript: Transcript, k: int) -> list[Piece
 
     An end-of-sequence token is a piece that ends the answer; it is left out before min_tokens and under ignore_eos.
     """
-    eos = ctx.helpers.services.renderer.eos_token_ids
+    eos = ctx.dialogue.renderer.eos_token_ids
     ends = {*ctx.sampling.stop_token_ids, *(() if ctx.sampling.ignore_eos else eos)}
     barred = {*eos, *ends} if transcript.due else eos if ctx.sampling.ignore_eos else set()
     count = ctx.sampling.logprobs or 0

@@ -19,7 +19,7 @@ class Transcript:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._decoder = ctx.decoder()
+        self._decoder = ctx.dialogue.decoder()
         self._sent = 0  # characters that were streamed
         self._sent_tokens = 0
         self._committed = Candidate(0, "", (), "partial")
@@ -66,7 +66,7 @@ class Transcript:
 
     def whole(self) -> Candidate:
         """What is committed, as a candidate."""
-        return copy(self._committed)
+        return self._committed
 
     def commit(self, piece: Piece) -> None:
         """Takes a piece into the answer."""

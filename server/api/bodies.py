@@ -180,7 +180,7 @@ def _choice_report(index: int, final: Final, request: Request) -> Json:
         },
     }
     if request.alignment.return_candidates:
-        clean = request.contexts[index].clean
+        clean = request.contexts[index].dialogue.clean
         report["candidates"] = [
             {**_candidate_report(candidate), "text": clean(candidate.text)} for candidate in final.candidates
         ]

@@ -12,8 +12,7 @@ from functools import partial
 from typing import Any
 
 from guiderail.guides.core.errors import EngineUnavailable, RequestError
-from guiderail.guides.core.guide import Rollouts
-from guiderail.guides.core.reward import Renderer
+from guiderail.guides.core.interfaces import Renderer, Rollouts
 from guiderail.guides.core.types import Delta, Message, SamplingSpec, TokenPrompt
 from guiderail.server.engines.policy_spec import RemotePolicySpec
 from guiderail.server.engines.sequences import EngineRollouts

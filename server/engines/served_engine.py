@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from guiderail.guides.core.guide import Engine
+from guiderail.guides.core.interfaces import Engine
 from guiderail.server.engines.engine_stats import EngineStats
 
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from guiderail.guides.core.errors import EngineUnavailable, RequestError
-from guiderail.guides.core.guide import Engine, Rollouts
+from guiderail.guides.core.interfaces import Engine, Rollouts
 from guiderail.guides.core.types import SamplingSpec, TokenPrompt
 from guiderail.server.engines.engine_stats import EngineStats
 from guiderail.server.engines.served_engine import LocalEngine

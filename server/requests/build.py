@@ -1,13 +1,15 @@
 """From a wire request to a Request: rendered, checked against the model and the operator's limits, with its cost."""
 
+import uuid
 from dataclasses import dataclass
 from functools import partial
 
-from guiderail.guides.core.budget import Spend
+from guiderail.guides.core.budget import Limits, Spend
 from guiderail.guides.core.context import Context
-from guiderail.guides.core.guide import Limits
+from guiderail.guides.core.dialogue import Dialogue
 from guiderail.guides.core.types import PROMPT, Message, TokenPrompt
 from guiderail.guides.prompters import Template
+from guiderail.guides.scoring.pipeline import Judging
 from guiderail.server.openai_errors import ApiError, bad_request
 from guiderail.server.requests.admission import Work
 from guiderail.server.requests.resolve import Alignment
@@ -94,33 +96,30 @@ def _request(
     within = alignment.budget.deadline_s
     deadline = None if within is None else arrived + within - min(REPLY_SHARE * within, REPLY_S)
     spend = Spend(prompt_tokens=sum(len(prompt.token_ids) for _, prompt in prompts), started=arrived)
+    bounds, request_id = Limits(deadline, alignment.budget.max_tokens_generated), uuid.uuid4().hex
+    asked = Judging(alignment.rewards, alignment.combine, alignment.selection, alignment.calibration)
     contexts: list[Context] = []
     for messages, prompt in prompts:
         max_tokens = _max_tokens(state, request, len(prompt.token_ids))
         if request.min_tokens > max_tokens:
             raise bad_request(f"'min_tokens' must not exceed max_tokens, which is {max_tokens}", "min_tokens")
-        sampling = sampling_spec(request, max_tokens, logprobs, alignment.prompter.stops)
+        dialogue = Dialogue(
+            messages=messages,
+            prompt=prompt,
+            sampling=sampling_spec(request, max_tokens, logprobs, alignment.prompter.stops),
+            renderer=state.renderer,
+            model_name=state.settings.model_name,
+            prompter=alignment.prompter,
+            cleaner=partial(alignment.prompter.cleaner, messages[-1].content if _goes_on(request) else ""),
+            continues=_goes_on(request),
+        )
         contexts += [
-            Context(
-                engine=state.engine,
-                scorer=state.scorer,
-                helpers=state.helpers,
-                messages=messages,
-                prompt=prompt,
-                sampling=sampling,
-                rewards=alignment.rewards,
-                combine=alignment.combine,
-                selection=alignment.selection,
-                calibration=alignment.calibration,
-                limits=Limits(deadline, alignment.budget.max_tokens_generated),
-                spend=spend,
-                choice=len(contexts) + choice,
-                cleaner=partial(alignment.prompter.cleaner, messages[-1].content if _goes_on(request) else ""),
-                prompter=alignment.prompter,
-                continues=_goes_on(request),
+            Context.of(
+                dialogue, asked, state.engine, state.scorers,
+                limits=bounds, spend=spend, request=request_id, answer=len(contexts) + choice,
             )
             for choice in range(request.n)
-        ]
+        ]  # fmt: skip
     rows = len(contexts) * alignment.guide.rows()
     tokens = sum(alignment.guide.cost(ctx.sampling.max_tokens) for ctx in contexts)
     if alignment.calibration.source in ("auto", "drawn") and any(term.chain.needs_sample for term in alignment.rewards):

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from guiderail.guides.core.guide import Guide
-from guiderail.guides.core.reward import Reward, Services
+from guiderail.guides.core.interfaces import Services
+from guiderail.guides.core.reward import Reward
 from guiderail.guides.prompters import PROMPTERS, Prompter
 from guiderail.guides.scoring import (
     COMBINES,

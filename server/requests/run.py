@@ -82,8 +82,8 @@ async def _merged(request: Request) -> AsyncGenerator[tuple[int, Event], None]:
 async def _answer(request: Request, index: int) -> AsyncGenerator[tuple[int, Event], None]:
     """One answer's events: the guide's, held to its contract, with clean text. Its Final comes once it has ended."""
     ctx, accepted = request.contexts[index], 0
-    cleaner = ctx.cleaner()
-    delivered = None if ctx.sampling.logprobs is None else Delivered(ctx.decoder())
+    cleaner = ctx.dialogue.cleaner()
+    delivered = None if ctx.sampling.logprobs is None else Delivered(ctx.dialogue.decoder())
     contract = Contract(request.alignment.guide_name)
     async with ctx, contract.events(request.alignment.guide, ctx) as events:
         async for event in events:

@@ -1,14 +1,16 @@
 """POST /v1/rewards/score: raw, transformed and combined scores of given answers, without generating candidates."""
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guiderail.guides.core.budget import Spend
+from guiderail.guides.core.budget import Limits, Spend
 from guiderail.guides.core.context import Context
-from guiderail.guides.core.guide import Limits
+from guiderail.guides.core.dialogue import Dialogue
 from guiderail.guides.core.tasks import together
 from guiderail.guides.core.types import Candidate, SamplingSpec
 from guiderail.guides.scoring.calibration_sample import CalibrationSpec
+from guiderail.guides.scoring.pipeline import Judging
 from guiderail.guides.scoring.selection.best import Argmax
 from guiderail.server.openai_errors import bad_request
 from guiderail.server.requests.admission import Work
@@ -29,8 +31,8 @@ def scoring(state: ServerState, request: ScoreRequest) -> Scoring:
     """Check and render a request for scores. Raises ApiError (400), or RequestError for what cannot be rendered."""
     asked = read_rewards(request.rewards, "rewards"), read_name(request.combine, "combine")
     spec = read_calibration(request.calibration, "calibration")
-    spend = Spend()
-    inputs = tuple(_context(state, request, item, asked, spec, spend) for item in request.inputs)
+    spend, request_id = Spend(), uuid.uuid4().hex
+    inputs = tuple(_context(state, request, item, asked, spec, spend, request_id) for item in request.inputs)
     rows, tokens = _cost(state, inputs)
     return Scoring(label="score", spend=spend, rows=rows, tokens=tokens, inputs=inputs)
 
@@ -52,20 +54,21 @@ def _cost(state: ServerState, inputs: Sequence[tuple[Context, list[Candidate]]])
     rows = tokens = 0
     for ctx, candidates in inputs:
         read = sum(len(candidate.token_ids) for candidate in candidates)
-        tokens += read * len(ctx.rewards)
-        rows += len(candidates) * sum(not state.rewards[term.name].batched for term in ctx.rewards)
-        if ctx.calibration.source in ("auto", "drawn") and any(term.chain.needs_sample for term in ctx.rewards):
-            rows += ctx.calibration.n
-            tokens += ctx.calibration.n * ctx.sampling.max_tokens
+        rewards, calibration = ctx.pipeline.asked.rewards, ctx.pipeline.asked.calibration
+        tokens += read * len(rewards)
+        rows += len(candidates) * sum(not state.rewards[term.name].batched for term in rewards)
+        if calibration.source in ("auto", "drawn") and any(term.chain.needs_sample for term in rewards):
+            rows += calibration.n
+            tokens += calibration.n * ctx.sampling.max_tokens
     return max(1, rows), tokens
 
 
 async def _score(ctx: Context, candidates: list[Candidate]) -> dict[str, object]:
     async with ctx:
-        await ctx.score(candidates)
-    ctx.rate(candidates)
+        scores = await ctx.score(candidates)
     answers = [
-        {"index": c.index, "rewards": c.rewards, "transformed": c.transformed, "score": c.combined} for c in candidates
+        {"index": c.index, "rewards": c.rewards, "transformed": c.transformed, "score": c.combined}
+        for c in scores.candidates
     ]
     return {"answers": answers, "calibration": ctx.report.calibration, "warnings": ctx.report.warnings}
 
@@ -77,6 +80,7 @@ def _context(
     asked: tuple[tuple[RewardSpec, ...], NamedSpec],
     calibration: CalibrationSpec,
     spend: Spend,
+    request_id: str,
 ) -> tuple[Context, list[Candidate]]:
     terms, combine = state.resolver.pipeline(*asked, len(item.answers))
     messages = tuple(m.message for m in item.messages)
@@ -90,18 +94,15 @@ def _context(
         text, partial = (answer, False) if isinstance(answer, str) else (answer.text, answer.partial)
         reason = "partial" if partial else "stop"
         candidates.append(Candidate(index, text, tuple(state.renderer.encode(text, plain=True)), reason))
-    ctx = Context(
-        engine=state.engine,
-        scorer=state.scorer,
-        helpers=state.helpers,
+    dialogue = Dialogue(
         messages=messages,
         prompt=prompt,
         sampling=SamplingSpec(max(1, min(room, request.max_tokens)), request.temperature, seed=request.seed),
-        rewards=terms,
-        combine=combine,
-        selection=Argmax(),
-        calibration=calibration,
-        limits=Limits(),
-        spend=spend,
+        renderer=state.renderer,
+        model_name=state.settings.model_name,
     )
+    ctx = Context.of(
+        dialogue, Judging(terms, combine, Argmax(), calibration), state.engine, state.scorers,
+        limits=Limits(), spend=spend, request=request_id,
+    )  # fmt: skip
     return ctx, candidates

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from guiderail.guides.core.guide import ScoreResult
-from guiderail.guides.core.reward import Services, TextReward, answer_texts
-from guiderail.guides.core.types import ScoreGroup
+from guiderail.guides.core.interfaces import ScoreResult, Services
+from guiderail.guides.core.reward import TextReward, answer_texts
+from guiderail.guides.core.types import Params, ScoreGroup
 
 PROFANITY_VERSION = "1.9.1"
 
@@ -40,7 +40,7 @@ class Offensive(TextReward):
             start += len(group.answers)
         return results
 
-    def score_text(self, prompt: str, answer: str, params: Any) -> float:
+    def score_text(self, prompt: str, answer: str, params: Params) -> float:
         return -float(self._predict([answer])[0])
 
 
@@ -58,5 +58,5 @@ class Sentiment(TextReward):
     def revision(self) -> str:
         return f"vaderSentiment {version('vaderSentiment')}"
 
-    def score_text(self, prompt: str, answer: str, params: Any) -> float:
+    def score_text(self, prompt: str, answer: str, params: Params) -> float:
         return float(self._analyzer.polarity_scores(answer)["compound"])

@@ -16,11 +16,10 @@ from typing import ClassVar, Protocol
 
 from pydantic import Field
 
-from guiderail.guides.core import guide as base
 from guiderail.guides.core.errors import RequestError
-from guiderail.guides.core.guide import ScoreResult
-from guiderail.guides.core.reward import Reward, Services
-from guiderail.guides.core.types import PROMPT, Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.guides.core.interfaces import ScoreResult, Services
+from guiderail.guides.core.reward import Reward
+from guiderail.guides.core.types import PROMPT, Answer, Message, Params, ScoreGroup, TokenPrompt
 from guiderail.server.engines.engine_stats import RunnerStats
 from guiderail.server.rewards.models.backend import ModelReward, Text
 from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder, TooLong
@@ -28,19 +27,22 @@ from guiderail.server.rewards.models.conversation_tokens import ConversationEnco
 DEFAULT_MESSAGE = "You are a helpful, polite and honest assistant. You answer clearly and never insult anyone."
 
 
-class Implicit(Reward):
+class ImplicitParams(Params):
+    adapter: str | None = Field(default=None, description="LoRA adapter of the policy; default: served model.")
+    system_message: str | None = Field(
+        default=DEFAULT_MESSAGE, max_length=8192, description="System message of the policy; null: the request's."
+    )
+    reference_adapter: str | None = Field(default=None, description="LoRA adapter of the reference.")
+    reference_system_message: str | None = Field(
+        default=None, max_length=8192, description="System message of the reference; null: the request's."
+    )
+    per_token: bool = Field(default=False, description="Mean over the answer's tokens instead of their sum.")
+
+
+class Implicit(Reward[ImplicitParams]):
     """Log-likelihood ratio of the answer under two policies (adapters or system messages) of the engine."""
 
-    class Params(base.Params):
-        adapter: str | None = Field(default=None, description="LoRA adapter of the policy; default: served model.")
-        system_message: str | None = Field(
-            default=DEFAULT_MESSAGE, max_length=8192, description="System message of the policy; null: the request's."
-        )
-        reference_adapter: str | None = Field(default=None, description="LoRA adapter of the reference.")
-        reference_system_message: str | None = Field(
-            default=None, max_length=8192, description="System message of the reference; null: the request's."
-        )
-        per_token: bool = Field(default=False, description="Mean over the answer's tokens instead of their sum.")
+    Params = ImplicitParams
 
     batched: ClassVar[bool] = False
 
@@ -50,7 +52,7 @@ class Implicit(Reward):
     async def start(self, services: Services) -> None:
         self._services = services
 
-    def check(self, params: Params, services: Services) -> None:
+    def check(self, params: ImplicitParams, services: Services) -> None:
         for field, name in (("adapter", params.adapter), ("reference_adapter", params.reference_adapter)):
             if name is not None and name not in services.adapters:
                 known = ", ".join(sorted(services.adapters)) or "none"
@@ -59,11 +61,11 @@ class Implicit(Reward):
         if policy == (params.reference_adapter, params.reference_system_message):
             raise ValueError("policy and reference are the same, so the ratio is always 0")
 
-    async def score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+    async def score(self, groups: Sequence[ScoreGroup[ImplicitParams]]) -> list[ScoreResult]:
         assert self._services is not None
         return [await self._score_group(self._services, group) for group in groups]
 
-    async def _score_group(self, services: Services, group: ScoreGroup) -> ScoreResult:
+    async def _score_group(self, services: Services, group: ScoreGroup[ImplicitParams]) -> ScoreResult:
         params = group.params
         policy = _prompt(services, group, params.system_message, params.adapter)
         reference = _prompt(services, group, params.reference_system_message, params.reference_adapter)
@@ -120,14 +122,17 @@ class LoadedPair:
     stats: RunnerStats
 
 
-class ImplicitOfModels(ModelReward):
+class ImplicitOfModelsParams(Params):
+    beta: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Factor of the ratio, as the policy was trained with."
+    )
+    per_token: bool = Field(default=False, description="Mean over the answer's tokens instead of their sum.")
+
+
+class ImplicitOfModels(ModelReward[ImplicitOfModelsParams]):
     """Log-likelihood ratio of the answer under two language models, policy and reference (DPO's implicit reward)."""
 
-    class Params(base.Params):
-        beta: float = Field(
-            default=1.0, gt=0, allow_inf_nan=False, description="Factor of the ratio, as the policy was trained with."
-        )
-        per_token: bool = Field(default=False, description="Mean over the answer's tokens instead of their sum.")
+    Params = ImplicitOfModelsParams
 
     def __init__(self, load: Callable[[], Awaitable[LoadedPair]], identity: Callable[[], str]) -> None:
         """load: called once, by `start`. identity: tells the weights apart from others, once they are loaded."""
@@ -151,7 +156,7 @@ class ImplicitOfModels(ModelReward):
             await self._pair.policy.close()
             await self._pair.reference.close()
 
-    async def score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+    async def score(self, groups: Sequence[ScoreGroup[ImplicitOfModelsParams]]) -> list[ScoreResult]:
         """Raises RequestError for a conversation that a model's template refuses or that is longer than both read.
 
         An answer that is whole counts with the token that ends its turn, one that goes on does not.

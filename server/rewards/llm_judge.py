@@ -10,24 +10,26 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from guiderail.guides.core import guide as base
-from guiderail.guides.core.guide import ScoreResult
-from guiderail.guides.core.reward import Reward, Services, answer_texts, instructions, prompt_text
-from guiderail.guides.core.types import ScoreGroup
+from guiderail.guides.core.interfaces import ScoreResult, Services
+from guiderail.guides.core.reward import Reward, answer_texts, instructions, prompt_text
+from guiderail.guides.core.types import Params, ScoreGroup
 from guiderail.server.rewards.verdicts import Verdicts, quoted
 
 
-class Judge(Reward):
+class JudgeParams(Params):
+    rubric: str = Field(
+        default="Is this a helpful, correct and polite answer to the question?",
+        min_length=1,
+        max_length=8192,
+        description="A yes-or-no question about the answer; yes is good.",
+    )
+    adapter: str | None = Field(default=None, description="LoRA adapter that judges; default: the served model.")
+
+
+class Judge(Reward[JudgeParams]):
     """Probability of yes against no when the served model is asked a question about the answer, in [0, 1]."""
 
-    class Params(base.Params):
-        rubric: str = Field(
-            default="Is this a helpful, correct and polite answer to the question?",
-            min_length=1,
-            max_length=8192,
-            description="A yes-or-no question about the answer; yes is good.",
-        )
-        adapter: str | None = Field(default=None, description="LoRA adapter that judges; default: the served model.")
+    Params = JudgeParams
 
     batched: ClassVar[bool] = False
 
@@ -38,12 +40,12 @@ class Judge(Reward):
         refusal = "this tokenizer gives yes and no the same first token, so it cannot judge"
         self._verdicts = Verdicts(services, ("Yes", "No"), refusal)
 
-    def check(self, params: Params, services: Services) -> None:
+    def check(self, params: JudgeParams, services: Services) -> None:
         if params.adapter is not None and params.adapter not in services.adapters:
             known = ", ".join(sorted(services.adapters)) or "none"
             raise ValueError(f"'adapter': no LoRA adapter '{params.adapter}'; loaded: {known}")
 
-    async def score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+    async def score(self, groups: Sequence[ScoreGroup[JudgeParams]]) -> list[ScoreResult]:
         assert self._verdicts is not None
         results = []
         for group in groups:
@@ -54,7 +56,7 @@ class Judge(Reward):
         return results
 
 
-def _question(group: ScoreGroup, answer: str) -> str:
+def _question(group: ScoreGroup[JudgeParams], answer: str) -> str:
     told = instructions(group.messages)
     given = f"Instructions:\n{quoted(told)}\n\n" if told else ""
     text = f"{given}Question:\n{quoted(prompt_text(group.messages))}\n\nAnswer:\n{quoted(answer)}\n\n"

@@ -5,9 +5,10 @@ arXiv 2306.05685). Question and answers are quoted in the prompt (verdicts.py). 
 says so outside of the quote.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from guiderail.guides.core.reward import Services, instructions, prompt_text
+from guiderail.guides.core.interfaces import Services
+from guiderail.guides.core.reward import instructions, prompt_text
 from guiderail.guides.core.types import Message
 from guiderail.server.rewards.verdicts import Verdicts, quoted
 
@@ -69,3 +70,21 @@ class PairwiseJudge:
             text = text[: min(len(text) - 1, len(text) * limit // len(ids))]
         lines = quoted(text)
         return lines if text == whole else f"{lines}\n{CUT}"
+
+
+class ServedJudge:
+    """The pairwise judge of a server, made at its first comparison: only a started engine knows its context."""
+
+    def __init__(self, services: Services, *, max_tokens: Callable[[], int]) -> None:
+        """max_tokens: PairwiseJudge's, once the engine has started."""
+        self._services = services
+        self._max_tokens = max_tokens
+        self._judge: PairwiseJudge | None = None
+
+    async def prefer(
+        self, messages: Sequence[Message], criterion: str, answers: Sequence[str], pairs: Sequence[tuple[int, int]]
+    ) -> list[float]:
+        """Return PairwiseJudge's probabilities. Raises ValueError besides if the tokenizer cannot tell A from B."""
+        if self._judge is None:
+            self._judge = PairwiseJudge(self._services, max_tokens=self._max_tokens())
+        return await self._judge.prefer(messages, criterion, answers, pairs)

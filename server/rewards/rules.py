@@ -16,8 +16,9 @@ from pydantic import Field
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-from guiderail.guides.core import guide as base
-from guiderail.guides.core.reward import Services, TextReward
+from guiderail.guides.core.interfaces import Services
+from guiderail.guides.core.reward import TextReward
+from guiderail.guides.core.types import Params
 
 PATTERN_TIMEOUT_S = 0.1  # per search; a pattern can take exponential time
 STOP_WORDS = frozenset(
@@ -30,23 +31,26 @@ STOP_WORDS = frozenset(
 )
 
 
-class Keywords(TextReward):
+class KeywordsParams(Params):
+    words: list[str] = Field(
+        default=[], max_length=256, description="Words or phrases to cover; empty: content words of the question."
+    )
+    match: Literal["word", "prefix"] = Field(
+        default="word", description="'prefix' also accepts longer forms: 'run' is covered by 'running'."
+    )
+    case_sensitive: bool = False
+
+
+class Keywords(TextReward[KeywordsParams]):
     """Fraction of the given words that the answer contains (by default the question's own content words)."""
 
-    class Params(base.Params):
-        words: list[str] = Field(
-            default=[], max_length=256, description="Words or phrases to cover; empty: content words of the question."
-        )
-        match: Literal["word", "prefix"] = Field(
-            default="word", description="'prefix' also accepts longer forms: 'run' is covered by 'running'."
-        )
-        case_sensitive: bool = False
+    Params = KeywordsParams
 
-    def check(self, params: Any, services: Services) -> None:
+    def check(self, params: KeywordsParams, services: Services) -> None:
         if any(not word.strip() for word in params.words):
             raise ValueError("'words' must not contain empty words")
 
-    def score_text(self, prompt: str, answer: str, params: Any) -> float:
+    def score_text(self, prompt: str, answer: str, params: KeywordsParams) -> float:
         words = params.words or content_words(prompt)
         if not words:
             return 0.0
@@ -62,14 +66,17 @@ def content_words(text: str) -> list[str]:
     return list(dict.fromkeys(word for word in words if word not in STOP_WORDS))
 
 
-class Length(TextReward):
+class LengthParams(Params):
+    target: int = Field(default=60, ge=1, le=1_000_000, description="Wanted length, in `unit`s.")
+    unit: Literal["words", "characters", "sentences"] = "words"
+
+
+class Length(TextReward[LengthParams]):
     """Closeness to a target length: minus the relative distance, 0 at the target."""
 
-    class Params(base.Params):
-        target: int = Field(default=60, ge=1, le=1_000_000, description="Wanted length, in `unit`s.")
-        unit: Literal["words", "characters", "sentences"] = "words"
+    Params = LengthParams
 
-    def score_text(self, prompt: str, answer: str, params: Any) -> float:
+    def score_text(self, prompt: str, answer: str, params: LengthParams) -> float:
         distance = abs(measure(answer, params.unit) - params.target)
         return -float(distance / params.target)
 
@@ -83,23 +90,26 @@ def measure(text: str, unit: str) -> int:
     return len(re.findall(r"[^.!?\s][^.!?]*[.!?]+", text))
 
 
-class Regex(TextReward):
+class RegexParams(Params):
+    pattern: str = Field(default=r"""[.!?]["')\]]*\s*$""", min_length=1, max_length=4096)
+    mode: Literal["search", "fullmatch", "absent"] = Field(
+        default="search", description="'absent' turns it round: 1 if the pattern is nowhere in the answer."
+    )
+    ignore_case: bool = False
+
+
+class Regex(TextReward[RegexParams]):
     """1 if the answer matches a regular expression, else 0 (by default: it ends as a sentence does)."""
 
-    class Params(base.Params):
-        pattern: str = Field(default=r"""[.!?]["')\]]*\s*$""", min_length=1, max_length=4096)
-        mode: Literal["search", "fullmatch", "absent"] = Field(
-            default="search", description="'absent' turns it round: 1 if the pattern is nowhere in the answer."
-        )
-        ignore_case: bool = False
+    Params = RegexParams
 
-    def check(self, params: Any, services: Services) -> None:
+    def check(self, params: RegexParams, services: Services) -> None:
         try:
             regex.compile(params.pattern)
         except regex.error as error:
             raise ValueError(f"'pattern' is not a regular expression: {error}") from error
 
-    def score_text(self, prompt: str, answer: str, params: Any) -> float:
+    def score_text(self, prompt: str, answer: str, params: RegexParams) -> float:
         flags = regex.IGNORECASE if params.ignore_case else 0
         matched = _matches(params.pattern, answer, flags, full=params.mode == "fullmatch")
         return float(matched != (params.mode == "absent"))
@@ -115,21 +125,24 @@ def _matches(pattern: str, text: str, flags: int = 0, *, full: bool = False) -> 
         raise ValueError(f"the pattern takes more than {PATTERN_TIMEOUT_S} s on one answer") from None
 
 
-class JsonSchema(TextReward):
+class JsonSchemaParams(Params):
+    schema_: dict[str, Any] = Field(
+        default={}, alias="schema", description="JSON Schema (2020-12); empty: any JSON will do."
+    )
+
+
+class JsonSchema(TextReward[JsonSchemaParams]):
     """1 if the answer is JSON that satisfies a schema, 0.5 if it is other JSON, 0 if it is not JSON."""
 
-    class Params(base.Params):
-        schema_: dict[str, Any] = Field(
-            default={}, alias="schema", description="JSON Schema (2020-12); empty: any JSON will do."
-        )
+    Params = JsonSchemaParams
 
-    def check(self, params: Any, services: Services) -> None:
+    def check(self, params: JsonSchemaParams, services: Services) -> None:
         try:
             Draft202012Validator.check_schema(params.schema_)
         except SchemaError as error:
             raise ValueError(f"'schema' is not a JSON schema: {error.message}") from error
 
-    def score_text(self, prompt: str, answer: str, params: Any) -> float:
+    def score_text(self, prompt: str, answer: str, params: JsonSchemaParams) -> float:
         try:
             value = json.loads(answer)
         except (ValueError, RecursionError):

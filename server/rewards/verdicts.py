@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from guiderail.guides.core.reward import Services
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.types import Message, TokenPrompt
 
 # <|im_end|>, </s>, <start_of_turn>, [INST], [CLS]: a space after the bracket makes ordinary text of them.

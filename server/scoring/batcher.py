@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from guiderail.guides.core.errors import EngineUnavailable, RequestError, RewardFailed
-from guiderail.guides.core.guide import ScoreResult
+from guiderail.guides.core.interfaces import ScoreResult
 from guiderail.guides.core.reward import Reward
 from guiderail.guides.core.types import ScoreGroup
 from guiderail.guides.scoring.transforms import LIMIT
@@ -24,7 +24,7 @@ from guiderail.server.metrics import Metrics
 @dataclass(slots=True)
 class _Call:
     group: ScoreGroup
-    owner: int
+    owner: str
     future: asyncio.Future[ScoreResult]
     queued: float = field(default_factory=time.monotonic)
 
@@ -59,7 +59,7 @@ class BatchingScorer:
         self._pending: dict[str, list[_Call]] = {name: [] for name in rewards}
         self._drains: dict[str, asyncio.Task[None]] = {}
 
-    async def score(self, reward: str, group: ScoreGroup, owner: int = 0) -> ScoreResult:
+    async def score(self, reward: str, group: ScoreGroup, owner: str = "") -> ScoreResult:
         """Score one group, together with whatever else waits for the same reward.
 
         Raises RewardFailed, or RequestError for a conversation that the reward refuses.
@@ -94,7 +94,7 @@ class BatchingScorer:
 
     def _take(self, name: str) -> list[_Call]:
         """Take the next batch: calls still wanted, one of each owner in turn, up to max_tokens."""
-        turns: dict[int, deque[_Call]] = {}
+        turns: dict[str, deque[_Call]] = {}
         for call in self._pending[name]:
             if not call.future.done():
                 turns.setdefault(call.owner, deque()).append(call)

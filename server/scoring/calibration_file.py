@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from guiderail.guides.core.context import Context
+from guiderail.guides.core.dialogue import Dialogue
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.guides.core.types import SamplingSpec, TokenPrompt
 from guiderail.guides.prompters import Template
@@ -43,16 +43,16 @@ class StoredCalibration:
     values: Mapping[str, tuple[float, ...]]
     pooled: tuple[float, ...]
 
-    def unlike(self, ctx: Context) -> list[str]:
-        """How the answers of this file differ from those that calibrate a Context's rewards; none if they do not."""
+    def unlike(self, dialogue: Dialogue) -> list[str]:
+        """Differences between the answers of this file and those that calibrate a dialogue's rewards."""
         theirs = {**conditions(SamplingSpec(0), Template().dump()), **json.loads(self.metadata["sampling"])}
-        ours = conditions(ctx.sampling, ctx.prompter.dump())
+        ours = conditions(dialogue.sampling, dialogue.prompter.dump())
         found = [
             f"{name} is {ours[name]!r} here and {theirs[name]!r} there" for name in ours if ours[name] != theirs[name]
         ]
-        if ctx.told:
+        if dialogue.told:
             found.append("its policies are told more here")
-        if ctx.prompt.adapter is not None or ctx.prompt.mix:
+        if dialogue.prompt.adapter is not None or dialogue.prompt.mix:
             found.append("it is of the served model alone")
         return found
 

@@ -7,31 +7,37 @@ it goes on as long as one of them waits. A request whose deadline comes first ta
 """
 
 import asyncio
-import time
+import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from guiderail.guides.core.context import Context
+from guiderail.guides.core.dialogue import Dialogue
 from guiderail.guides.core.errors import DeadlinePassed, RequestError
-from guiderail.guides.core.guide import ScoreResult
+from guiderail.guides.core.interfaces import Scorer, ScoreResult
+from guiderail.guides.core.metered_engine import MeteredEngine
 from guiderail.guides.core.seeds import CALIBRATION, Seeds
-from guiderail.guides.core.types import Answer, SamplingSpec, ScoreGroup, TokenPrompt
-from guiderail.guides.scoring import RewardTerm
-from guiderail.guides.scoring.calibration_sample import CalibrationSample
+from guiderail.guides.core.types import Answer, SamplingSpec
+from guiderail.guides.scoring.calibration_sample import CalibrationSample, CalibrationSpec
+from guiderail.guides.scoring.terms import RewardTerm
+from guiderail.guides.search.sequence import Piece
 from guiderail.server.metrics import Metrics
 from guiderail.server.scoring.calibration_file import StoredCalibration, params_key, prompt_key
 
 FEWEST = 2  # answers without which nothing can be calibrated
+STORED_FOR_PARTIAL = (
+    "partial answers are calibrated on stored values of whole ones; "
+    "with calibration.source 'drawn' they are on answers cut at their own length"
+)
 
 
 @dataclass(slots=True)
 class _Pool:
-    drawn: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # text and tokens, as they came
+    owner: str  # for the scorer
+    drawn: list[Piece] = field(default_factory=list)  # as they came
     task: "asyncio.Task[None] | None" = None
     waiting: int = 0
-    values: dict[Any, "asyncio.Task[ScoreResult]"] = field(default_factory=dict)
+    values: dict[Hashable, "asyncio.Task[ScoreResult]"] = field(default_factory=dict)
 
 
 class Calibrator:
@@ -44,38 +50,45 @@ class Calibrator:
             self._stored.setdefault((each.reward, each.params), []).append(each)
         self._metrics = metrics
         self._max_pools = max_pools
-        self._pools: OrderedDict[Any, _Pool] = OrderedDict()
+        self._pools: OrderedDict[Hashable, _Pool] = OrderedDict()
+        self._numbers = itertools.count()
 
-    async def sample(self, ctx: Context, term: RewardTerm, length: int | None = None) -> CalibrationSample:
+    async def sample(
+        self,
+        dialogue: Dialogue,
+        engine: MeteredEngine,
+        scorer: Scorer,
+        term: RewardTerm,
+        spec: CalibrationSpec,
+        length: int | None = None,
+    ) -> CalibrationSample:
         """The sample, and where it is from. Raises RequestError, RewardFailed, DeadlinePassed, EngineUnavailable.
 
         length: the answers are cut after so many tokens. Stored values are of whole answers only; where they have to
         do for partial ones, a warning says so.
         """
-        sample = self._from_store(ctx, term)
+        sample = self._from_store(dialogue, spec.source, term)
         if sample is None:
-            sample = await self._drawn(ctx, term, length)
+            pool, mine = await self._drawn(dialogue, engine, spec.n)
+            result = await self._values(pool, dialogue, engine, scorer, term, length)
+            sample = CalibrationSample(result.values, "drawn" if mine else "shared", result.warnings)
         elif length is not None:
-            ctx.report.warn(
-                f"reward '{term.label}': partial answers are calibrated on stored values of whole ones; "
-                "with calibration.source 'drawn' they are on answers cut at their own length"
-            )
+            sample = replace(sample, warnings=(STORED_FOR_PARTIAL,))
         if length is None:
             self._metrics.calibrated(sample.source)
         return sample
 
-    def _from_store(self, ctx: Context, term: RewardTerm) -> CalibrationSample | None:
-        source = ctx.calibration.source
+    def _from_store(self, dialogue: Dialogue, source: str, term: RewardTerm) -> CalibrationSample | None:
         if source == "drawn":
             return None
         why = "there is none of this reward with these parameters; stored: " + (
             ", ".join(sorted({name for name, _ in self._stored})) or "none"
         )
         for stored in self._stored.get((term.name, params_key(term.params)), ()):
-            if unlike := stored.unlike(ctx):
+            if unlike := stored.unlike(dialogue):
                 why = "its answers were sampled otherwise: " + ", ".join(unlike)
                 continue
-            own = stored.values.get(prompt_key(ctx.prompt))
+            own = stored.values.get(prompt_key(dialogue.prompt))
             if own is not None:
                 return CalibrationSample(own, "stored")
             if source == "pooled":
@@ -88,21 +101,21 @@ class Calibrator:
             f"'{where}' is '{source}', but the stored calibration of '{term.name}' cannot serve: {why}", where
         )
 
-    async def _drawn(self, ctx: Context, term: RewardTerm, length: int | None) -> CalibrationSample:
-        sampling = replace(ctx.sampling, stream=False, logprobs=None, priority=0)
-        n = ctx.calibration.n
-        key = (ctx.prompt, ctx.view, repr(ctx.prompter.dump()), _frozen(sampling), n)
+    async def _drawn(self, dialogue: Dialogue, engine: MeteredEngine, n: int) -> tuple[_Pool, bool]:
+        """The pool of n answers, as far as it is there at the deadline; True if this request began it."""
+        sampling = replace(dialogue.sampling, stream=False, logprobs=None, priority=0)
+        key = (dialogue.prompt, dialogue.view, repr(dialogue.prompter.dump()), _frozen(sampling), n)
         pool = self._pools.get(key)
         mine = pool is None
         if pool is None:
-            pool = self._pools[key] = _Pool()
-            pool.task = asyncio.create_task(self._draw(pool, ctx, sampling, n))
+            pool = self._pools[key] = _Pool(f"calibration {next(self._numbers)}")
+            pool.task = asyncio.create_task(self._draw(pool, dialogue, engine, sampling, n))
             self._trim()
         self._pools.move_to_end(key)
         assert pool.task is not None
         pool.waiting += 1
         try:
-            await asyncio.wait({pool.task}, timeout=_left(ctx))
+            await asyncio.wait({pool.task}, timeout=engine.remaining())
         finally:
             pool.waiting -= 1
             if not pool.waiting and not pool.task.done():
@@ -114,40 +127,41 @@ class Calibrator:
             raise error
         if len(pool.drawn) < FEWEST:
             raise DeadlinePassed(f"the deadline passed before {FEWEST} of {n} calibration answers were drawn")
-        result = await self._values(pool, ctx, term, length)
-        for warning in result.warnings:
-            ctx.report.warn(f"reward '{term.label}': {warning}")
-        return CalibrationSample(result.values, "drawn" if mine else "shared")
+        return pool, mine
 
-    async def _draw(self, pool: _Pool, ctx: Context, sampling: SamplingSpec, n: int) -> None:
+    async def _draw(
+        self, pool: _Pool, dialogue: Dialogue, engine: MeteredEngine, sampling: SamplingSpec, n: int
+    ) -> None:
         seeds = Seeds(sampling.seed).stream(n, CALIBRATION)  # a pool must not be made of the candidates themselves
-        spend = ctx.spend
-        parts: list[tuple[str, tuple[int, ...]]] = [("", ())] * n
-        prompts: list[TokenPrompt] = [ctx.prompt] * n
-        async with ctx.engine.generate(prompts, sampling, seeds=seeds) as rollouts:
+        pieces = [Piece() for _ in range(n)]
+        async with engine.engine.generate([dialogue.prompt] * n, sampling, seeds=seeds) as rollouts:
             async for delta in rollouts:
-                text, ids = parts[delta.row]
-                parts[delta.row] = text, ids = text + delta.text, (*ids, *delta.token_ids)
-                spend.calibration_tokens += len(delta.token_ids)
+                pieces[delta.row].take(delta)
+                engine.spend.calibration_tokens += len(delta.token_ids)
                 if delta.finish_reason is not None:
-                    pool.drawn.append(parts[delta.row])
+                    pool.drawn.append(pieces[delta.row])
 
-    async def _values(self, pool: _Pool, ctx: Context, term: RewardTerm, length: int | None) -> ScoreResult:
+    async def _values(
+        self,
+        pool: _Pool,
+        dialogue: Dialogue,
+        engine: MeteredEngine,
+        scorer: Scorer,
+        term: RewardTerm,
+        length: int | None,
+    ) -> ScoreResult:
+        async def score(answers: tuple[Answer, ...]) -> ScoreResult:
+            result = await scorer.score(term.name, dialogue.group(answers, term.params), pool.owner)
+            engine.spend.reward_calls += 1
+            engine.spend.reward_tokens += result.tokens
+            return result
+
         key = (term.name, params_key(term.params), len(pool.drawn), length)
         task = pool.values.get(key)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            answers = tuple(_read(ctx, text, ids, length) for text, ids in pool.drawn)
-            task = pool.values[key] = asyncio.create_task(
-                self._score(ctx, term.name, ctx.group(answers, term), id(pool))
-            )
+            answers = tuple(_read(dialogue, piece, length) for piece in pool.drawn)
+            task = pool.values[key] = asyncio.create_task(score(answers))
         return await asyncio.shield(task)
-
-    @staticmethod
-    async def _score(ctx: Context, reward: str, group: ScoreGroup, owner: int) -> ScoreResult:
-        result = await ctx.scorer.score(reward, group, owner)
-        ctx.spend.reward_calls += 1
-        ctx.spend.reward_tokens += result.tokens
-        return result
 
     def _trim(self) -> None:
         idle = [key for key, pool in self._pools.items() if not pool.waiting and pool.task and pool.task.done()]
@@ -155,19 +169,15 @@ class Calibrator:
             del self._pools[key]
 
 
-def _read(ctx: Context, text: str, ids: tuple[int, ...], length: int | None) -> Answer:
+def _read(dialogue: Dialogue, piece: Piece, length: int | None) -> Answer:
     """A drawn answer as rewards read candidates: cleaned, and cut after `length` tokens if it goes on there."""
+    ids = tuple(piece.token_ids)
     if length is None or len(ids) <= length:
-        return ctx.answer(text, ids)
-    ids = ids[:length]
-    return ctx.answer(ctx.decoder().text(ids), ids, partial=True)
+        return dialogue.answer(piece.text, ids)
+    return dialogue.answer(dialogue.decoder().text(ids[:length]), ids[:length], partial=True)
 
 
-def _left(ctx: Context) -> float | None:
-    return None if ctx.limits.deadline is None else max(0.0, ctx.limits.deadline - time.monotonic())
-
-
-def _frozen(sampling: SamplingSpec) -> Any:
+def _frozen(sampling: SamplingSpec) -> Hashable:
     """A hashable stand-in: the fields that are mappings by their content."""
     return (
         repr(sorted(sampling.logit_bias.items())),

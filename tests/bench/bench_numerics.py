@@ -25,8 +25,8 @@ from report import write_section
 from seeded import KINDS, answers, requests
 from serving import serving
 
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.registry import load_guides, load_rewards
-from guiderail.guides.core.reward import Services
 from guiderail.guides.core.types import Message, SamplingSpec, TokenPrompt
 from guiderail.server.engines.vllm.engine import build
 from guiderail.server.engines.vllm.engine_args import EngineSettings

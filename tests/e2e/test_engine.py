@@ -9,7 +9,7 @@ import torch
 from serving import Live
 
 from guiderail.guides.core.errors import RequestError
-from guiderail.guides.core.reward import Services
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.types import Answer, Message, SamplingSpec, ScoreGroup, TokenPrompt
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.vllm.scheduling.short_steps import MANY_SEQUENCES

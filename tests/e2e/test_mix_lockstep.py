@@ -7,7 +7,7 @@ import pytest
 from serving import Live
 
 from guiderail.guides.core.errors import RequestError
-from guiderail.guides.core.guide import Engine
+from guiderail.guides.core.interfaces import Engine
 from guiderail.guides.core.types import Message, Mixed, SamplingSpec, TokenLogprob, TokenPrompt
 from guiderail.server.engines.sequences import EngineSequence
 from guiderail.server.engines.vllm.engine import build

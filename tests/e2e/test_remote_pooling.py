@@ -8,7 +8,7 @@ import httpx
 import pytest
 from vllm_server import vllm_server
 
-from guiderail.guides.core.guide import ScoreResult
+from guiderail.guides.core.interfaces import ScoreResult
 from guiderail.guides.core.types import Answer, Message, ScoreGroup, TokenPrompt
 from guiderail.server.rewards.models.loading import classifier_folder, model_reward
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec

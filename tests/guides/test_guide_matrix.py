@@ -170,11 +170,11 @@ async def test_a_value_is_the_mean_of_the_rollouts_combined_reward() -> None:
         sampling=SamplingSpec(2, seed=1),
     )  # fmt: skip
     tails = [Piece("", [2], [], "length"), Piece("", [3], [], "length")]
-    (candidate,) = await value(ctx, Transcript(ctx), [Piece("", [1], [], "length")], [tails])
+    (candidate,) = (await value(ctx, Transcript(ctx), [Piece("", [1], [], "length")], [tails])).candidates
     assert candidate.rewards == {"r": 0.5, "s": 0.5}
     assert candidate.combined == 0.0
     weighed = await value(ctx, Transcript(ctx), [Piece("", [1], [], "length")], [tails], lambda group: [3.0, 1.0])
-    assert weighed[0].rewards == {"r": 0.25, "s": 0.75}
+    assert weighed.candidates[0].rewards == {"r": 0.25, "s": 0.75}
 
 
 async def test_rollouts_keep_the_least_length_of_the_answer() -> None:

@@ -12,7 +12,7 @@ from fakes import Faulty, LetterRenderer, ScriptedEngine
 
 from guiderail.guides import Reward
 from guiderail.guides.core.errors import EngineUnavailable, GuiderailError, PluginError
-from guiderail.guides.core.reward import Services
+from guiderail.guides.core.interfaces import Services
 from guiderail.server import cli
 from guiderail.server import runtime as serve
 from guiderail.server.announce import example, steps

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from guiderail.guides.core.context import Context
 from guiderail.guides.core.types import TokenPrompt
+from guiderail.guides.scoring import RewardTerm
+from guiderail.guides.scoring.calibration_sample import CalibrationSample
 from guiderail.server.metrics import Metrics
 from guiderail.server.scoring import calibration_file as calibration_store
 from guiderail.server.scoring.calibration_file import StoredCalibration, prompt_key
@@ -22,5 +25,15 @@ def write(path: Path, **more: Any) -> Path:
     return path
 
 
-def calibrator(*stored: StoredCalibration) -> Calibrator:
-    return Calibrator(stored, Metrics("fake"))
+class OfContexts(Calibrator):
+    """A Calibrator that takes what it needs from a Context."""
+
+    async def of(self, ctx: Context, term: RewardTerm, length: int | None = None) -> CalibrationSample:
+        pipeline = ctx.pipeline
+        return await self.sample(
+            ctx.dialogue, ctx.engine, pipeline._scorers.scorer, term, pipeline.asked.calibration, length
+        )
+
+
+def calibrator(*stored: StoredCalibration, **more: Any) -> OfContexts:
+    return OfContexts(stored, Metrics("fake"), **more)

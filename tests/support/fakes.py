@@ -175,8 +175,8 @@ class Faulty(Reward):
 
 def make_state(engine: ScriptedEngine, rewards: dict[str, Reward] | None = None, **settings: Any) -> Any:
     """A server state over fakes and the built-in guides."""
+    from guiderail.guides.core.interfaces import Services
     from guiderail.guides.core.registry import load_guides
-    from guiderail.guides.core.reward import Services
     from guiderail.server.metrics import Metrics
     from guiderail.server.runtime import assemble
     from guiderail.server.settings import Settings

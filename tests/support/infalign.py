@@ -16,10 +16,11 @@ from distributions import U, best_of, beta_for, tilted, win_rate, worst_of
 from serving import serving
 from tabular_engine import TabularEngine, TabularRenderer
 
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.registry import load_guides
-from guiderail.guides.core.reward import Services, TextReward
+from guiderail.guides.core.reward import TextReward
 from guiderail.guides.scoring import parse_chain
-from guiderail.guides.scoring.diagnostics import selection_kl
+from guiderail.guides.scoring.kl import selection_kl
 from guiderail.server.metrics import Metrics
 from guiderail.server.runtime import assemble
 from guiderail.server.settings import OperatorLimits, Settings

@@ -8,7 +8,7 @@ from contexts import context
 from tabular_engine import PROMPT, TabularEngine
 
 from guiderail.guides.core.context import Context
-from guiderail.guides.core.guide import Scorer, ScoreResult
+from guiderail.guides.core.interfaces import Scorer, ScoreResult
 from guiderail.guides.core.types import ScoreGroup, TokenPrompt
 from guiderail.guides.scoring import IDENTITY, Chain, RewardTerm
 

@@ -4,18 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-from contexts import FakeHelpers
+from contexts import FakeComparisons
 from every_guide import Endless, Values
 from tabular_engine import FIRST_PROMPT_TOKEN, TabularEngine, TabularRenderer
 
 from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.interfaces import ScoreResult, Services
 from guiderail.guides.core.registry import load_guides
-from guiderail.guides.core.reward import Reward, ScoreResult, Services
+from guiderail.guides.core.reward import Reward
 from guiderail.guides.core.types import Message, ScoreGroup, TokenPrompt
 from guiderail.server.engines.engine_stats import EngineStats
 from guiderail.server.metrics import Metrics
-from guiderail.server.requests.helpers import ServerHelpers
 from guiderail.server.runtime import assemble
 from guiderail.server.settings import Settings
 
@@ -51,18 +50,6 @@ class ServedTabular(TabularEngine):
     stats: EngineStats = field(default_factory=EngineStats)
 
 
-class _Helpers(ServerHelpers):
-    """The server's, with an encoder and a judge that are formulas."""
-
-    async def embed(self, texts: Sequence[str]) -> np.ndarray:
-        return await FakeHelpers.embed(self, texts)  # type: ignore[arg-type]
-
-    async def prefer(
-        self, messages: Sequence[Message], criterion: str, answers: Sequence[str], pairs: Sequence[tuple[int, int]]
-    ) -> list[float]:
-        return await FakeHelpers.prefer(self, messages, criterion, answers, pairs)  # type: ignore[arg-type]
-
-
 def tabular_state(end: float = 0.1, texts: Mapping[int, bytes] | None = None, **settings: Any) -> Any:
     """A state with the rewards "a" and "b", the adapter "adapter", and all built-in guides."""
     renderer: Any = PromptRenderer(texts)
@@ -74,6 +61,5 @@ def tabular_state(end: float = 0.1, texts: Mapping[int, bytes] | None = None, **
     guides: Mapping[str, type[Guide]] = load_guides([*built_in, "logit_mix"])
     config = Settings(served_model_name="fake", lora={"adapter": "/nowhere"}, **settings)
     state = assemble(config, engine, renderer, guides, rewards, services, Metrics("fake"))
-    helpers = state.helpers
-    helpers.__class__ = _Helpers
-    return replace(state, helpers=helpers)
+    compared = FakeComparisons()  # an encoder and a judge that are formulas
+    return replace(state, scorers=replace(state.scorers, embedder=compared, judge=compared))

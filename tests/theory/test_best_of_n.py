@@ -9,7 +9,7 @@ from distributions import U, cdf, integral, kl, pool, win_rate
 from scipy.special import expi
 from scipy.stats import poisson
 
-from guiderail.guides.scoring.diagnostics import best_of_n_kl, best_of_poisson_kl, selection_kl
+from guiderail.guides.scoring.kl import best_of_n_kl, best_of_poisson_kl, selection_kl
 from guiderail.guides.scoring.origin import Origin
 from guiderail.guides.scoring.selection.best import Argmax, BestOfPoisson, Softmax
 

@@ -10,16 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guiderail.guides.core.types import Candidate, TokenLogprob
-from guiderail.guides.scoring.diagnostics import (
-    best_of_n_curve,
-    effective_sample_size,
-    moved_far,
-    over_optimised,
-    selection_kl,
-    token_entropy,
-)
+from guiderail.guides.scoring.entropy import effective_sample_size, token_entropy
+from guiderail.guides.scoring.gold import best_of_n_curve
 from guiderail.guides.scoring.hedge import distribution, hedge, score
-from guiderail.guides.scoring.selection.rule import Choice
+from guiderail.guides.scoring.kl import selection_kl
+from guiderail.guides.scoring.over_optimisation import moved_far, over_optimised
 
 
 def test_effective_sample_size_and_kl_of_weights() -> None:
@@ -63,24 +58,24 @@ def candidates(*columns: np.ndarray) -> list[Candidate]:
 
 def test_warnings_say_what_is_odd() -> None:
     calm = np.linspace(0, 1, 10)
-    assert over_optimised(candidates(calm), Choice(9, 1.0)) == []
+    assert over_optimised(candidates(calm), 9) == []
     assert moved_far(3.0) is moved_far(None) is None
     assert "3.10 nats" in (moved_far(3.1) or "")
-    (outlier,) = over_optimised(candidates(np.append(calm, 9.0)), Choice(10, 1.0))
+    (outlier,) = over_optimised(candidates(np.append(calm, 9.0)), 10)
     assert "outlier" in outlier
     loved, hated = np.append(calm, 1.2), np.append(-calm / 10, -0.2)
-    (split,) = over_optimised(candidates(loved, hated), Choice(10, 1.0))
+    (split,) = over_optimised(candidates(loved, hated), 10)
     assert "best by 'r0', the worst by 'r1'" in split
-    assert over_optimised(candidates(loved, hated), Choice(10, 1.0), {"r0": 1.0, "r1": -1.0}) == []
-    assert over_optimised(candidates(loved, hated), Choice(10, 1.0), {"r0": 1.0, "r1": 0.0}) == []
+    assert over_optimised(candidates(loved, hated), 10, {"r0": 1.0, "r1": -1.0}) == []
+    assert over_optimised(candidates(loved, hated), 10, {"r0": 1.0, "r1": 0.0}) == []
 
 
 def test_warnings_keep_quiet_where_there_is_nothing_to_measure_by() -> None:
     few = np.array([0.0, 0.1, 0.2, 99.0])
-    assert over_optimised(candidates(few, -few), Choice(3, 1.0)) == []
-    assert over_optimised(candidates(np.append(np.zeros(20), 1.0)), Choice(20, 1.0)) == []  # most are equal
+    assert over_optimised(candidates(few, -few), 3) == []
+    assert over_optimised(candidates(np.append(np.zeros(20), 1.0)), 20) == []  # most are equal
     unscored = [Candidate(i, "", (), "stop") for i in range(10)]
-    assert over_optimised(unscored, Choice(3, 1.0)) == []
+    assert over_optimised(unscored, 3) == []
 
 
 @pytest.mark.parametrize("n", [8, 16, 64])
@@ -89,7 +84,7 @@ def test_honest_pools_seldom_look_like_outliers(n: int) -> None:
     alarms = 0
     for _ in range(1000):
         scores = rng.normal(size=n)
-        alarms += bool(over_optimised(candidates(scores), Choice(int(scores.argmax()), 1.0)))
+        alarms += bool(over_optimised(candidates(scores), int(scores.argmax())))
     assert alarms / 1000 < 0.05
 
 

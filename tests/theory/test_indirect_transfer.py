@@ -25,8 +25,8 @@ from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
 from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.policy import PolicySpec
-from guiderail.guides.core.reward import Services
 from guiderail.guides.core.types import SamplingSpec
 from guiderail.guides.transfer_q import TransferQ
 

@@ -6,7 +6,7 @@ from distributions import U, best_of, beta_for, integral, kl, tilted, win_rate, 
 from scipy.optimize import minimize_scalar
 
 from guiderail.guides.scoring.chain import Chain, parse_chain
-from guiderail.guides.scoring.diagnostics import selection_kl
+from guiderail.guides.scoring.kl import selection_kl
 from guiderail.guides.scoring.transforms import Exp, Identity, Log, NegExp, default_t
 
 # transform of the quantile; then at KL 0.25 and at KL 1.0: beta, win rate, best-of-4 and worst-of-4 win rates

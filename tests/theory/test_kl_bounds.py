@@ -14,13 +14,14 @@ from tabular_engine import Clock
 from guiderail.guides.args import Args
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.controlled_decoding import ControlledDecoding
+from guiderail.guides.core.budget import Limits
 from guiderail.guides.core.errors import DeadlinePassed
-from guiderail.guides.core.guide import Guide, Limits
+from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.types import SamplingSpec
 from guiderail.guides.deal import Deal
 from guiderail.guides.sampling import Sampling
 from guiderail.guides.scoring import SELECTIONS
-from guiderail.guides.scoring.diagnostics import best_of_n_kl, best_of_poisson_kl, selection_kl
+from guiderail.guides.scoring.kl import best_of_n_kl, best_of_poisson_kl, selection_kl
 from guiderail.guides.scoring.selection import rule
 from guiderail.guides.speculative_rejection import SpeculativeRejection
 from guiderail.guides.transfer_q import TransferQ
@@ -124,8 +125,7 @@ async def test_what_is_reported_bounds_the_kl(monkeypatch: pytest.MonkeyPatch, g
 @pytest.mark.parametrize("guide", ["best_of_n", "controlled_decoding", "transfer_q", "transfer_q-blocks", "deal-beams"])
 async def test_what_a_deadline_cuts_off_was_selected_among(monkeypatch: pytest.MonkeyPatch, guide: str) -> None:
     """Finished answers are taken before others, and the longest piece where nothing is whole: both are choices."""
-    for module in ("best_of_n", "core.context"):
-        monkeypatch.setattr(f"guiderail.guides.{module}.time", clock := Clock())
+    monkeypatch.setattr("guiderail.guides.core.metered_engine.time", clock := Clock())
     for deadline in (1.0, 2.0, 3.0):
         try:
             found, reported = await enumerated(

@@ -9,7 +9,7 @@ from distributions import pool
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guiderail.guides.scoring.diagnostics import best_of_n_kl
+from guiderail.guides.scoring.kl import best_of_n_kl
 from guiderail.guides.scoring.selection.best import SELECTIONS, Argmax, Pool
 from guiderail.guides.scoring.selection.tournament import Tournament
 

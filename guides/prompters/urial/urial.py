@@ -12,7 +12,7 @@ from typing import ClassVar
 from pydantic import Field, field_validator
 
 from guiderail.guides.core.errors import RequestError
-from guiderail.guides.core.reward import Renderer
+from guiderail.guides.core.interfaces import Renderer
 from guiderail.guides.core.types import Message, TokenPrompt
 from guiderail.guides.prompters.prompter import Cleaner, Prompter
 from guiderail.guides.prompters.urial import layout

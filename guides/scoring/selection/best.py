@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from guiderail.guides.scoring.diagnostics import best_of_poisson_kl
+from guiderail.guides.scoring.kl import best_of_poisson_kl
 from guiderail.guides.scoring.origin import POOL_KINDS, PoolKind
 from guiderail.guides.scoring.selection.divergence import FDivergence, softmax
 from guiderail.guides.scoring.selection.pessimism import Pessimism

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from guiderail.guides.scoring.diagnostics import best_of_poisson_kl, selection_kl
+from guiderail.guides.scoring.kl import best_of_poisson_kl, selection_kl
 from guiderail.guides.scoring.selection.rule import Choice, Pool, Selection, drawn
 from guiderail.guides.scoring.transforms import Array
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from guiderail.guides.core.errors import EngineUnavailable, RequestError
-from guiderail.guides.core.guide import Rollouts
+from guiderail.guides.core.interfaces import Rollouts
 from guiderail.guides.core.types import SamplingSpec, TokenLogprob, TokenPrompt
 from guiderail.server.engines.engine_stats import EngineStats
 from guiderail.server.engines.lora import check_adapter

@@ -125,7 +125,8 @@ def curve_metrics(proxy: "Array", gold: "Array", ns: Sequence[int], seed: int) -
     """Curves over N with 95 % bands, from the values [P, M] of both rewards for P prompts; ns ascending from 1."""
     import numpy as np
 
-    from guiderail.guides.scoring.diagnostics import best_of_n_curve, best_of_n_kl
+    from guiderail.guides.scoring.gold import best_of_n_curve
+    from guiderail.guides.scoring.kl import best_of_n_kl
     from guiderail.server.offline.evaluate.pair_metrics import spearman
 
     picks = np.random.default_rng(seed).integers(len(proxy), size=(RESAMPLES, len(proxy)))
@@ -161,7 +162,7 @@ def hedges(proxy: "Array", gold: "Array", seed: int) -> dict[str, Any]:
     """
     import numpy as np
 
-    from guiderail.guides.scoring.diagnostics import by_proxy
+    from guiderail.guides.scoring.gold import by_proxy
     from guiderail.guides.scoring.hedge import Law, hedge
 
     picks = np.random.default_rng(seed).integers(len(proxy), size=(HEDGE_RESAMPLES, len(proxy)))

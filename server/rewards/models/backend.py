@@ -7,6 +7,7 @@ from functools import cache
 from typing import Protocol
 
 from guiderail.guides.core.reward import Reward
+from guiderail.guides.core.types import P_co
 from guiderail.server.engines.engine_stats import RunnerStats
 
 Text = tuple[Sequence[int], int]  # token ids, and the position at which the answer starts in them
@@ -25,7 +26,7 @@ class Backend(Protocol):
     async def close(self) -> None: ...
 
 
-class ModelReward(Reward):
+class ModelReward(Reward[P_co]):
     """A reward whose model counts its tokens."""
 
     @property

@@ -12,10 +12,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from guiderail.guides.core import guide as base
-from guiderail.guides.core.guide import ScoreResult
-from guiderail.guides.core.reward import Services, begun
-from guiderail.guides.core.types import Answer, ScoreGroup
+from guiderail.guides.core.interfaces import ScoreResult, Services
+from guiderail.guides.core.reward import begun
+from guiderail.guides.core.types import Answer, Params, ScoreGroup
 from guiderail.server.engines.engine_stats import RunnerStats
 from guiderail.server.rewards.models.backend import Backend, ModelReward
 from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder, Rendered, TooLong, windows
@@ -30,24 +29,27 @@ class LoadedReward:
     longest: int | None
 
 
-class NeuralReward(ModelReward):
+class NeuralRewardParams(Params):
+    heads: list[float] | None = Field(
+        default=None, min_length=1, description="Weights of the model's heads; default: the operator's choice."
+    )
+    steps: str | None = Field(
+        default=None, min_length=1, description="Process reward: also read a value after each of these marks."
+    )
+    aggregate: Literal["min", "mean", "last", "sum"] = Field(
+        default="min", description="How the values at `steps` become one."
+    )
+    long: Literal["last", "worst", "refuse"] | None = Field(
+        default=None,
+        description="A conversation longer than the model reads: score its last tokens, or the worst of all its "
+        "windows, or refuse it; default: last for a head that was trained on cut ones, else refuse.",
+    )
+
+
+class NeuralReward(ModelReward[NeuralRewardParams]):
     """A reward model's raw value of the answer to the conversation (its own tokenizer and chat template)."""
 
-    class Params(base.Params):
-        heads: list[float] | None = Field(
-            default=None, min_length=1, description="Weights of the model's heads; default: the operator's choice."
-        )
-        steps: str | None = Field(
-            default=None, min_length=1, description="Process reward: also read a value after each of these marks."
-        )
-        aggregate: Literal["min", "mean", "last", "sum"] = Field(
-            default="min", description="How the values at `steps` become one."
-        )
-        long: Literal["last", "worst", "refuse"] | None = Field(
-            default=None,
-            description="A conversation longer than the model reads: score its last tokens, or the worst of all its "
-            "windows, or refuse it; default: last for a head that was trained on cut ones, else refuse.",
-        )
+    Params = NeuralRewardParams
 
     batched: ClassVar[bool] = True
 
@@ -85,7 +87,7 @@ class NeuralReward(ModelReward):
         """Counts of the backend, once it is loaded."""
         return self._backend.stats if self._backend is not None else None
 
-    def check(self, params: Params, services: Services) -> None:
+    def check(self, params: NeuralRewardParams, services: Services) -> None:
         if params.heads is not None and self._backend is not None and len(params.heads) != self._backend.heads:
             raise ValueError(f"'heads' has {len(params.heads)} weights; the model has {self._backend.heads} heads")
 
@@ -98,7 +100,7 @@ class NeuralReward(ModelReward):
         if self._backend is not None:
             await self._backend.close()
 
-    async def score(self, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+    async def score(self, groups: Sequence[ScoreGroup[NeuralRewardParams]]) -> list[ScoreResult]:
         """Raises RequestError for a conversation that the model's template refuses or that is longer than it reads."""
         assert self._backend is not None
         texts = [[self._texts(group, answer) for answer in group.answers] for group in groups]
@@ -121,12 +123,12 @@ class NeuralReward(ModelReward):
             results.append(ScoreResult(tuple(scored), tokens, tuple(sorted(warnings - {""}))))
         return results
 
-    def _mix(self, heads: Sequence[float], params: Params) -> float:
+    def _mix(self, heads: Sequence[float], params: NeuralRewardParams) -> float:
         if params.heads is None:
             return heads[self._head]
         return math.fsum(weight * value for weight, value in zip(params.heads, heads, strict=True))
 
-    def _texts(self, group: ScoreGroup, answer: Answer) -> list[Rendered]:
+    def _texts(self, group: ScoreGroup[NeuralRewardParams], answer: Answer) -> list[Rendered]:
         """Return the texts to score for one answer: with steps every marked part of it, and last the whole answer."""
         assert self._conversations is not None
         render, mark = self._conversations.render, group.params.steps

@@ -136,7 +136,7 @@ async def tokens(request: int, n: int, answer: int = 0) -> list[tuple[int, ...]]
     if end is not None:
         return [end.candidates[0].token_ids]
     rows: list[list[int]] = [[] for _ in range(n)]
-    async with ctx.generate([ctx.prompt] * n, ctx.sampling, ctx.seeds(n)) as rollouts:
+    async with ctx.generate([ctx.prompt] * n, ctx.sampling, ctx.seeds.stream(n)) as rollouts:
         async for delta in rollouts:
             rows[delta.row] += delta.token_ids
     return [tuple(row) for row in rows]

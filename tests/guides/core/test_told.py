@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from contexts import DIGIT, context, final, run
+from contexts import DIGIT, FakeComparisons, context, final, run
 from fakes import LetterRenderer, ScriptedEngine
 
 from guiderail.guides import TextReward
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.policy import PolicySpec
-from guiderail.guides.core.reward import Services
 from guiderail.guides.core.types import Answer, Candidate, Delta, Message, SamplingSpec, ScoreGroup, TokenPrompt
 from guiderail.guides.deal import Deal
 from guiderail.guides.logit_mix import LogitMix
@@ -20,6 +20,7 @@ from guiderail.guides.prompters import SystemMessage, Template, Urial, with_syst
 from guiderail.guides.scoring import SELECTIONS
 from guiderail.guides.search.lookahead import Lookahead
 from guiderail.guides.transfer_q import TransferQ
+from guiderail.server.openai_errors import from_exception
 from guiderail.server.rewards.classifiers import Sentiment
 from guiderail.server.rewards.likelihood_ratio import Implicit
 from guiderail.server.rewards.llm_judge import Judge
@@ -81,12 +82,12 @@ def test_system_texts_join_to_one_message_task_first() -> None:
 
 def test_a_policys_system_text_keeps_the_conversations_own_and_the_requests_prompter() -> None:
     spec = PolicySpec(system="Be kind.")
-    assert text(spec.policy(told(), "x").prompt) == "<system>Answer in verse.\n\nBe kind.<user>Hi<assistant>"
+    assert text(spec.policy(told().dialogue, "x").prompt) == "<system>Answer in verse.\n\nBe kind.<user>Hi<assistant>"
     preferring = SystemMessage(preferences=("Be short.",))
-    assert text(spec.policy(told(prompter=preferring), "x").prompt) == (
+    assert text(spec.policy(told(prompter=preferring).dialogue, "x").prompt) == (
         f"<system>Answer in verse.\n\nBe kind.\n\n{preferring.text}<user>Hi<assistant>"
     )
-    under_urial = text(spec.policy(told(prompter=Urial()), "x").prompt)
+    under_urial = text(spec.policy(told(prompter=Urial()).dialogue, "x").prompt)
     assert under_urial == "".join(chr(ord(c) % 1000) for c in Urial().text(with_system(TASK, "Be kind.")))
     assert "# Instruction\n\nAnswer in verse.\n\nBe kind.\n" in under_urial
 
@@ -95,7 +96,7 @@ def test_a_conversation_that_goes_on_does_so_for_every_policy() -> None:
     begun = (*TASK, Message("assistant", "Oh"))
     for continues, end in ((True, "<assistant>Oh"), (False, "<assistant>Oh<assistant>"), (None, "<assistant>Oh")):
         ctx = context(ScriptedEngine(), renderer=Roles(), messages=begun, continues=continues)
-        assert text(PolicySpec(system="x").policy(ctx, "x").prompt).endswith(end)
+        assert text(PolicySpec(system="x").policy(ctx.dialogue, "x").prompt).endswith(end)
 
 
 @pytest.mark.parametrize("how", ["refused", "dropped"])
@@ -103,26 +104,33 @@ async def test_what_a_prompter_cannot_put_is_refused_by_name(how: str) -> None:
     ctx = context(ScriptedEngine(), renderer=Roles(how), messages=TASK[1:])
     with pytest.raises(RequestError, match="prompter 'template'") as failure:
         await run(Deal(Deal.Params(instruction="Be kind.")), ctx)
-    assert failure.value.param == "alignment.guide.instruction"
+    assert from_exception(failure.value).body["error"]["param"] == "alignment.guide.instruction"
     ctx = context(ScriptedEngine(), renderer=Roles(how), messages=TASK[1:], prompter=Urial())
-    assert "Be kind." in text(PolicySpec(system="Be kind.").policy(ctx, "x").prompt)
+    assert "Be kind." in text(PolicySpec(system="Be kind.").policy(ctx.dialogue, "x").prompt)
 
 
 def test_rewards_read_what_policies_are_told() -> None:
     own = SystemMessage(preferences=("Be short.",))
-    assert told().view == TASK
-    assert told(prompter=own).view == with_system(TASK, own.text)
-    assert told(prompter=Urial(style="brief")).view == TASK  # the style is the operator's
+    assert told().dialogue.view == TASK
+    assert told(prompter=own).dialogue.view == with_system(TASK, own.text)
+    assert told(prompter=Urial(style="brief")).dialogue.view == TASK  # the style is the operator's
     view = told(
         prompter=Urial.model_validate({"instruction": "Rhyme.", "examples": [{"query": "q", "answer": "a"}]})
-    ).view
+    ).dialogue.view
     assert view[0].content.startswith("Answer in verse.\n\nRhyme.\n\n# Query:\n```\nq\n```\n\n# Answer:\n```\na")
-    ctx = told(prompter=own)
-    PolicySpec(system="Be kind.").policy(ctx, "x")
-    PolicySpec(system="Be kind.", prompter=Urial(instruction="Rhyme.")).policy(ctx, "x")
-    assert ctx.view == with_system(TASK, "Be kind.", "Rhyme.", own.text)
-    LogitMix._mixed(0, LogitMix.Params.model_validate({"policies": [{"system": "No.", "weight": -1}]}).policies[0], ctx)
-    assert ctx.told == ["Be kind.", "Rhyme."]  # steered away from it
+    dialogue = told(prompter=own).dialogue
+    for spec in (PolicySpec(system="Be kind."), PolicySpec(system="Be kind.", prompter=Urial(instruction="Rhyme."))):
+        dialogue = dialogue.telling(spec.policy(dialogue, "x").told)
+    assert dialogue.view == with_system(TASK, "Be kind.", "Rhyme.", own.text)
+    assert dialogue.told == ("Be kind.", "Rhyme.")
+
+
+async def test_rewards_do_not_read_what_an_answer_is_steered_away_from() -> None:
+    reward = Reader()
+    policies = [{"system": "No.", "weight": -1}, {"system": "Be kind."}]
+    ctx = told(reward=reward, sampling=SamplingSpec(4, seed=1))
+    final(await run(LogitMix(LogitMix.Params.model_validate({"policies": policies})), ctx))
+    assert set(reward.seen) == {with_system(TASK, "Be kind.")}
 
 
 GUIDES = {
@@ -145,17 +153,16 @@ async def test_rewards_and_judges_read_the_answer_without_its_layout(text: str) 
     """Raw text in place of the cleaned one, in `score` or in `pick`, fails here."""
     reward, urial = Reader(), Urial()
     judged: list[str] = []
-    ctx = context(ScriptedEngine(), reward=reward, cleaner=urial.cleaner, prompter=urial)
 
-    async def embed(texts: Sequence[str]) -> Any:
-        judged.extend(texts)
-        return await type(ctx.helpers).embed(ctx.helpers, texts)
+    class Embedder(FakeComparisons):
+        async def embed(self, texts: Sequence[str]) -> Any:
+            judged.extend(texts)
+            return await super().embed(texts)
 
-    ctx.helpers.embed = embed  # type: ignore[method-assign]
-    ctx.selection = SELECTIONS["mbr"](beta=1.0)
+    ctx = context(ScriptedEngine(), reward=reward, cleaner=urial.cleaner, prompter=urial, comparisons=Embedder(),
+                  selection=SELECTIONS["mbr"](beta=1.0))  # fmt: skip
     candidates = [Candidate(i, text, tuple(map(ord, text)), "stop") for i in range(2)]
-    await ctx.score(candidates)
-    await ctx.select(candidates)
+    await ctx.select(await ctx.score(candidates))
     assert reward.read == ["Fine."] * 2
     assert set(judged) == {"Fine."}
     assert {"".join(map(chr, ids)).strip() for ids in reward.tokens} == {"Fine."}
@@ -230,7 +237,7 @@ async def test_what_a_prefill_began_a_rule_scores_with_its_end(
     term = type(DIGIT)("last_digit", "last_digit", 1.0, reward.Params(**params))
     ctx = context(ScriptedEngine(), reward=reward, messages=messages, rewards=(term,))
     candidate = Candidate(0, answer, (1,), "stop")
-    await ctx.score([candidate])
+    (candidate,) = (await ctx.score([candidate])).candidates
     assert candidate.rewards["last_digit"] == value
 
 
@@ -239,9 +246,9 @@ async def test_classifiers_and_judges_read_a_prefill_too() -> None:
     await sentiment.start(None)  # type: ignore[arg-type]
     ctx = context(ScriptedEngine(), reward=sentiment, messages=(*TASK, Message("assistant", "I hate")))
     candidate = Candidate(0, " that.", (1,), "stop")
-    await ctx.score([candidate])
+    (candidate,) = (await ctx.score([candidate])).candidates
     assert candidate.rewards["last_digit"] < 0
-    group = ScoreGroup(ctx.view, ctx.prompt, (Answer(" that."),), Judge.Params())
+    group = ScoreGroup(ctx.dialogue.view, ctx.prompt, (Answer(" that."),), Judge.Params())
     prompts: list[Any] = []
 
     class Spy(ScriptedEngine):
@@ -256,7 +263,7 @@ async def test_classifiers_and_judges_read_a_prefill_too() -> None:
     assert "Instructions:\n> Answer in verse.\n\nQuestion:\n> Hi\n\n" in text(prompts[0])
     await judge.score([replace(group, messages=TASK[1:])])
     assert "Instructions" not in text(prompts[-1])
-    await PairwiseJudge(services).prefer(ctx.view, "Which is kinder?", ["a", "b"], [(0, 1)])
+    await PairwiseJudge(services).prefer(ctx.dialogue.view, "Which is kinder?", ["a", "b"], [(0, 1)])
     assert "Instructions:\n> Answer in verse.\n\nQuestion:\n> Hi\n\nAnswer A:" in text(prompts[-1])
 
 
@@ -291,21 +298,20 @@ async def test_selection_rules_compare_answers_with_their_beginning() -> None:
     """Embeddings and judges, as rules and classifiers do."""
     compared: list[str] = []
 
-    ctx = context(ScriptedEngine(), messages=(*TASK, Message("assistant", "I ")))
+    class Comparisons(FakeComparisons):
+        async def embed(self, texts: Sequence[str]) -> Any:
+            compared.extend(texts)
+            return await super().embed(texts)
 
-    async def embed(texts: Sequence[str]) -> Any:
-        compared.extend(texts)
-        return await type(ctx.helpers).embed(ctx.helpers, texts)
+        async def prefer(self, messages: Any, criterion: str, answers: Sequence[str], pairs: Any) -> list[float]:
+            assert messages == ctx.dialogue.view
+            compared.extend(answers)
+            return [0.5] * len(pairs)
 
-    async def prefer(messages: Any, criterion: str, answers: Sequence[str], pairs: Any) -> list[float]:
-        assert messages == ctx.view
-        compared.extend(answers)
-        return [0.5] * len(pairs)
-
-    ctx.helpers.embed, ctx.helpers.prefer = embed, prefer  # type: ignore[method-assign]
-    candidates = [Candidate(i, f"am w{i}", (1,), "stop", combined=0.0) for i in range(2)]
+    candidates = [Candidate(i, f"am w{i}", (1,), "stop") for i in range(2)]
     for rule in (SELECTIONS["mbr"](beta=1.0), SELECTIONS["tournament"](format="round_robin")):
-        ctx.selection = rule
+        ctx = context(ScriptedEngine(), messages=(*TASK, Message("assistant", "I ")), selection=rule,
+                      reward=Reader(), comparisons=Comparisons())  # fmt: skip
         compared.clear()
-        await ctx.pick(candidates)
+        await ctx.select(await ctx.score(candidates))
         assert set(compared) == {"I am w0", "I am w1"}

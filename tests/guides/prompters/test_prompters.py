@@ -9,7 +9,7 @@ from fakes import LetterRenderer, ScriptedEngine
 from pydantic import ValidationError
 
 from guiderail.guides.core.errors import RequestError
-from guiderail.guides.core.reward import Services
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.types import Message, TokenPrompt
 from guiderail.guides.prompters import (
     PROMPTERS,

@@ -8,7 +8,7 @@ from distributions import pool
 from infalign import exact, table
 
 from guiderail.guides.scoring import SELECTIONS
-from guiderail.guides.scoring.diagnostics import best_of_n_kl, best_of_poisson_kl, selection_kl
+from guiderail.guides.scoring.kl import best_of_n_kl, best_of_poisson_kl, selection_kl
 
 CELLS = [("log u", 0.25), ("e^{10u}", 0.25), ("e^{10u}", 1.0), ("-e^{-10u}", 1.0), ("u", 1.0)]
 

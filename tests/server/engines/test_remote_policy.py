@@ -13,7 +13,7 @@ from scripted_completions import ScriptedCompletions
 from waiting import until
 
 from guiderail.guides.core.errors import EngineUnavailable, GuiderailError, RequestError
-from guiderail.guides.core.reward import Services
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.types import Delta, SamplingSpec, TokenPrompt
 from guiderail.guides.logit_mix import LogitMix
 from guiderail.guides.transfer_q import TransferQ

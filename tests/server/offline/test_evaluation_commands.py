@@ -15,7 +15,7 @@ from serving import Live
 
 from guiderail.guides import Params, TextReward
 from guiderail.guides.core.errors import GuiderailError, PluginError
-from guiderail.guides.core.reward import Services
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.seeds import Seeds
 from guiderail.guides.core.types import Message, SamplingSpec
 from guiderail.guides.scoring.hedge import hedge

@@ -6,8 +6,8 @@ import pytest
 from fakes import LetterRenderer, ScriptedEngine
 
 from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.registry import load_guides
-from guiderail.guides.core.reward import Services
 from guiderail.guides.scoring import POOL_KINDS, SELECTIONS
 from guiderail.server.openai_errors import ApiError
 from guiderail.server.requests.resolve import Alignment, Resolver

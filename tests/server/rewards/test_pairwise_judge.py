@@ -9,7 +9,7 @@ import pytest
 from fakes import LetterRenderer, ScriptedEngine
 
 from guiderail.guides.core.errors import EngineUnavailable
-from guiderail.guides.core.reward import Services
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.types import PROMPT, Message, TokenPrompt
 from guiderail.server.models.renderer import ChatRenderer
 from guiderail.server.rewards.pairwise_judge import CUT, PairwiseJudge

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from guiderail.guides.core.reward import Services, TextReward
+from guiderail.guides.core.interfaces import Services
+from guiderail.guides.core.reward import TextReward
 from guiderail.server.rewards.rules import JsonSchema, Keywords, Length, Regex, content_words
 from guiderail.server.rewards.verdicts import probability_of_first
 

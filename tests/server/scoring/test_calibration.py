@@ -12,19 +12,17 @@ from calibrations import PROMPT, calibrator, write
 from contexts import DIGIT, context
 from fakes import Faulty, ScriptedEngine, make_state
 
+from guiderail.guides.core.budget import Limits
 from guiderail.guides.core.errors import DeadlinePassed, EngineUnavailable, RequestError, RewardFailed
-from guiderail.guides.core.guide import Limits
 from guiderail.guides.core.seeds import CALIBRATION, DRAW, PICK, Seeds
 from guiderail.guides.core.types import SamplingSpec, TokenPrompt
 from guiderail.guides.prompters import Template, Urial
 from guiderail.guides.scoring.calibration_sample import CalibrationSpec
-from guiderail.server.metrics import Metrics
 from guiderail.server.models.model_fingerprint import fingerprint
 from guiderail.server.requests.resolve import Alignment, Resolver
 from guiderail.server.requests.specs import read_alignment
 from guiderail.server.scoring import calibration_file as calibration_store
 from guiderail.server.scoring.calibration_file import CalibrationError, params_key, prompt_key
-from guiderail.server.scoring.calibrator import Calibrator
 
 
 def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -60,19 +58,19 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path) -> None:
 async def test_stored_values_of_the_prompt_come_first_and_pooled_ones_where_they_are_asked_for(tmp_path: Path) -> None:
     found = calibrator(calibration_store.load(write(tmp_path / "c.safetensors")))
     engine = ScriptedEngine()
-    own = await found.sample(context(engine), DIGIT)
+    own = await found.of(context(engine), DIGIT)
     unknown = {"prompt": TokenPrompt((5, 5))}
-    auto = await found.sample(context(engine, calibration=CalibrationSpec(n=4), **unknown), DIGIT)
+    auto = await found.of(context(engine, calibration=CalibrationSpec(n=4), **unknown), DIGIT)
     asked = CalibrationSpec(source="pooled")
-    pooled = await found.sample(context(engine, calibration=asked, **unknown), DIGIT)
-    known = await found.sample(context(engine, calibration=asked), DIGIT)
-    drawn = await found.sample(context(engine, calibration=CalibrationSpec(source="drawn", n=4)), DIGIT)
+    pooled = await found.of(context(engine, calibration=asked, **unknown), DIGIT)
+    known = await found.of(context(engine, calibration=asked), DIGIT)
+    drawn = await found.of(context(engine, calibration=CalibrationSpec(source="drawn", n=4)), DIGIT)
     assert (own.source, own.values) == (known.source, known.values) == ("stored", (1.0, 2.0, 3.0))
     assert (auto.source, len(auto.values)) == ("drawn", 4)
     assert (pooled.source, len(pooled.values)) == ("stored_pooled", 6)
     assert (drawn.source, len(drawn.values)) == ("drawn", 4)
     with pytest.raises(RequestError, match="does not have this prompt"):
-        await found.sample(context(engine, calibration=CalibrationSpec(source="stored"), **unknown), DIGIT)
+        await found.of(context(engine, calibration=CalibrationSpec(source="stored"), **unknown), DIGIT)
 
 
 OTHERWISE: list[tuple[dict[str, Any], str]] = [
@@ -90,11 +88,11 @@ OTHERWISE: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("more", "what"), OTHERWISE)
 async def test_answers_sampled_otherwise_are_not_served(more: dict[str, Any], what: str, tmp_path: Path) -> None:
     found = calibrator(calibration_store.load(write(tmp_path / "c.safetensors")))
-    drawn = await found.sample(context(ScriptedEngine(), calibration=CalibrationSpec(n=4), **more), DIGIT)
+    drawn = await found.of(context(ScriptedEngine(), calibration=CalibrationSpec(n=4), **more), DIGIT)
     assert (drawn.source, len(drawn.values)) == ("drawn", 4)
     for source in ("stored", "pooled"):
         with pytest.raises(RequestError, match=re.escape(what)) as failure:
-            await found.sample(context(ScriptedEngine(), calibration=CalibrationSpec(source=source), **more), DIGIT)
+            await found.of(context(ScriptedEngine(), calibration=CalibrationSpec(source=source), **more), DIGIT)
         assert failure.value.param == "alignment.calibration.source"
 
 
@@ -114,35 +112,35 @@ async def test_of_several_files_the_one_that_was_sampled_alike_serves(tmp_path: 
     files = [write(tmp_path / "a.safetensors"), write(tmp_path / "b.safetensors", sampling=cold)]
     found = calibrator(*map(calibration_store.load, files))
     for temperature in (0.5, 1.0):
-        sample = await found.sample(context(ScriptedEngine(), sampling=SamplingSpec(50, temperature, seed=1)), DIGIT)
+        sample = await found.of(context(ScriptedEngine(), sampling=SamplingSpec(50, temperature, seed=1)), DIGIT)
         assert sample.source == "stored"
-    sample = await found.sample(context(ScriptedEngine(), sampling=SamplingSpec(50, 0.7, seed=1)), DIGIT)
+    sample = await found.of(context(ScriptedEngine(), sampling=SamplingSpec(50, 0.7, seed=1)), DIGIT)
     assert sample.source == "drawn"
 
 
 async def test_asking_for_a_store_that_is_not_there_names_the_field() -> None:
     with pytest.raises(RequestError) as failure:
-        await calibrator().sample(context(ScriptedEngine(), calibration=CalibrationSpec(source="stored")), DIGIT)
+        await calibrator().of(context(ScriptedEngine(), calibration=CalibrationSpec(source="stored")), DIGIT)
     assert failure.value.param == "alignment.calibration.source"
 
 
 async def test_concurrent_equal_prompts_share_one_pool_and_one_pays() -> None:
     engine, found = ScriptedEngine(step_s=0.005), calibrator()
     contexts = [context(engine, calibration=CalibrationSpec(n=6)) for _ in range(3)]
-    samples = await asyncio.gather(*(found.sample(ctx, DIGIT) for ctx in contexts))
+    samples = await asyncio.gather(*(found.of(ctx, DIGIT) for ctx in contexts))
     assert engine.peak == 6
     assert sorted(s.source for s in samples) == ["drawn", "shared", "shared"]
     assert len({s.values for s in samples}) == 1
     assert sorted(ctx.spend.calibration_tokens for ctx in contexts) == [0, 0, 24]
     assert all(ctx.spend.tokens_generated == 0 for ctx in contexts)
-    other = await found.sample(context(engine, prompt=TokenPrompt((7,)), calibration=CalibrationSpec(n=6)), DIGIT)
+    other = await found.of(context(engine, prompt=TokenPrompt((7,)), calibration=CalibrationSpec(n=6)), DIGIT)
     assert other.source == "drawn"
 
 
 async def test_the_pool_is_apart_from_the_candidates() -> None:
     seen: list[int] = []
     engine = ScriptedEngine(lambda seed: seen.append(seed) or [f"w{seed}"])  # type: ignore[func-returns-value]
-    await calibrator().sample(context(engine, calibration=CalibrationSpec(n=3)), DIGIT)
+    await calibrator().of(context(engine, calibration=CalibrationSpec(n=3)), DIGIT)
     assert seen == Seeds(10).stream(3, CALIBRATION)
     assert not {*seen} & {*range(10, 14), *(seed for name in (DRAW, PICK) for seed in Seeds(10).stream(64, name))}
 
@@ -151,7 +149,7 @@ async def test_a_deadline_takes_what_there_is() -> None:
     short = Seeds(10).stream(8, CALIBRATION)[::2]
     engine = ScriptedEngine(lambda seed: ["w1"] * (1 if seed in short else 1000), step_s=0.01)
     ctx = context(engine, calibration=CalibrationSpec(n=8), limits=Limits(deadline=time.monotonic() + 0.2))
-    sample = await calibrator().sample(ctx, DIGIT)
+    sample = await calibrator().of(ctx, DIGIT)
     assert len(sample.values) == 4
     assert engine.num_running() == 0
 
@@ -159,12 +157,12 @@ async def test_a_deadline_takes_what_there_is() -> None:
 async def test_a_deadline_before_two_answers_is_an_error() -> None:
     ctx = context(ScriptedEngine(step_s=5), limits=Limits(deadline=time.monotonic() + 0.05))
     with pytest.raises(DeadlinePassed, match="calibration"):
-        await calibrator().sample(ctx, DIGIT)
+        await calibrator().of(ctx, DIGIT)
 
 
 async def test_a_pool_goes_on_while_one_waits_and_ends_with_the_last() -> None:
     engine, found = ScriptedEngine(lambda seed: ["w1"] * 50, step_s=0.005), calibrator()
-    waiting = [asyncio.create_task(found.sample(context(engine), DIGIT)) for _ in range(2)]
+    waiting = [asyncio.create_task(found.of(context(engine), DIGIT)) for _ in range(2)]
     await asyncio.sleep(0.05)
     waiting[0].cancel()
     await asyncio.sleep(0.02)
@@ -173,28 +171,28 @@ async def test_a_pool_goes_on_while_one_waits_and_ends_with_the_last() -> None:
     await asyncio.gather(*waiting, return_exceptions=True)
     await asyncio.sleep(0.05)
     assert engine.num_running() == 0
-    assert len((await found.sample(context(engine), DIGIT)).values) == 32  # nothing broken is kept
+    assert len((await found.of(context(engine), DIGIT)).values) == 32  # nothing broken is kept
 
 
 async def test_failures_surface_and_are_not_kept() -> None:
     engine, found = ScriptedEngine(fail_after=1), calibrator()
     with pytest.raises(EngineUnavailable):
-        await found.sample(context(engine), DIGIT)
+        await found.of(context(engine), DIGIT)
     engine.fail_after = None
     reward = Faulty("raise")
     with pytest.raises(RewardFailed):
-        await found.sample(context(engine, reward=reward), DIGIT)
+        await found.of(context(engine, reward=reward), DIGIT)
     reward.fault = ""
-    assert set((await found.sample(context(engine, reward=reward), DIGIT)).values) == {1.0}
+    assert set((await found.of(context(engine, reward=reward), DIGIT)).values) == {1.0}
 
 
 async def test_old_pools_are_dropped() -> None:
-    engine, found = ScriptedEngine(), Calibrator((), Metrics("fake"), max_pools=2)
+    engine, found = ScriptedEngine(), calibrator(max_pools=2)
     spec = CalibrationSpec(n=2)
     for token in (1, 2, 3, 1):
-        sample = await found.sample(context(engine, prompt=TokenPrompt((token,)), calibration=spec), DIGIT)
+        sample = await found.of(context(engine, prompt=TokenPrompt((token,)), calibration=spec), DIGIT)
         assert sample.source == "drawn"
-    again = await found.sample(context(engine, prompt=TokenPrompt((3,)), calibration=spec), DIGIT)
+    again = await found.of(context(engine, prompt=TokenPrompt((3,)), calibration=spec), DIGIT)
     assert again.source == "shared"
 
 
@@ -202,7 +200,7 @@ async def test_sampling_parameters_tell_pools_apart() -> None:
     engine, found = ScriptedEngine(), calibrator()
     for temperature in (0.5, 1.0):
         sampling = SamplingSpec(50, temperature, seed=10, logit_bias={3: 1.0})
-        assert (await found.sample(context(engine, sampling=sampling), DIGIT)).source == "drawn"
+        assert (await found.of(context(engine, sampling=sampling), DIGIT)).source == "drawn"
 
 
 def test_fingerprints_see_a_change_of_weights_but_not_of_the_place(tmp_path: Path) -> None:

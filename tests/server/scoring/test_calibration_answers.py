@@ -51,14 +51,14 @@ async def test_a_pool_is_shared_by_requests_alike_in_all_that_its_values_depend_
             return await super().score(groups)
 
     engine, reward, spec = ScriptedEngine(), Reader(), CalibrationSpec(n=3)
-    alone = await calibrator().sample(context(engine, reward=reward, calibration=spec, **more), DIGIT)
+    alone = await calibrator().of(context(engine, reward=reward, calibration=spec, **more), DIGIT)
     found = calibrator()
-    await found.sample(context(engine, reward=reward, calibration=spec), DIGIT)
+    await found.of(context(engine, reward=reward, calibration=spec), DIGIT)
     ctx = context(engine, reward=reward, calibration=spec, **more)
-    after = await found.sample(ctx, DIGIT)
+    after = await found.of(ctx, DIGIT)
     assert (after.source, sorted(after.values)) == ("drawn", sorted(alone.values))
-    assert seen[-1] == ctx.view
-    assert (await found.sample(context(engine, reward=reward, calibration=spec, **more), DIGIT)).source == "shared"
+    assert seen[-1] == ctx.dialogue.view
+    assert (await found.of(context(engine, reward=reward, calibration=spec, **more), DIGIT)).source == "shared"
 
 
 async def test_calibration_answers_are_cleaned_as_candidates_are() -> None:
@@ -75,9 +75,9 @@ async def test_calibration_answers_are_cleaned_as_candidates_are() -> None:
     urial = Urial()
     ctx = context(engine, reward=Reader(), calibration=CalibrationSpec(n=4), prompter=urial, cleaner=urial.cleaner,
                   rewards=(DIGIT_CALIBRATED,))  # fmt: skip
-    sample = await calibrator().sample(ctx, DIGIT)
+    sample = await calibrator().of(ctx, DIGIT)
     candidate = Candidate(0, "w1\n```\n\n# Query:\n```\nw9?", tuple(map(ord, "w1\n```\n\n# Query:\n```\nw9?")), "stop")
-    answer = ctx.answer(candidate.text, candidate.token_ids)
+    answer = ctx.dialogue.answer(candidate.text, candidate.token_ids)
     assert set(read) == {(answer.text, len(answer.token_ids))} == {("w1", 2)}
     assert len(sample.values) == 4
 
@@ -92,13 +92,13 @@ async def test_a_partial_answer_is_calibrated_on_answers_cut_at_its_length(ids: 
 
     engine = ScriptedEngine(lambda seed: list("abcdefghijklm"))
     engine.deltas = lettered(engine)  # type: ignore[method-assign]
-    found = calibrator()
-    ctx = context(engine, reward=Long(), calibration=CalibrationSpec(n=4), rewards=(DIGIT_CALIBRATED,))
-    ctx.helpers.sample = found.sample  # type: ignore[method-assign]
+    ctx = context(
+        engine, reward=Long(), calibration=CalibrationSpec(n=4), rewards=(DIGIT_CALIBRATED,), calibrator=calibrator()
+    )
     whole = Candidate(0, "abcdefghijklm", tuple(map(ord, "abcdefghijklm")), "stop")
     begun = Candidate(1, "abcdefghijklm"[:ids], tuple(map(ord, "abcdefghijklm"[:ids])), "partial")
     async with ctx:
-        await ctx.score([whole, begun])
+        whole, begun = (await ctx.score([whole, begun])).candidates
     assert whole.transformed == begun.transformed == {"last_digit": quantile}
     assert ctx.spend.calibration_tokens == 4 * 13
     assert ctx.report.calibration["last_digit"] == {"source": "drawn", "n": 4}
@@ -106,8 +106,7 @@ async def test_a_partial_answer_is_calibrated_on_answers_cut_at_its_length(ids: 
 
 async def test_partial_answers_on_stored_values_are_warned_of(tmp_path: Path) -> None:
     found = calibrator(calibration_store.load(write(tmp_path / "c.safetensors")))
-    ctx = context(ScriptedEngine(), rewards=(DIGIT_CALIBRATED,))
-    ctx.helpers.sample = found.sample  # type: ignore[method-assign]
+    ctx = context(ScriptedEngine(), rewards=(DIGIT_CALIBRATED,), calibrator=found)
     async with ctx:
         await ctx.score([Candidate(0, "w2", (1, 2), "stop")])
         assert ctx.report.warnings == []

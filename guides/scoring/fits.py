@@ -1,0 +1,71 @@
+"""Transforms of a request's rewards, fitted on what calibrates them: once for whole answers, once for each length."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from guiderail.guides.core.interfaces import Renderer
+from guiderail.guides.core.tasks import Background, together
+from guiderail.guides.core.types import Answer
+from guiderail.guides.scoring.calibration_sample import CalibrationSample
+from guiderail.guides.scoring.terms import RewardTerm
+from guiderail.guides.scoring.transforms import Fitted
+
+Transforms = dict[str, Fitted]
+
+
+@dataclass(frozen=True, slots=True)
+class Fits:
+    """The fitted transforms of rewards.
+
+    sample: gives what calibrates a reward, of answers cut after so many tokens (None: of whole ones). values: scores
+    answers with a reward. renderer: gives the tokens of reference answers.
+    """
+
+    terms: Sequence[RewardTerm]
+    sample: Callable[[RewardTerm, int | None], Awaitable[CalibrationSample]]
+    values: Callable[[RewardTerm, tuple[Answer, ...]], Awaitable[tuple[float, ...]]]
+    renderer: Renderer
+    background: Background
+    _tasks: "dict[int | None, asyncio.Task[Transforms]]" = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Start to draw what the transforms are fitted on, beside the guide's own work."""
+        if any(term.chain.needs_sample or term.chain.reference_answers for term in self.terms):
+            self._task(None)
+
+    def depends_on_length(self) -> bool:
+        """Whether partial answers have transforms of their own."""
+        return any(term.chain.needs_sample for term in self.terms)
+
+    async def transforms(self, length: int | None) -> Transforms:
+        """The fitted transforms by label. Concurrent callers share one fit, which none of them can cancel.
+
+        length: of the partial answers that they are for, in tokens; None for whole ones.
+        """
+        return await asyncio.shield(self._task(length))
+
+    def _task(self, length: int | None) -> "asyncio.Task[Transforms]":
+        if length not in self._tasks:
+            self._tasks[length] = self.background.start(self._fit(length))
+        return self._tasks[length]
+
+    async def _fit(self, length: int | None) -> Transforms:
+        whole = {} if length is None else await self.transforms(None)
+        terms = [term for term in self.terms if length is None or term.chain.needs_sample]
+        fitted = await together(self._fit_term(term, length) for term in terms)
+        return {**whole, **dict(zip((term.label for term in terms), fitted, strict=True))}
+
+    async def _fit_term(self, term: RewardTerm, length: int | None) -> Fitted:
+        chain, sample = term.chain, None
+        if chain.needs_sample:
+            sample = np.array((await self.sample(term, length)).values)
+        references: dict[str, float] = {}
+        if chain.reference_answers:
+            answers = tuple(
+                Answer(text, tuple(self.renderer.encode(text, plain=True))) for text in chain.reference_answers
+            )
+            references = dict(zip(chain.reference_answers, await self.values(term, answers), strict=True))
+        return chain.fit(sample, references)
