@@ -1,6 +1,6 @@
 """Best-of-N: draw N answers from the policy, score them, return the one the selection rule picks.
 
-With argmax and a continuous reward the answer's law is N * u^(N-1) in the reward's quantile u, at
+With argmax and a continuous reward the answer's distribution has the density N * u^(N-1) in the reward's quantile u, at
 KL(policy || base) <= log N - (N-1)/N (Beirami et al. 2024, arXiv 2401.01879). Costs N answers of
 generation and N scores per reward. Candidates are scored as they finish, not after the last.
 """

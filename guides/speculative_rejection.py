@@ -7,7 +7,7 @@ The paper takes checkpoints when GPU memory runs out; here they are fixed places
 depend on the machine: they part its `max_tokens` into S equal segments, by default one more than the rejections that
 lead from n to `keep`, so that the last one is as far from the end as from the one before it. (`interval` sets them so
 many tokens apart instead, whatever the answer's length: far from the end all that runs may be one answer.)
-Rejected rows are aborted in the engine; survivors run on and keep their KV.
+Rejected sequences are aborted in the engine; survivors run on and keep their KV.
 
 It rests on partial rewards telling final ones: measure Kendall's tau with `guiderail evaluate
 partial-correlation` first. Answers of L tokens cost the sum over segments of what is alive there: with alpha 0.5 and
@@ -63,7 +63,7 @@ class SpeculativeRejection(Guide[SpeculativeRejectionParams]):
     def cost(self, max_tokens: int) -> int:
         """Tokens that answers of `max_tokens` take, all of one speed.
 
-        The rows run on while a checkpoint is scored or some row lags: what they write in that time is on top.
+        The sequences run on while a checkpoint is scored or some sequence lags: what they write in that time is on top.
         """
         alive, done, tokens = self.candidates(), 0, 0
         for checkpoint in self.checkpoints(max_tokens):
@@ -87,7 +87,7 @@ class SpeculativeRejection(Guide[SpeculativeRejectionParams]):
             raise ValueError("'segments' and 'interval' both place the checkpoints: give one of them")
 
     def _left(self, alive: int) -> int:
-        """How many of so many answers a checkpoint leaves."""
+        """Number of answers that a checkpoint leaves of so many."""
         return min(alive, max(self.params.keep, round((1 - self.params.alpha) * alive)))
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:

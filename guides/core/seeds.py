@@ -32,7 +32,7 @@ class Seeds:
         text = f"{self.request}\0{self.answer}\0{name}\0{step}"
         digest = blake2b(text.encode(), digest_size=16, person=b"guiderail seeds").digest()
         start, stride = int.from_bytes(digest[:8]), int.from_bytes(digest[8:]) | 1
-        seeds = [(start + row * stride) % 2**63 for row in range(n)]  # an odd stride: all differ modulo 2**32
+        seeds = [(start + number * stride) % 2**63 for number in range(n)]  # an odd stride: all differ modulo 2**32
         if n and (name, step, self.answer) == (DRAW, 0, 0) and self.request not in SENTINELS:
             seeds[0] = self.request
         return seeds

@@ -55,8 +55,8 @@ class Mixed:
 class TokenPrompt:
     """A prompt in token ids, and the LoRA adapter (by the operator's name) that continues it.
 
-    With `mix`, the next token at temperature T has the law  p ~ (pi_0 * prod_i pi_i^{w_i})^{1/T},  where pi_0 is the
-    prompt's own policy with the logit bias and penalties of its SamplingSpec, and pi_i are the mixed ones as they are.
+    With `mix`, the next token at temperature T is distributed as  p ~ (pi_0 * prod_i pi_i^{w_i})^{1/T},  where pi_0 is
+    the prompt's own policy with the logit bias and penalties of its SamplingSpec, and pi_i are the mixed ones as they are.
     Tokens with pi_0 < plausibility * max pi_0 are left out first (contrastive decoding, arXiv 2210.15097, eq. 3).
     """
 
@@ -74,9 +74,9 @@ class TokenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingSpec:
-    """How to sample continuations. Names and meanings are vLLM's; None leaves a feature off.
+    """Sampling of continuations. Names and meanings are vLLM's; None leaves a feature off.
 
-    `stream=False` asks the engine for one delta per finished row instead of one per token: cheaper
+    `stream=False` asks the engine for one delta per finished sequence instead of one per token: cheaper
     where nothing is shown before the end.
     """
 
@@ -113,10 +113,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a row of a generation gained since its last delta.
+    """Gain of a sequence since its last delta; `row` is its number among the prompts.
 
-    `finish_reason` is None while the row runs, then "stop" or "length" as in OpenAI's API, or
-    "deadline", "budget" or "dropped" when the engine was told to give the row up.
+    `finish_reason` is None while the sequence runs, then "stop" or "length" as in OpenAI's API, or
+    "deadline", "budget" or "dropped" when the engine was told to give the sequence up.
     """
 
     row: int

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -71,7 +71,7 @@ class Prompter(BaseModel, ABC):
         """Return the prompt's token ids. Raises RequestError, naming the field, for a conversation it cannot render."""
         ...
 
-    def dump(self) -> dict[str, Any]:
+    def dump(self) -> dict[str, object]:
         """Return name and parameters, as a request could send them."""
         return {"name": self.name, **self.model_dump(mode="json", exclude_none=True)}
 

@@ -1,6 +1,6 @@
 """HedgeTune: how hard to select by a proxy reward before the gold reward falls (Khalaf et al., arXiv 2506.19248).
 
-A selection's law has a density p_theta(u) in the proxy's quantile u under the base policy. The gold reward g(u) is
+What a selection takes has a density p_theta(u) in the proxy's quantile u under the base policy. The gold reward g(u) is
 largest where its derivative E_p[g(u) d/dtheta log p_theta(u)] vanishes. Re-derived here:
                             distribution      density                      d/dtheta log density
   best_of_n        N        u^N               N u^(N - 1)                  1 / N + log u
@@ -17,7 +17,7 @@ import numpy as np
 from guiderail.guides.scoring.gold import by_proxy
 from guiderail.guides.scoring.transforms import Array
 
-Law = Literal["best_of_n", "best_of_poisson"]
+Family = Literal["best_of_n", "best_of_poisson"]
 GRID = 200
 HALVINGS = 60
 
@@ -34,18 +34,18 @@ class Hedge:
     hacked: bool
 
 
-def distribution(law: Law, theta: float, u: Array) -> Array:
+def distribution(family: Family, theta: float, u: Array) -> Array:
     """P(quantile of the selected answer <= u)."""
-    out: Array = u**theta if law == "best_of_n" else u * np.exp(theta * (u - 1))
+    out: Array = u**theta if family == "best_of_n" else u * np.exp(theta * (u - 1))
     return out
 
 
-def score(law: Law, theta: float, u: Array) -> Array:
+def score(family: Family, theta: float, u: Array) -> Array:
     """d/dtheta of the logarithm of the density at u > 0."""
-    return 1 / theta + np.log(u) if law == "best_of_n" else (u - 1) + u / (1 + theta * u)
+    return 1 / theta + np.log(u) if family == "best_of_n" else (u - 1) + u / (1 + theta * u)
 
 
-def hedge(proxy: Array, gold: Array, law: Law, largest: float = 1024.0) -> Hedge:
+def hedge(proxy: Array, gold: Array, family: Family, largest: float = 1024.0) -> Hedge:
     """The theta of largest expected gold reward, from proxy and gold rewards [M] of answers to one prompt.
 
     Searched among N from 1 to `largest` candidates, or mu from 0 to `largest` - 1. To tune over several prompts,
@@ -55,20 +55,20 @@ def hedge(proxy: Array, gold: Array, law: Law, largest: float = 1024.0) -> Hedge
     if not largest > 1:
         raise ValueError(f"largest must exceed 1, not {largest}")
     u = np.arange(len(ordered) + 1) / len(ordered)
-    thetas = np.geomspace(1.0, largest, GRID) - (law == "best_of_poisson")
-    golds = [float(ordered @ np.diff(distribution(law, theta, u))) for theta in thetas]
+    thetas = np.geomspace(1.0, largest, GRID) - (family == "best_of_poisson")
+    golds = [float(ordered @ np.diff(distribution(family, theta, u))) for theta in thetas]
     best = int(np.argmax(golds))
     if best == 0 or best == GRID - 1:
         return Hedge(float(thetas[best]), golds[best], hacked=best == 0)
     low, high = float(thetas[best - 1]), float(thetas[best + 1])
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if _slope(law, middle, u, ordered) > 0 else (low, middle)
-    return Hedge(low, float(ordered @ np.diff(distribution(law, low, u))), hacked=True)
+        low, high = (middle, high) if _slope(family, middle, u, ordered) > 0 else (low, middle)
+    return Hedge(low, float(ordered @ np.diff(distribution(family, low, u))), hacked=True)
 
 
-def _slope(law: Law, theta: float, u: Array, ordered: Array) -> float:
+def _slope(family: Family, theta: float, u: Array, ordered: Array) -> float:
     """The derivative of the expected gold reward; d/dtheta of the distribution is 0 at both ends."""
     inner = u[1:-1]
-    change = distribution(law, theta, inner) * (np.log(inner) if law == "best_of_n" else inner - 1)
+    change = distribution(family, theta, inner) * (np.log(inner) if family == "best_of_n" else inner - 1)
     return float(ordered @ np.diff(change, prepend=0.0, append=0.0))

@@ -29,9 +29,10 @@ def best_of_poisson_kl(mu: float, n: int | None = None) -> float:
     """KL in nats of best-of-min(n, 1 + Poisson(mu)), n None being no cap.
 
     Without a cap its density is (1 + mu u) e^(mu (u - 1)) in the quantile u. With one it is a mixture of the densities
-    N u^(N - 1), of which N = n has all that the Poisson law gives to n and more. For mu far above n it is best-of-n.
+    N u^(N - 1), of which N = n has all that the Poisson distribution gives to n and more. For mu far above n it is
+    best-of-n.
     """
-    reach = int(mu + 12 * math.sqrt(mu) + 40)  # beyond it the Poisson law has less than rounding
+    reach = int(mu + 12 * math.sqrt(mu) + 40)  # beyond it the Poisson distribution has less than rounding
     if n is not None and n < reach:
         return _capped_poisson_kl(mu, n)
     edges = np.linspace(0.0, min(mu, 60.0), 17)  # s = mu (1 - u); beyond 60 nothing is left to e^-s

@@ -11,7 +11,7 @@ Two facts bound KL(the choice || policy):
   E[sum w log(w / p)], by convexity; for a choice without chance that is -log p of what was chosen. Beams are the same
   with p of all their tokens.
 Bounds of successive picks add up (chain rule). So what a pick reports is the bound itself or, where a pool's weights or
-a path through several steps come in, a figure whose mean over requests is the bound. The policy of drawn candidates is
+a path through several steps come in, a value whose mean over requests is the bound. The policy of drawn candidates is
 the one that the request samples from, its temperature, top_p, top_k and min_p included.
 """
 

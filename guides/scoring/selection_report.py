@@ -1,8 +1,7 @@
-"""What is reported of an answer's selection: calibration used, KL bound, effective sample size, warnings."""
+"""The report of an answer's selections: calibration used, KL bound, effective sample size, warnings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from guiderail.guides.core.types import Candidate
 from guiderail.guides.scoring.calibration_sample import CalibrationSample
@@ -21,7 +20,7 @@ class SelectionReport:
     picks: int = 0
     effective_sample_size: float | None = None
     detail: dict[str, float] = field(default_factory=dict)
-    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: dict[str, dict[str, str | int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _kl: float | None = None
     _unknown: bool = False
@@ -38,25 +37,25 @@ class SelectionReport:
         return [*([] if far is None else [far]), *self.notes]
 
     def moved(self, kl: float | None) -> None:
-        """A part of the answer was chosen, at this KL from the policy. Successive parts add up (chain rule)."""
+        """Note the choice of a part of the answer, at this KL from the policy. Successive parts add up (chain rule)."""
         self._unknown |= kl is None
         self._kl = (self._kl or 0.0) + (kl or 0.0)
 
     def calibrated(self, label: str, sample: CalibrationSample) -> None:
-        """A reward was calibrated on this sample."""
+        """Note that a reward was calibrated on this sample."""
         self.calibration[label] = {"source": sample.source, "n": len(sample.values)}
 
     def warn(self, text: str) -> None:
-        """Adds a warning, once."""
+        """Add a warning, once."""
         if text not in self.notes:
             self.notes.append(text)
 
     def least(self, name: str, value: float) -> None:
-        """Notes the smallest value so far of a figure of the guide's own."""
+        """Note the smallest value so far of a metric of the guide's own."""
         self.detail[name] = min(value, self.detail.get(name, value))
 
     def picked(self, candidates: Sequence[Candidate], choice: Choice, weights: Mapping[str, float]) -> None:
-        """A selection was made. `weights`: rewards' by label."""
+        """Note a selection. `weights`: rewards' by label."""
         self.picks += 1
         self.moved(choice.kl)
         self.detail |= choice.detail

@@ -8,7 +8,7 @@ policy for the same prompt, apart from the candidates.
   calibrated   u = (#{z < r} + #{z = r} / 2) / M over the sample z: the empirical win rate against the base policy
   exp          e^(t u)       for best-of-N: rewards the upper tail
   neg_exp      -e^(-t u)     for worst-of-N, that is, against best-of-N jailbreaks: punishes the lower tail
-  log          log max(u, 1 / (2M))     at beta = 1 / (N - 1) its KL-regularised optimum is best-of-N's own law
+  log          log max(u, 1 / (2M))     at beta = 1 / (N - 1) its KL-regularised optimum is best-of-N's own
   log_sigmoid  -log(1 + e^(-(r - ref) / temperature))     log P(good), good being preferred to a reference answer
   clip         min(max(r, low), high)
   standardize  (r - mean) / std
@@ -20,7 +20,7 @@ has the largest reward (they may make ties); they matter once rewards are summed
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ def default_t(n: int) -> float:
     return min(MAX_T, 2.5 * n)
 
 
-def checked(values: Any) -> Array:
+def checked(values: npt.ArrayLike) -> Array:
     """`values` in float64. Raises ValueError where one is NaN, infinite or beyond 1e100."""
     array = np.asarray(values, dtype=np.float64)
     if not (np.abs(array) <= LIMIT).all():
@@ -169,7 +169,7 @@ class AnswerRef(_Model):
     answer: str = Field(min_length=1, description="The reference answer's text.")
 
 
-def _kind_of_reference(given: Any) -> str | None:
+def _kind_of_reference(given: object) -> str | None:
     keys = set(given if isinstance(given, Mapping) else getattr(type(given), "model_fields", ()))
     kinds = keys & {"quantile", "value", "answer"}
     return kinds.pop() if len(kinds) == 1 else None

@@ -25,7 +25,7 @@ Weigh = Callable[[Scores], Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class Lookahead:
-    """How values are found: the policy that is rolled out, `rollouts` a candidate, each of `horizon` tokens at most.
+    """A way to find values: the policy that is rolled out, `rollouts` a candidate, each of `horizon` tokens at most.
 
     horizon None: to the end of the answer. temperature None: the request's. stops, cleaner: of the policy's own
     prompter, as in Policy; they apply to what it writes.
@@ -65,34 +65,34 @@ async def roll_forward(
     known: for each piece rollouts that are there already, at most as many; they are extended to the horizon.
     step, stream: number the rollouts' seeds among all of the answer.
     """
-    jobs: dict[tuple[int, int], list[tuple[int, Piece]]] = {}  # rows by the tokens that they still want, and must have
+    jobs: dict[tuple[int, int], list[tuple[int, Piece]]] = {}  # by the tokens they still want, and must have
     tails: list[list[Piece]] = []
     for index, piece in enumerate(pieces):
-        rows: list[Piece] = []
+        rolled: list[Piece] = []
         if not transcript.candidate(index, piece).finished:
-            rows = list(known[index]) if known else []
-            rows += [Piece() for _ in range(ahead.rollouts - len(rows))]
-        for row in rows:
-            want = ahead.tokens(transcript, piece) - len(row.token_ids)
-            if want > 0 and row.finish_reason != "stop":
-                due = max(0, transcript.due - len(piece.token_ids) - len(row.token_ids))
-                jobs.setdefault((want, min(want, due)), []).append((index, row))
-        tails.append(rows)
+            rolled = list(known[index]) if known else []
+            rolled += [Piece() for _ in range(ahead.rollouts - len(rolled))]
+        for tail in rolled:
+            want = ahead.tokens(transcript, piece) - len(tail.token_ids)
+            if want > 0 and tail.finish_reason != "stop":
+                due = max(0, transcript.due - len(piece.token_ids) - len(tail.token_ids))
+                jobs.setdefault((want, min(want, due)), []).append((index, tail))
+        tails.append(rolled)
     seeds = iter(ctx.seeds.stream(len(pieces) * ahead.rollouts, stream, step))
 
-    async def extend(want: int, due: int, rows: list[tuple[int, Piece]], seeds: Sequence[int | None]) -> None:
-        prompts = [transcript.prompt(ahead.policy, (*pieces[i].token_ids, *row.token_ids)) for i, row in rows]
+    async def extend(want: int, due: int, rolled: list[tuple[int, Piece]], seeds: Sequence[int | None]) -> None:
+        prompts = [transcript.prompt(ahead.policy, (*pieces[i].token_ids, *tail.token_ids)) for i, tail in rolled]
         temperature = ctx.sampling.temperature if ahead.temperature is None else ahead.temperature
         sampling = replace(
             ctx.sampling, max_tokens=want, min_tokens=due, temperature=temperature, logprobs=None, stream=False,
             stop=tuple(dict.fromkeys((*ctx.sampling.stop, *ahead.stops))),
         )  # fmt: skip
-        for (_, row), more in zip(rows, await roll_out(ctx, prompts, sampling, seeds), strict=True):
-            row.token_ids.extend(more.token_ids)
-            row.finish_reason, row.stop_reason = more.finish_reason, more.stop_reason
+        for (_, tail), more in zip(rolled, await roll_out(ctx, prompts, sampling, seeds), strict=True):
+            tail.token_ids.extend(more.token_ids)
+            tail.finish_reason, tail.stop_reason = more.finish_reason, more.stop_reason
 
     work = sorted(jobs.items(), reverse=True)
-    await together(extend(want, due, rows, list(islice(seeds, len(rows)))) for (want, due), rows in work)
+    await together(extend(want, due, rolled, list(islice(seeds, len(rolled)))) for (want, due), rolled in work)
     return tails
 
 

@@ -6,7 +6,7 @@ and in scores per reward, and what a rule needs beyond them. Which pools a rule 
 
 import random
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -26,8 +26,8 @@ __all__ = ["SELECTIONS", "Argmax", "BestOfPoisson", "Choice", "Pool", "Selection
 class Argmax(Selection):
     """The largest combined reward; of equals the largest raw one, then the first. On n draws this is best-of-N.
 
-    Law n u^(n - 1) in the quantile u of a continuous reward: win rate n / (n + 1) against the base policy at a KL of
-    log n - (n - 1) / n (arXiv 2401.01879). As n grows it tends to the reward's maximum, errors of the reward
+    Density n u^(n - 1) in the quantile u of a continuous reward: win rate n / (n + 1) against the base policy at a KL
+    of log n - (n - 1) / n (arXiv 2401.01879). As n grows it tends to the reward's maximum, errors of the reward
     included. Costs n L tokens and n scores.
     """
 
@@ -62,7 +62,7 @@ class Softmax(Target):
 class BestOfPoisson(Selection):
     """Best of a random number of candidates, 1 + Poisson(mu), drawn once a request and capped at the guide's n.
 
-    Law (1 + mu u) e^(mu (u - 1)) in the quantile u (arXiv 2506.19248): close to the KL-regularised optimum of the
+    Density (1 + mu u) e^(mu (u - 1)) in the quantile u (arXiv 2506.19248): close to the KL-regularised optimum of the
     quantile, with one number to tune (see hedge.py). `kl` in place of mu asks for the mu of that KL, at the guide's n.
     Costs (1 + mu) L tokens and 1 + mu scores on average. It says how many answers are drawn, so it goes with
     best_of_n alone.
@@ -77,7 +77,7 @@ class BestOfPoisson(Selection):
 
     @model_validator(mode="before")
     @classmethod
-    def _one(cls, data: Any) -> Any:
+    def _one(cls, data: object) -> object:
         return either(data, "mu", 7.0)
 
     def mean(self, n: int) -> float:

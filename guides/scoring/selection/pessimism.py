@@ -1,7 +1,7 @@
 """Inference-time pessimism (Huang et al., arXiv 2503.21878): chi-squared-regularised selection by rejection.
 
 The optimum of reward minus beta times a chi-squared divergence is pi0 relu((r - lambda) / beta), with lambda such
-that it is a law. The first half of the candidates estimates lambda; the second half is sampled by rejection.
+that it sums to 1. The first half of the candidates estimates lambda; the second half is sampled by rejection.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a selection rule is: from a pool of scored candidates to the choice of one.
+"""Selection rules: from a pool of scored candidates to the choice of one.
 
 A rule knows nothing of engines and rewards. It sees combined scores and, where it says that it needs them, texts,
 log-probabilities, embeddings and a judge.
@@ -63,7 +63,7 @@ class Choice:
 
     `weights` [C] is the distribution from which a rule that samples drew it, `scores` [C] what a rule that changes
     scores compared; `kl` bounds in nats the KL of this choice from the policy (origin.py says how), or is None;
-    `detail` a rule's own figures, `warnings` what it could not do as asked.
+    `detail` a rule's own metrics, `warnings` what it could not do as asked.
     """
 
     index: int

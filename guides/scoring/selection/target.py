@@ -13,7 +13,7 @@ As every pool has the KL that was asked for, or less, it bounds the choice's wit
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -31,7 +31,7 @@ UNATTAINED = (
 )
 
 
-def either(data: Any, name: str, default: float) -> Any:
+def either(data: object, name: str, default: float) -> object:
     """Fields of a rule with `name` at its default unless kl is given. Raises if both are."""
     if not isinstance(data, dict):
         return data
@@ -50,7 +50,7 @@ class Target(Selection):
 
     @model_validator(mode="before")
     @classmethod
-    def _one(cls, data: Any) -> Any:
+    def _one(cls, data: object) -> object:
         return either(data, "beta", 0.1)
 
     def draw(self, pool: Pool, weights: Callable[[float], Array]) -> Choice:

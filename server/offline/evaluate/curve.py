@@ -163,18 +163,18 @@ def hedges(proxy: "Array", gold: "Array", seed: int) -> dict[str, Any]:
     import numpy as np
 
     from guiderail.guides.scoring.gold import by_proxy
-    from guiderail.guides.scoring.hedge import Law, hedge
+    from guiderail.guides.scoring.hedge import Family, hedge
 
     picks = np.random.default_rng(seed).integers(len(proxy), size=(HEDGE_RESAMPLES, len(proxy)))
     ranked = np.array([by_proxy(p, g) for p, g in zip(proxy, gold, strict=True)])
     ranks, m = np.arange(ranked.shape[1], dtype=np.float64), ranked.shape[1]
     found: dict[str, Any] = {}
-    laws: tuple[tuple[Law, str], ...] = (("best_of_n", "n"), ("best_of_poisson", "mu"))
-    for law, name in laws:
-        best = hedge(ranks, ranked.mean(axis=0), law, float(m))
-        drawn = [hedge(ranks, ranked[rows].mean(axis=0), law, float(m)).theta for rows in picks]
+    families: tuple[tuple[Family, str], ...] = (("best_of_n", "n"), ("best_of_poisson", "mu"))
+    for family, name in families:
+        best = hedge(ranks, ranked.mean(axis=0), family, float(m))
+        drawn = [hedge(ranks, ranked[rows].mean(axis=0), family, float(m)).theta for rows in picks]
         low, high = np.quantile(drawn, (0.025, 0.975))
-        found[law] = {
+        found[family] = {
             name: best.theta, "low": float(low), "high": float(high), "gold": best.gold, "hacked": best.hacked
         }  # fmt: skip
     return found
@@ -193,11 +193,11 @@ def table(report: dict[str, Any]) -> str:
         f"gold is largest at N = {best['n']}; from there to N = {report['ns'][-1]} it changes by {change['value']:.4f} "
         f"({change['low']:.4f} to {change['high']:.4f}; the best N was picked on the same answers)"
     )
-    for law, name, guide in (
+    for family, name, guide in (
         ("best_of_n", "n", '{{"guide": {{"name": "best_of_n", "n": {:.0f}}}}}'),
         ("best_of_poisson", "mu", '{{"select": {{"name": "best_of_poisson", "mu": {:.2f}}}}}'),
     ):
-        found = report["hedge"][law]
+        found = report["hedge"][family]
         end = "beyond it gold falls" if found["hacked"] else "the limit of these answers: gold still rises"
         lines.append(
             f"HedgeTune: {guide.format(found[name])}, {name} = {found[name]:.2f} ({found['low']:.2f} to "
