@@ -17,7 +17,8 @@ from guiderail.guides.core.registry import describe
 from guiderail.guides.core.types import ScoreGroup, TokenPrompt
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "guides" / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+TUTORIAL = (ROOT / "guides" / "README.md").read_text().partition("\n## Write your own\n")[2]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
