@@ -56,7 +56,8 @@ class TokenPrompt:
     """A prompt in token ids, and the LoRA adapter (by the operator's name) that continues it.
 
     With `mix`, the next token at temperature T is distributed as  p ~ (pi_0 * prod_i pi_i^{w_i})^{1/T},  where pi_0 is
-    the prompt's own policy with the logit bias and penalties of its SamplingSpec, and pi_i are the mixed ones. Tokens with pi_0 < plausibility * max pi_0 are left out first (contrastive decoding, arXiv 2210.15097, eq. 3).
+    the prompt's own policy with the logit bias and penalties of its SamplingSpec, and pi_i are the mixed ones as they
+    are. Tokens with pi_0 < plausibility * max pi_0 are left out first (contrastive decoding, arXiv 2210.15097, eq. 3).
     """
 
     token_ids: tuple[int, ...]
