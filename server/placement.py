@@ -1,4 +1,4 @@
-"""From settings to the plan of GPU memory: which models there are, what they need, and where each may run."""
+"""Placement of models on GPUs: from settings to the needs of each model and to the plan of memory/shares.py."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +14,8 @@ from guiderail.server.rewards.models.loading import head_card, head_folder
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 from guiderail.server.settings import Settings, SettingsError
 
-ENGINE_TOKENS = (
-    2048  # of the smallest step that vLLM is started with; its own measurement is exact, ours warns before it
-)
-LIBRARIES = GIB // 2  # what vLLM takes for graphs, sampling and communication at least
+ENGINE_TOKENS = 2048  # of the smallest step that vLLM is started with; it measures exactly, we only warn before
+LIBRARIES = GIB // 2  # bytes that vLLM takes at least for graphs, sampling and communication
 
 
 def place(
@@ -28,11 +26,11 @@ def place(
     engine_on_cpu: Callable[[], bool],
     found: Callable[[], tuple[Gpu, ...]] = gpus,
 ) -> Plan:
-    """The plan for these settings on this machine.
+    """Plan for these settings on this machine.
 
-    path: folder or Hub id of the engine's model; None without an engine. engine_on_cpu: whether vLLM is a CPU build;
-    asked only where there are GPUs. Raises SettingsError for what does not fit and for a device that cannot be used,
-    and GuiderailError if a model's size cannot be found out.
+    path: folder or Hub id of the engine's model; None without an engine. engine_on_cpu: returns True if vLLM is a CPU
+    build; called only where there are GPUs. Raises SettingsError for what does not fit and for a device that cannot be
+    used, and GuiderailError if a model's size cannot be determined.
     """
     local = {name: spec for name, spec in settings.reward.items() if not spec.urls}
     there = found()
@@ -55,7 +53,7 @@ def place(
 
 
 def engine_need(settings: Settings, path: str) -> EngineNeed:
-    """What the served model needs. What its configuration does not tell, vLLM finds out."""
+    """Return the needs of the served model; what its configuration does not say is 0, and vLLM finds it out."""
     embedded = catalogue.EMBEDDED.get(settings.model)
     found = read_shape(path, settings.dtype)
     longest = settings.max_model_len or (embedded.max_model_len if embedded else None) or (found and found.longest)
@@ -69,7 +67,7 @@ def engine_need(settings: Settings, path: str) -> EngineNeed:
 
 
 def _device(name: str, spec: RewardModelSpec, engines_on_cpu: bool) -> str | None:
-    """Where the operator, or the vLLM that is installed, wants a reward model; None: on any GPU."""
+    """Return the device on which the operator, or the installed vLLM, wants a reward model; None: any GPU."""
     if spec.backend == "vllm" and engines_on_cpu:
         if spec.device not in (None, "cpu"):
             raise SettingsError(f"--reward {name}: device={spec.device}, but the vLLM that is installed is for CPUs")

@@ -19,7 +19,7 @@ log = logging.getLogger("guiderail.engine")
 
 
 class SupervisedEngine:
-    """guiderail.guides.Engine in front of one that `build` starts, again and again if it has to."""
+    """server.engines.served_engine.ServedEngine in front of one that `build` starts, anew whenever that dies."""
 
     def __init__(
         self,

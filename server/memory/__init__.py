@@ -1,1 +1,4 @@
-"""GPU memory: what there is, what each model needs, and who gets what. Knows neither vLLM nor how models are run."""
+"""Memory of GPUs: what there is, what each model needs, and its share. Knows neither vLLM nor how models are run.
+
+server/placement.py puts the operator's settings and the models together into a plan.
+"""

@@ -1,7 +1,7 @@
-"""The CUDA devices of this machine and their free memory, as the engine's own process will see them.
+"""CUDA devices of this machine and their free memory, as the engine's own process will see them.
 
-They are measured in a process that ends at once: a CUDA context takes half a GiB on every device that it looks at, and
-this process, which serves for days, is to have one only where its own models are.
+They are measured in a process that ends at once: a CUDA context takes half a GiB of every device that is looked at, and
+this process, which serves for days, should have one only where its own models are.
 """
 
 import json
@@ -23,7 +23,7 @@ print(json.dumps(found))
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A CUDA device that is visible here: its number, and its memory in bytes, all of it and what is free."""
+    """A visible CUDA device: its number, and its total and free memory in bytes."""
 
     index: int
     name: str
@@ -32,9 +32,9 @@ class Gpu:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The visible CUDA devices in their order; none where torch has no CUDA or finds no device.
+    """Return the visible CUDA devices in their order; none where torch has no CUDA or finds no device.
 
-    Takes some seconds where there are any. Raises GuiderailError if a device there cannot be asked.
+    Takes some seconds where there are any. Raises GuiderailError if a device cannot be queried.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""How much memory the keys and values of a reward model get where the operator does not say."""
+"""Default sizes of a reward model's KV pool, the memory for keys and values."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,12 @@ import psutil
 from guiderail.guides.core.errors import GuiderailError
 
 GIB = 2**30
-PASS_TOKENS = 8192  # of one forward pass of a reward model
-LEAST_POOL = GIB // 2  # bytes, however little a model reads: candidates of many requests keep their prefixes there
+PASS_TOKENS = 8192  # tokens of one forward pass of a reward model
+LEAST_POOL = GIB // 2  # bytes, however short the texts: candidates of many requests keep their prefixes there
 
 
 def default_pool(longest: int | None, kv_token: int) -> int:
-    """Bytes for one text as long as the model reads and a pass beside it, at least LEAST_POOL.
+    """Return the bytes for a text as long as the model reads and a pass besides, at least LEAST_POOL.
 
     longest: tokens, None if the model has no limit. kv_token: bytes of one token's keys and values.
     """
@@ -20,14 +20,14 @@ def default_pool(longest: int | None, kv_token: int) -> int:
 
 
 def least_pool(longest: int | None, kv_token: int) -> int:
-    """Bytes without which a reward model is not run: for a pass, or for all that the model reads if that is less."""
+    """Return the fewest bytes that a reward model runs with: for a pass, or for the longest text if that is shorter."""
     return min(longest or PASS_TOKENS, PASS_TOKENS) * kv_token
 
 
 def host_pool(
     longest: int | None, kv_token: int, available: Callable[[], int] = lambda: int(psutil.virtual_memory().available)
 ) -> int:
-    """The default for a model on the CPU, out of half of the memory that is available now.
+    """Return the default for a model on the CPU, at most half of the memory that is available now.
 
     Raises GuiderailError if that is less than `least_pool`.
     """
@@ -41,5 +41,5 @@ def host_pool(
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB for a person to read."""
+    """Format bytes as GiB."""
     return f"{size / GIB:.1f} GiB"

@@ -1,4 +1,4 @@
-"""What a model needs of memory, told from its configuration and the headers of its weights before it is loaded."""
+"""Memory that a model needs, from its configuration and the headers of its weight files, before it is loaded."""
 
 import json
 import struct
@@ -7,43 +7,38 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-FLOATS = (
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-)  # of a safetensors file; loaded in the model's dtype. Anything else stays as it is
-WIDTH = {"float32": 4}  # bytes of a number in memory by dtype; every other one that is served has 2
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' types that are loaded in the model's dtype; others stay
+WIDTH = {"float32": 4}  # bytes per number by dtype; all others that are served have 2
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a decoder's configuration says of its memory, in bytes of a number of `width` bytes.
+    """Memory of a decoder in bytes, as its configuration implies it.
 
-    kv_token: keys and values of one token in all layers. work_token: what one token of a forward pass takes beside them
+    kv_token: keys and values of one token in all layers. work_token: what one token of a forward pass takes besides
     (a rough upper bound: hidden states, the MLP's inner ones, queries, attention's float32 parts). longest: tokens.
     """
 
     kv_token: int
     work_token: int
     longest: int | None
-    windows: tuple[tuple[int, int], ...] = ()  # of kv_token, the bytes of each layer that keeps so many tokens only
-    recurrent: bool = False  # some layers keep a state instead, and the configuration does not say which
+    windows: tuple[tuple[int, int], ...] = ()  # layers that keep only some tokens: bytes of kv_token, tokens
+    recurrent: bool = False  # some layers keep a state instead, the configuration does not say which
 
     def context(self, tokens: int) -> int:
-        """Bytes of keys and values of one sequence of so many tokens, where windows are made use of; 0 if unknown."""
+        """Return the bytes of keys and values of one sequence of so many tokens, windows considered; 0 if unknown."""
         if self.recurrent:
             return 0
         return self.kv_token * tokens - sum(size * max(0, tokens - kept) for size, kept in self.windows)
 
 
 def width(dtype: str) -> int:
-    """Bytes of a number of a model that is loaded in this dtype on a GPU, where "auto" is a half one."""
+    """Return the bytes per number of a model loaded in this dtype on a GPU, where "auto" is 16 bits."""
     return WIDTH.get(dtype, 2)
 
 
 def shape(config: Any, width: int) -> Shape:
-    """The shape of a transformers configuration. Raises AttributeError for one that says too little."""
+    """Return the shape of a transformers configuration. Raises AttributeError if it says too little."""
     text = config.get_text_config()
     layers, heads, hidden = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -76,7 +71,7 @@ def shape(config: Any, width: int) -> Shape:
 
 
 def read_shape(where: str, dtype: str) -> Shape | None:
-    """The shape of a model in a folder or on the Hub, in this dtype; None if transformers does not know its kind."""
+    """Return the shape of a model in a folder or on the Hub, in this dtype; None if transformers does not know it."""
     from transformers import AutoConfig
 
     try:
@@ -86,10 +81,10 @@ def read_shape(where: str, dtype: str) -> Shape | None:
 
 
 def weight_bytes(where: str, dtype: str, *, head: bool = True) -> int:
-    """Bytes of a model's weights once loaded in this dtype; `head=False` leaves out a language model's head.
+    """Return the bytes of a model's weights once loaded in this dtype; `head=False` leaves out a language model's head.
 
     where: a folder or Hub id; of the latter only headers are read, from the Hub unless the weights are in the local
-    cache. Returns 0 where there are no safetensors. Raises OSError if the Hub cannot be asked.
+    cache. Returns 0 where there are no safetensors. Raises OSError if the Hub cannot be reached.
     """
     size = width(dtype)
     return sum(
@@ -100,13 +95,13 @@ def weight_bytes(where: str, dtype: str, *, head: bool = True) -> int:
 
 
 def _tensors(where: str) -> list[tuple[str, str, list[int], int]]:
-    """Name, type, shape and stored bytes of every tensor."""
+    """Return name, type, shape and stored bytes of every tensor."""
     files = _in_folder(Path(where)) if Path(where).is_dir() else _in_cache(where)
     return _on_the_hub(where) if files is None else [found for path in files for found in header(path)]
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """The safetensors files of a model: those that its index names, where it has one."""
+    """Return the safetensors files of a model: those that its index names, where it has one."""
     index = folder / "model.safetensors.index.json"
     return [folder / name for name in _shards(index)] if index.is_file() else sorted(folder.glob("*.safetensors"))
 
@@ -116,7 +111,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _in_cache(model: str) -> list[Path] | None:
-    """The same of a Hub model, if the local cache has them all."""
+    """Return the same of a Hub model, if the local cache has them all."""
     from huggingface_hub import try_to_load_from_cache
 
     index = try_to_load_from_cache(model, "model.safetensors.index.json")
@@ -127,7 +122,7 @@ def _in_cache(model: str) -> list[Path] | None:
 
 
 def header(path: Path) -> list[tuple[str, str, list[int], int]]:
-    """The tensors of one safetensors file: eight bytes of length, then JSON (the format's specification)."""
+    """Return the tensors of one safetensors file: eight bytes of length, then JSON (the format's specification)."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(length))

@@ -1,13 +1,13 @@
-"""Who gets which part of each GPU's memory: the engine, pooling engines and packed reward models, planned together.
+"""Shares of each GPU's memory: the engine, pooling engines and packed reward models, planned together.
 
-Nothing here touches a device: from what is free before anything starts, and what every model needs, comes a plan or
-the reason why there is none. The plan holds as long as the server does. vLLM is told its part as a share of the *whole*
-device, which is how it understands its utilisation, so that an engine that died finds the part free that it had,
-however much the reward models beside it hold.
+Nothing here touches a device: from what is free before anything starts, and what every model needs, follows a plan or
+the reason why there is none. The plan holds as long as the server runs. vLLM gets its part as a share of the *whole*
+device, which is how it defines its utilization, so that a restarted engine finds the part free that it had, however
+much the reward models beside it hold.
 
-Each GPU gives `utilization` of its memory, or what is free of it less one CUDA context a process. Of that everybody
-gets the least that it runs with; then reward models get keys and values for as long a text as they read; the engine
-gets the rest, if it is not told how much it needs.
+Each GPU gives `utilization` of its memory, or what is free of it minus one CUDA context per process. Of that every
+model gets the least that it runs with; then reward models get keys and values for as long a text as they read; the
+engine gets the rest, unless the operator says how much it needs.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from guiderail.server.memory.devices import Gpu
 from guiderail.server.memory.kv_pool import default_pool, gib, least_pool
 from guiderail.server.settings import SettingsError
 
-CONTEXT = 640 * 2**20  # bytes that a process takes on a GPU before it allocates: CUDA's context, libraries, workspaces
+CONTEXT = 640 * 2**20  # bytes that a process takes on a GPU before it allocates: CUDA context, libraries, workspaces
 
 
 @dataclass(frozen=True, slots=True)
 class EngineNeed:
-    """What the engine needs, in bytes over all its GPUs; `work` and `kv` are for each of them.
+    """Needs of the engine, in bytes over all its GPUs; `work` and `kv` are for each of them.
 
     weights and context (keys and values of one sequence as long as the model reads) are 0 if unknown: then vLLM is
-    the first to know whether it fits. kv: keys and values as the operator wants them; None: what is left.
+    the first to know whether it fits. kv: keys and values as set by the operator; None: what is left.
     """
 
     weights: int
@@ -37,10 +37,10 @@ class EngineNeed:
 
 @dataclass(frozen=True, slots=True)
 class RewardNeed:
-    """What a reward model needs, in bytes. kv_token: keys and values of a token. longest: tokens that it reads.
+    """Needs of a reward model, in bytes. kv_token: keys and values of a token. longest: tokens that it reads.
 
-    device: "cuda:N" if the operator chose; None: the planner does. kv: keys and values as the operator wants
-    them; None: enough for `longest` and a pass beside it.
+    device: "cuda:N" if the operator chose; None: the planner does. kv: keys and values as set by the operator; None:
+    enough for `longest` and a pass besides.
     """
 
     name: str
@@ -54,17 +54,17 @@ class RewardNeed:
 
     @property
     def wish(self) -> int:
-        """Bytes of keys and values with which it reads all that it can."""
+        """Bytes of keys and values with which it reads the longest text."""
         return self.kv if self.kv is not None else default_pool(self.longest, self.kv_token)
 
     @property
     def floor(self) -> int:
-        """Bytes of keys and values without which it is not run."""
+        """Fewest bytes of keys and values that it runs with."""
         return self.kv if self.kv is not None else least_pool(self.longest, self.kv_token)
 
     @property
     def least(self) -> int:
-        """Bytes that it takes at least."""
+        """Fewest bytes that it takes."""
         return self.weights + self.work + self.floor
 
 
@@ -78,10 +78,10 @@ class EngineShare:
 
 @dataclass(frozen=True, slots=True)
 class RewardShare:
-    """Where a reward model runs, and its part: bytes of keys and values, and the utilisation of a vLLM engine's own.
+    """Device and part of a reward model: bytes of keys and values, and the utilization of a vLLM engine of its own.
 
-    On the CPU kv is None: what it gets is decided when it is loaded (pool.py). limit: for a packed model on a GPU,
-    the part of its memory that this process may allocate without touching what the vLLM processes there are to have.
+    On the CPU kv is None: it is decided when the model is loaded (kv_pool.py). limit: for a packed model on a GPU, the
+    part of its memory that this process may allocate without touching the shares of vLLM processes there.
     """
 
     device: str
@@ -92,7 +92,7 @@ class RewardShare:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everybody's part, and what the start says of it. Without a GPU there is nothing to plan and all is empty."""
+    """Parts of all models, and lines about them for the start. Empty without a GPU."""
 
     engine: EngineShare | None = None
     rewards: dict[str, RewardShare] = field(default_factory=dict)
@@ -100,15 +100,15 @@ class Plan:
 
     @property
     def beside(self) -> str:
-        """Where this process puts what little else it has: on a GPU that it has models on anyway, or on the CPU."""
+        """Device for small models of this process: a GPU on which it has others anyway, or the CPU."""
         return next((share.device for share in self.rewards.values() if share.limit is not None), "cpu")
 
 
 def plan(gpus: Sequence[Gpu], utilization: float, engine: EngineNeed | None, rewards: Sequence[RewardNeed]) -> Plan:
-    """Shares of these GPUs. The engine takes the first ones.
+    """Plan the shares of these GPUs. The engine takes the first ones.
 
     utilization: the part of each GPU's memory that all together may take. Raises SettingsError saying what does not
-    fit where and what to change, and for a device that is not there.
+    fit where and what to change, and for a device that does not exist.
     """
     count = engine.gpus if engine is not None else 0
     if count > len(gpus):
@@ -127,7 +127,7 @@ def plan(gpus: Sequence[Gpu], utilization: float, engine: EngineNeed | None, rew
 
 
 def _choose(parts: Sequence["_Part"], reward: RewardNeed) -> "_Part":
-    """The GPU with most left that is not the engine's; if there is none with room, the engine's with most left."""
+    """Choose the GPU with most left that is not the engine's; if none has room, the engine's with most left."""
     if reward.device is not None:
         found = [part for part in parts if f"cuda:{part.gpu.index}" == reward.device]
         if not found:
@@ -163,19 +163,19 @@ class _Part:
 
     @property
     def room(self) -> int:
-        """Bytes to share out, contexts not among them."""
+        """Bytes to share out, without contexts."""
         processes = self.engines + self.has_packed
         return min(int(self.gpu.total * self.utilization), self.gpu.free - CONTEXT * processes)
 
     def engine_least(self) -> int:
-        """Bytes that the engine needs at least."""
+        """Return the fewest bytes that the engine needs."""
         if self.engine is None:
             return 0
         kv = self.engine.context // self.engine.gpus if self.engine.kv is None else self.engine.kv
         return self.engine.weights // self.engine.gpus + self.engine.work + kv
 
     def left(self, reward: RewardNeed) -> int:
-        """Bytes that nobody would need if this reward came here too; negative if it does not fit."""
+        """Return the bytes left over if this reward came here too; negative if it does not fit."""
         with_it = _Part(self.gpu, self.utilization, self.engine, [*self.rewards, reward])
         return with_it.spare()
 
@@ -183,7 +183,7 @@ class _Part:
         return self.room - self.engine_least() - sum(reward.least for reward in self.rewards)
 
     def check(self, gpus: int) -> None:
-        """Raises SettingsError if the least that everybody needs does not fit."""
+        """Raise SettingsError unless the least that every model needs fits."""
         if self.spare() >= 0 or not (self.engine or self.rewards):
             return
         needs = [f"reward {r.name} {gib(r.least)} (weights {gib(r.weights)})" for r in self.rewards]
@@ -219,7 +219,7 @@ class _Part:
         return [*advice, "use a smaller or a quantised model"]
 
     def kv(self, reward: RewardNeed) -> int:
-        """Bytes of keys and values of a reward: its wish, or its part of what is left for all wishes."""
+        """Return the bytes of keys and values of a reward: its wish, or its part of what is left for all wishes."""
         extra = sum(each.wish - each.floor for each in self.rewards)
         part = min(1.0, self.spare() / extra) if extra else 1.0
         return reward.floor + int((reward.wish - reward.floor) * part)
@@ -240,7 +240,7 @@ class _Part:
         }
 
     def engine_bytes(self) -> int:
-        """Bytes of the engine: all that is left, unless its keys and values were fixed."""
+        """Return the bytes of the engine: all that is left, unless its keys and values were set."""
         if self.engine is None:
             return 0
         if self.engine.kv is not None:
@@ -248,12 +248,12 @@ class _Part:
         return self.room - sum(map(self.reward_bytes, self.rewards))
 
     def process_limit(self) -> int:
-        """Bytes that this process may allocate here."""
+        """Return the bytes that this process may allocate here."""
         theirs = self.engine_bytes() + sum(self.reward_bytes(r) for r in self.rewards if r.backend == "vllm")
         return self.gpu.free - CONTEXT * (self.engines + 1) - theirs
 
     def line(self, engine: EngineShare | None) -> str:
-        """What the start says of this GPU; nothing if it is not used."""
+        """Return what the start says of this GPU; "" if it is not used."""
         parts = [
             f"reward {r.name} {gib(self.reward_bytes(r))} ({r.backend}, weights {gib(r.weights)}, keys and values of "
             f"{self.kv(r) // r.kv_token:,} tokens{_shortened(r, self.kv(r))})"

@@ -1,1 +1,1 @@
-"""The served model's files, tokenizer and processor. Knows nothing of engines."""
+"""Model files: their catalogue, conversion, fingerprint and tokenizer, and the dtype for the CPU. Knows no engine."""

@@ -1,8 +1,8 @@
-"""The models that `--model` accepts: embedded names, local folders and Hub ids.
+"""Catalogue of the models that `--model` accepts: embedded names, local folders and Hub ids.
 
-Embedded models come out of installed Python packages and are converted once into a cache folder. A
-folder is complete or absent (it is renamed into place), its files are checked against a manifest of
-checksums each time, and a broken one is made anew.
+Embedded models come from installed Python packages and are converted once into a cache folder. A folder is complete or
+absent (it is renamed into place), its files are checked against a manifest of checksums each time, and a broken one is
+converted again.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class ModelError(GuiderailError):
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedModel:
-    """A model inside Python packages. `fetch` puts its GGUF file somewhere and returns the path."""
+    """A model inside Python packages. `fetch` returns its GGUF file, in place or put into a given folder."""
 
     name: str
     description: str
@@ -86,7 +86,7 @@ EMBEDDED = {
 
 
 def resolve(model: str, cache: Path, say: Callable[[str], None] = lambda text: None) -> str:
-    """What to give the engine for `model`: a folder (embedded models are prepared) or a Hub id.
+    """Return what the engine loads for `model`: a folder (embedded models are prepared) or a Hub id.
 
     Raises ModelError naming what is allowed.
     """
@@ -96,7 +96,7 @@ def resolve(model: str, cache: Path, say: Callable[[str], None] = lambda text: N
 
 
 def check_name(model: str, flag: str = "--model") -> str:
-    """The folder or Hub id (or embedded name) that `model`, given with this flag, means; nothing is read or prepared.
+    """Return the folder, Hub id or embedded name that `model`, given with this flag, means; nothing is prepared.
 
     Raises ModelError naming the flag and what is allowed.
     """
@@ -117,12 +117,12 @@ def check_name(model: str, flag: str = "--model") -> str:
 
 
 def location(model: EmbeddedModel, cache: Path) -> Path:
-    """Where the converted model lies, or will lie. The name changes with the source's checksum."""
+    """Return the folder of the converted model, which need not exist. Its name has the source's checksum."""
     return cache / "models" / f"{model.name}-{model.sha256[:12]}"
 
 
 def prepare(model: EmbeddedModel, cache: Path, say: Callable[[str], None] = lambda text: None) -> Path:
-    """Converts the model unless a sound copy is there already; returns its folder. Raises ModelError."""
+    """Convert the model unless there is an intact copy; return its folder. Raises ModelError."""
     target = location(model, cache)
     if model.notice:
         say(f"{model.name}: {model.notice}")
@@ -152,7 +152,7 @@ def prepare(model: EmbeddedModel, cache: Path, say: Callable[[str], None] = lamb
 
 
 def check(folder: Path) -> str | None:
-    """What is wrong with a converted model's folder, or None when every file has its checksum."""
+    """Return the fault of a converted model's folder, None if every file has its checksum."""
     if not folder.exists():
         return "missing"
     try:
@@ -169,7 +169,7 @@ def check(folder: Path) -> str | None:
 
 
 def file_sha256(path: Path, title: str | None = None) -> str:
-    """Hex digest of a file, with a progress bar when it has a title and someone is watching."""
+    """Return the hex digest of a file. With a title a progress bar is shown on a terminal."""
     digest = hashlib.sha256()
     quiet = title is None or not sys.stderr.isatty()
     with (

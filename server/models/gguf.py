@@ -1,7 +1,6 @@
-"""Turns a GGUF file into a folder of safetensors that vLLM loads: dequantised once, to bfloat16.
+"""Conversion of a GGUF file to a folder of safetensors that vLLM loads: dequantised once, to bfloat16.
 
-transformers does the dequantising; what is mended here is what its GGUF path leaves wrong for our
-purposes (see `convert_gguf`).
+transformers dequantises; what its GGUF path leaves wrong for our purposes is fixed here (see `convert_gguf`).
 """
 
 import json
@@ -10,11 +9,10 @@ from typing import Any
 
 
 def convert_gguf(source: Path, target: Path, *, add_bos: bool) -> None:
-    """Writes config, tokenizer and weights of the GGUF file `source` into the existing folder `target`.
+    """Write config, tokenizer and weights of the GGUF file `source` into the existing folder `target`.
 
-    add_bos: make the tokenizer put its BOS token in front, where the GGUF says so and the converted
-    tokenizer forgets it (Gemma: without it the model talks nonsense).
-    Raises ValueError if the tokenizer ends up with other than one BOS.
+    add_bos: make the tokenizer prepend its BOS token, where the GGUF says so and the converted tokenizer forgets it
+    (Gemma: without it the model talks nonsense). Raises ValueError if the tokenizer prepends other than one BOS.
     """
     import torch
     from safetensors.torch import save_file

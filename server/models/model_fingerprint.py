@@ -1,4 +1,4 @@
-"""Identifies a model's weights without reading all of them: sizes and samples of its files, or a Hub commit."""
+"""Fingerprint of a model's weights without reading all of them: sizes and samples of its files, or a Hub commit."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ PATTERNS = ("*.safetensors", "*.json")
 
 
 def fingerprint(model: str) -> str:
-    """16 hex digits for a folder; for a Hub id its commit in the local cache. Raises OSError if there is none."""
+    """Return 16 hex digits for a folder, or a Hub id's commit in the local cache. Raises OSError if there is none."""
     folder = Path(model)
     if not folder.is_dir():
         from transformers.utils import cached_file

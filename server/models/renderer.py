@@ -1,4 +1,4 @@
-"""Text to token ids and back: the model's tokenizer and its chat template. Knows nothing of engines."""
+"""Conversion of text to token ids and back: the model's tokenizer and chat template. Knows no engine."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,12 +25,12 @@ class ChatRenderer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Base models usually have none; chat requests to them are refused."""
+        """False for most base models, to which chat requests are refused."""
         return bool(self._tokenizer.chat_template)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """The tokens with which the model ends an answer."""
+        """Tokens with which the model ends an answer."""
         end = self._tokenizer.eos_token_id
         return frozenset() if end is None else frozenset({int(end)})
 
@@ -41,7 +41,7 @@ class ChatRenderer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> TokenPrompt:
-        """Token ids of a conversation. Raises RequestError if the template refuses it."""
+        """Return the token ids of a conversation. Raises RequestError if the template refuses it."""
         if not self.has_chat_template:
             raise RequestError(
                 "this model has no chat template (it is a base model): use alignment.prompter urial, /v1/completions, "
@@ -61,9 +61,9 @@ class ChatRenderer:
         return TokenPrompt(tuple(ids))
 
     def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
-        """Token ids of raw text; with `add_special_tokens` as the start of a prompt (BOS where the model has it).
+        """Return the token ids of raw text; with `add_special_tokens` as a prompt's start (BOS if the model has one).
 
-        plain: what looks like a special token is ordinary text.
+        plain: treat what looks like a special token as ordinary text.
         """
         ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=plain)[
             "input_ids"
@@ -71,13 +71,13 @@ class ChatRenderer:
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of a token sequence, by default without special tokens."""
+        """Return the text of a token sequence, by default without special tokens."""
         text: str = self._tokenizer.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
 
     def _token_text(self, token_id: int) -> str:
-        """Text of one token alone (a piece of a multi-byte character shows as a replacement character)."""
+        """Return the text of one token alone (part of a multi-byte character shows as a replacement character)."""
         text: str = self._tokenizer.decode([token_id])
         return text

@@ -35,11 +35,11 @@ ROWS_OF_10 = {seed: 10 + row for row, seed in enumerate(Seeds(10).stream(128))}
 
 @dataclass
 class ScriptedEngine:
-    """Answers every row with the words of `script(row's number)`, one token a word, `step_s` apart.
+    """Answers every sequence with the words of `script(its number)`, one token a word, `step_s` apart.
 
-    The number of a row is its seed; rows 0, 1, ... of the first answer to a request with seed 10 are 10, 11, ...
+    The number of a sequence is its seed; sequences 0, 1, ... of the first answer to a request with seed 10 are 10, 11, ...
 
-    Rows count as running until they end or are aborted, so tests can see what was freed.
+    Sequences count as running until they end or are aborted, so tests can see what was freed.
     """
 
     script: Callable[[int], Sequence[str]] = lambda seed: [f"w{seed}", " one", " two", " three"]

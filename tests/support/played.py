@@ -53,17 +53,17 @@ class Played:
             self.add(f"{name}{role}", prompt, recipe=Recipe(name, role, len(prompts)), first=100 + role, **params)
 
     def step(self) -> dict[str, int]:
-        """One step of the engine: the tokens scheduled of each row."""
+        """One step of the engine: the tokens scheduled of each sequence."""
         output = self.scheduler.schedule()
-        rows = list(output.num_scheduled_tokens)
+        sequences = list(output.num_scheduled_tokens)
         sampled = []
-        for name in rows:
+        for name in sequences:
             request = self.scheduler.requests[name]
             done = not request.is_prefill_chunk
             self.emitted[name] += done
             sampled.append([7] if done else [])
         self.scheduler.update_from_output(
-            output, ModelRunnerOutput(rows, {name: i for i, name in enumerate(rows)}, sampled)
+            output, ModelRunnerOutput(sequences, {name: i for i, name in enumerate(sequences)}, sampled)
         )
         return dict(output.num_scheduled_tokens)
 

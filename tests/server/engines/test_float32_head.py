@@ -87,7 +87,7 @@ def varying(x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
 
 
 def growing(x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
-    """A product that depends on a row's place: no block size mends that."""
+    """A product that depends on a row's place: no block size fixes that."""
     return x @ weight.T + torch.arange(len(x))[:, None]
 
 

@@ -53,7 +53,7 @@ async def never(request: web.Request) -> None:
     await asyncio.sleep(3600)
 
 
-async def test_rows_are_requests_of_their_own_with_their_seeds() -> None:
+async def test_sequences_are_requests_of_their_own_with_their_seeds() -> None:
     async with scripted() as server, policy(server) as remote:
         spec = SamplingSpec(3, temperature=0.5, stop=("\n",), logit_bias={7: 1.5}, min_tokens=1)
         deltas = await all_of(remote, prompts(10, 20), spec, seeds=[5, None])
@@ -71,7 +71,7 @@ async def test_rows_are_requests_of_their_own_with_their_seeds() -> None:
         assert first["stop"] == ["\n"]
 
 
-async def test_a_dropped_row_frees_the_server_and_hurts_no_other() -> None:
+async def test_a_dropped_sequence_frees_the_server_and_hurts_no_other() -> None:
     async with scripted() as server, policy(server) as remote:
 
         async def slow_first(request: web.Request) -> None:
@@ -88,7 +88,7 @@ async def test_a_dropped_row_frees_the_server_and_hurts_no_other() -> None:
         await until(lambda: server.given_up == 1 and not server.running, 5)
 
 
-async def test_a_deadline_ends_rows_and_leaving_frees_them() -> None:
+async def test_a_deadline_ends_sequences_and_leaving_frees_them() -> None:
     async with scripted() as server, policy(server) as remote:
         server.fault = never
         (delta,) = await all_of(remote, prompts(10), SamplingSpec(2), deadline=time.monotonic() + 0.1)

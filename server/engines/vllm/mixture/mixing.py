@@ -1,13 +1,14 @@
-"""What the mixing logits processors of vLLM's two model runners share: who is in step, and the draw.
+"""Mixing of policies in logits, shared by the processors of vLLM's two model runners: who is in step, and the draw.
 
-Rows of one group (mixed.py) that are in the batch together, all at the same place of the answer, get one token
+Rows of logits are those of a group's sequences (lockstep.py). Those in the batch together, all at the same place of the
+answer, get one token
 
     v ~ softmax[ (z_0 + sum_i w_i z_i) / T ],    z_i the logits of policy i,
 
-which is (pi_0 * prod_i pi_i^{w_i})^{1/T} normalised: log pi_i is z_i less a constant, and constants cancel
+which is (pi_0 * prod_i pi_i^{w_i})^{1/T} normalised: log pi_i is z_i minus a constant, and constants cancel
 (GenARM, arXiv 2410.08193, eq. 7, with weights w_i = 1/beta_i). The weights are not normalised, so the temperature
 divides the whole sum exactly once. min_p, top_k and top_p then cut the tempered mixture, in vLLM's order. Before all
-that, tokens whose pi_0 is below `plausibility` times its largest are left out (contrastive decoding).
+that, tokens whose pi_0 is below `plausibility` times its maximum are left out (contrastive decoding).
 """
 
 from collections import defaultdict
@@ -23,12 +24,12 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from guiderail.kernels.tilt_sample import tilt_sample
 from guiderail.server.engines.vllm.mixture.recipe import Recipe
 
-GREEDY = 1e-5  # vLLM's: a temperature below is 0
+GREEDY = 1e-5  # vLLM's: a lower temperature is 0
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of this step's logits that will emit the token at `position` (counted from 0) of its answer."""
+    """A row of this step's logits, whose sequence will emit the token at `position` (from 0) of its answer."""
 
     index: int
     recipe: Recipe
@@ -36,9 +37,9 @@ class Row:
 
 
 def emit(logits: Any, rows: Iterable[Row], emitted: Callable[[Row], Collection[int]] = lambda row: ()) -> None:
-    """Leaves each row of logits [N, V] (float32, changed in place) with the one token that it is to emit.
+    """Leave each row of logits [N, V] (float32, changed in place) only the token that it is to emit.
 
-    emitted: tokens that partners of a row out of step have emitted at its position already; it will emit another.
+    emitted: returns tokens that partners of a row out of step have already emitted at its position; it emits another.
     """
     groups: list[list[Row]] = []
     alone: list[Row] = []
@@ -60,7 +61,7 @@ def emit(logits: Any, rows: Iterable[Row], emitted: Callable[[Row], Collection[i
     tokens = _tensor([token for _, token in forced], torch.int64, logits)
     if groups:
         drawn = draw(logits, groups)[_tensor([g for g, group in enumerate(groups) for _ in group], torch.int64, logits)]
-        # Logits that are no numbers draw -1: the rows then disagree, as if out of step.
+        # NaN logits draw -1: the rows then emit different tokens, as if out of step.
         roles = _tensor([row.recipe.role for row in together], torch.int64, logits)
         tokens = torch.cat((torch.where(drawn < 0, roles, drawn), tokens))
     logits[at] = float("-inf")
@@ -68,7 +69,7 @@ def emit(logits: Any, rows: Iterable[Row], emitted: Callable[[Row], Collection[i
 
 
 def _other_token(recipe: Recipe, taken: Collection[int]) -> int:
-    """A token for a row out of step: none that is taken, none that another role would choose."""
+    """Return a token for a row out of step: one that is not taken and that no other role would choose."""
     token = recipe.role
     while token in taken:
         token += recipe.size
@@ -76,10 +77,10 @@ def _other_token(recipe: Recipe, taken: Collection[int]) -> int:
 
 
 def draw(logits: Any, groups: Sequence[Sequence[Row]]) -> Any:
-    """One token [G] int64 for each group, whose rows come in the order of their roles; -1 for NaN logits.
+    """Draw one token [G] int64 per group, whose rows are in the order of their roles; -1 for NaN logits.
 
-    Groups that cut their mixture are drawn apart from the others: the two ways round differently, and what a group
-    gets must not depend on its neighbours.
+    Groups that truncate their mixture are drawn apart from the others: the two ways round differently, and the token
+    of a group must not depend on its neighbours.
     """
     drawn = torch.empty(len(groups), dtype=torch.int64, device=logits.device)
     for cut in (False, True):
@@ -96,7 +97,7 @@ def _is_cut(recipe: Recipe) -> bool:
 def _draw(logits: Any, groups: Sequence[Sequence[Row]], cut: bool) -> Any:
     heads = [group[0].recipe for group in groups]
     main = logits[_tensor([group[0].index for group in groups], torch.int64, logits)]
-    if any(head.plausibility for head in heads):  # log of 0, which leaves all in, is -inf
+    if any(head.plausibility for head in heads):  # 0, whose log is -inf, leaves out nothing
         least = _tensor([head.plausibility for head in heads], torch.float32, logits).log()[:, None]
         main = main.masked_fill(main < main.amax(1, keepdim=True) + least, float("-inf"))
     other = torch.zeros_like(main)
@@ -117,7 +118,7 @@ def _draw(logits: Any, groups: Sequence[Sequence[Row]], cut: bool) -> Any:
 
 
 def warm_up(vocabulary: int, device: Any) -> None:
-    """Compiles what `draw` launches on CUDA, so that the first mixed request does not compile within vLLM's step."""
+    """Compile what `draw` launches on CUDA, so that the first mixed request does not compile within vLLM's step."""
     logits = torch.zeros((1, vocabulary), dtype=torch.float32, device=device)
     one = torch.ones(1, dtype=torch.float32, device=device)
     for dense in (logits, None):  # without cuts by top_k and the like, and with them
@@ -125,7 +126,7 @@ def warm_up(vocabulary: int, device: Any) -> None:
 
 
 def _cut(z: Any, temperatures: Sequence[float], heads: Sequence[Recipe]) -> Any:
-    """z / temperature, with -inf at the tokens that min_p, top_k and top_p forbid. All temperatures are positive."""
+    """Return z / temperature, with -inf at tokens that min_p, top_k and top_p forbid. Temperatures are positive."""
     z = z / _tensor(temperatures, torch.float32, z)[:, None]
     min_p = _tensor([head.min_p for head in heads], torch.float32, z)
     z = z.masked_fill(z < z.amax(1, keepdim=True) + min_p.log()[:, None], float("-inf"))
@@ -140,7 +141,7 @@ def _cut(z: Any, temperatures: Sequence[float], heads: Sequence[Recipe]) -> Any:
 
 
 def _uniform(row: Row) -> float:
-    """The number in [0, 1) that draws the token at this place of the answer: the same whenever it is drawn."""
+    """Return the number in [0, 1) that draws the token at this place of the answer, the same at every attempt."""
     source = np.random.Philox(key=row.recipe.seed & (2**64 - 1), counter=row.position)
     return float(np.random.Generator(source).random(dtype=np.float32))
 

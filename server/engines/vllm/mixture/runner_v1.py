@@ -1,4 +1,4 @@
-"""Mixed policies for vLLM's V1 model runner, whose persistent batch addresses rows by index."""
+"""Mixed policies for vLLM's V1 model runner, which keeps a sequence in one row of its batch."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ REMEMBERED = 4096  # groups
 
 @dataclass(slots=True)
 class _Entry:
-    """A row of the batch. `output` is the runner's own list, which grows as the row does."""
+    """A sequence in the batch. `output` is the runner's own list, which grows with it."""
 
     recipe: Recipe
     params: SamplingParams
@@ -28,16 +28,16 @@ class _Entry:
 
 
 class MixedPolicies(LogitsProcessor):  # type: ignore[misc]
-    """Makes the rows of a group emit one token, drawn from the mixture of their policies.
+    """Logits processor that makes the sequences of a group emit one token, drawn from the mixture of their policies.
 
-    The interface does not tell whether a row is still in its prompt (a long one can take several steps), and then
-    its logits mean nothing. The partners may draw with them, but they have grown and this row has not, so it is out
-    of step at that place, and emits a token that none of them has emitted there.
+    The interface does not say whether a sequence is still in its prompt (a long one can take several steps), when its
+    logits mean nothing. Its partners may draw with them, but they have grown and it has not, so it is out of step at
+    that place and emits a token that none of them has emitted there.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, _Entry] = {}
-        # By group and role; kept for a while after the rows left, for partners that come back late.
+        # By group and role; kept for a while after the sequences left, for partners that come back late.
         self._outputs: OrderedDict[str, dict[int, list[int]]] = OrderedDict()
         if device.type == "cuda":
             warm_up(vllm_config.model_config.get_vocab_size(), device)
@@ -73,9 +73,9 @@ class MixedPolicies(LogitsProcessor):  # type: ignore[misc]
 
 
 def _penalise(logits: Any, entry: _Entry) -> None:
-    """Applies the row's penalties to logits [1, V], in place.
+    """Apply the sequence's penalties to logits [1, V], in place.
 
-    vLLM would do so after this processor, that is to the one token left; it has no effect any more then.
+    vLLM does so only after this processor, when one token is left and they have no effect.
     """
     params = entry.params
     if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:

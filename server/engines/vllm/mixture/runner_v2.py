@@ -1,7 +1,7 @@
 """Mixed policies for vLLM's V2 model runner, which keeps a request's state in a slot and orders rows anew each step.
 
-Bias and penalties have been applied when this runs, and seq_len tells a row that is still in its prompt (in which
-case the runner throws its token away).
+Bias and penalties have been applied when this runs. The length of a sequence shows whether it is still in its prompt;
+if so, the runner discards its token.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from guiderail.server.engines.vllm.mixture.recipe import Recipe
 
 
 class MixedPolicies(LogitsProcessor):  # type: ignore[misc]
-    """Makes the rows of a group emit one token, drawn from the mixture of their policies."""
+    """Logits processor that makes the sequences of a group emit one token, drawn from the mixture of their policies."""
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
         self._prompt_len: Any = req_states.prompt_len.np
@@ -42,7 +42,7 @@ class MixedPolicies(LogitsProcessor):  # type: ignore[misc]
         lengths = ctx.seq_lens_upper_bound_np.tolist()
         mixed = [(i, slot, self._slots[slot]) for i, slot in enumerate(slots) if slot in self._slots]
         if mixed and logits.shape[0] != len(slots):
-            raise RuntimeError("mixed policies need one row of logits a request: no speculative decoding")
+            raise RuntimeError("mixed policies need one row of logits per request: no speculative decoding")
         rows = [
             Row(i, recipe, lengths[i] - int(self._prompt_len[slot]))
             for i, slot, recipe in mixed

@@ -1,4 +1,4 @@
-"""Mixed policies inside the engine: the law that is drawn, and what rows in and out of step emit."""
+"""Mixed policies inside the engine: the distribution that is drawn, and what sequences emit in and out of step."""
 
 from typing import Any
 

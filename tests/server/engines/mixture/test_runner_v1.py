@@ -1,4 +1,4 @@
-"""Mixed policies under vLLM's V1 model runner: rows that come, go, move in its batch, and fall out of step."""
+"""Mixed policies under vLLM's V1 model runner: sequences that come, go, move in its batch, and fall out of step."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ class Batch:
         self.processor.update_state(BatchUpdate(len(self.outputs), removed, news, moves))
 
     def step(self, logits: torch.Tensor, discarded: tuple[int, ...] = ()) -> list[int | None]:
-        """One step; rows that are `discarded` do not grow by what they emit."""
+        """One step; sequences that are `discarded` do not grow by what they emit."""
         self.processor.apply(logits)
         tokens = emitted(logits)
         for index, output in self.outputs.items():
@@ -80,7 +80,7 @@ def test_groups_are_followed_through_the_batch() -> None:
     want, other = drawn(logits, [2, 0], 3), drawn(logits, [4, 3], 0)
     assert batch.step(logits) == [want, None, want, other, other]
     batch.update(removed=(3, 4))
-    batch.update(added={3: PLAIN, 2: PLAIN})  # a plain row in the place of a mixed one
+    batch.update(added={3: PLAIN, 2: PLAIN})  # a plain sequence in the place of a mixed one
     tokens = batch.step(policies(4, seed=4))
     assert tokens[1:] == [None, None, None]
     assert tokens[0] is not None, "its partner has gone: it is out of step, not plain"

@@ -1,4 +1,4 @@
-"""The scheduler that lets the rows of a mixture begin together: vLLM's own beneath it, the model runner played."""
+"""Group admission: sequences of a mixture begin in one step. vLLM's own scheduler is beneath, the model runner played."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def played(request: pytest.FixtureRequest, model_path: str) -> Played:
     return Played(model_path, request.param)
 
 
-def test_a_group_waits_for_its_last_row(played: Played) -> None:
+def test_a_group_waits_for_its_last_sequence(played: Played) -> None:
     played.add("a0", 10, recipe=Recipe("a", 0, 2))
     assert played.step() == {}
     assert played.step() == {}
@@ -48,7 +48,7 @@ def test_a_group_waits_until_its_prompts_fit_into_one_step(played: Played) -> No
     assert played.step() == {"long": 256}
     played.group("a", (60, 60))
     step = played.step()
-    assert step == {"long": 244}, "12 tokens are left; one row alone would begin"
+    assert step == {"long": 244}, "12 tokens are left; one sequence alone would begin"
     assert played.step() == {"long": 1, "a0": 60, "a1": 60}
 
 
@@ -82,7 +82,7 @@ def test_prompts_too_long_for_a_step_are_cached_for_the_next_try(played: Played)
     assert first == {"b0": 200 - 192, "b1": 210 - 192}
 
 
-def test_aborted_rows_leave_nothing_behind(played: Played) -> None:
+def test_aborted_sequences_leave_nothing_behind(played: Played) -> None:
     scheduler = played.scheduler
     for i in range(4):
         played.add(f"s{i}", 5, first=i + 1)
