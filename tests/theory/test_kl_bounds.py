@@ -147,8 +147,8 @@ def test_the_review_numbers() -> None:
 
 @pytest.mark.parametrize(("mu", "n"), [(0.5, 2), (1.0, 4), (7.0, 8), (7.0, 16), (50.0, 4), (300.0, 320), (3.0, 1)])
 def test_the_capped_poisson_kl_is_that_of_its_mixture(mu: float, n: int) -> None:
-    from laws import U, integral
-    from laws import kl as kl_of
+    from distributions import U, integral
+    from distributions import kl as kl_of
     from scipy.stats import poisson
 
     counts = np.arange(n)
