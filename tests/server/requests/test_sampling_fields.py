@@ -1,12 +1,15 @@
 """Every sampling field with every guide: kept, or refused by name; never ignored."""
 
+from dataclasses import fields
 from typing import Any
 
 import httpx
 import pytest
 from tabular_server import tabular_state
 
+from guiderail.guides.core.types import SamplingSpec
 from guiderail.server.api.app import create_app
+from guiderail.server.requests.sampling_fields import sampling_spec
 from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, SamplingFields
 
 # A value that is not the default, and one that says the default again.
@@ -44,6 +47,23 @@ def test_the_table_has_every_field_and_every_guide() -> None:
     own = {*ChatRequest.model_fields, *CompletionRequest.model_fields} - set(FIELDS) - OTHERS
     assert own >= {"messages", "prompt", "max_completion_tokens"}
     assert {given["name"] for given, _ in GUIDES.values()} == set(tabular_state().guides)
+
+
+def test_every_field_of_the_spec_comes_from_the_request() -> None:
+    assert {f.name for f in fields(SamplingSpec)} - set(SamplingFields.model_fields) == {"logprobs", "json_schema"}
+    body = {
+        "temperature": 0.7, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "seed": 5, "stop": "x", "stop_token_ids": [2],
+        "include_stop_str_in_output": True, "min_tokens": 2, "ignore_eos": True, "presence_penalty": 0.5,
+        "frequency_penalty": 0.25, "repetition_penalty": 1.1, "logit_bias": {"2": 1.5}, "skip_special_tokens": False,
+        "stream": True, "priority": 1, "response_format": {"type": "json_object"},
+    }  # fmt: skip
+    chat = ChatRequest.model_validate({"messages": [{"role": "user", "content": "q"}]} | body)
+    assert sampling_spec(chat, 7, 3, ("y",)) == SamplingSpec(
+        7, 0.7, 0.9, 0, 0.1, 5, ("x", "y"), (2,), True, 2, True, 0.5, 0.25, 1.1, {2: 1.5}, 3, False, {"type": "object"},
+        True, 1,
+    )  # fmt: skip
+    plain = ChatRequest.model_validate({"messages": [{"role": "user", "content": "q"}]})
+    assert sampling_spec(plain, 7, None, ()) == SamplingSpec(7, stream=False)
 
 
 async def ask(client: httpx.AsyncClient, guide: dict[str, Any], **more: Any) -> httpx.Response:
