@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.reward import Reward
@@ -13,7 +15,6 @@ from guiderail.server.requests.admission import Admission
 from guiderail.server.requests.resolve import Resolver
 from guiderail.server.scoring.batcher import BatchingScorer
 from guiderail.server.settings import Settings
-from guiderail.server.system_fingerprint import system_fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +39,23 @@ class ServerState:
         return system_fingerprint(
             self.settings.model_name, self.engine.dtype, batch_invariant=self.settings.batch_invariant
         )
+
+
+@cache
+def system_fingerprint(model: str, dtype: str, *, batch_invariant: bool) -> str:
+    """Return what an answer depends on beside its request: model, dtype, versions and mode, for people to read.
+
+    As in `smollm2 float32 guiderail-1.0 vllm-0.32.0 torch-2.13.0 fast`. The mode is `batch-invariant`, or `fast`:
+    rounding then depends on what else runs, and a seed promises less.
+    """
+    parts = [model, dtype, *(f"{name}-{_version(name)}" for name in ("guiderail", "vllm", "torch"))]
+    return " ".join([*filter(None, parts), "batch-invariant" if batch_invariant else "fast"])
+
+
+def _version(name: str) -> str:
+    for distribution in (name, f"{name}-cpu"):  # vLLM's CPU build is a distribution of its own
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "none"

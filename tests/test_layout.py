@@ -155,6 +155,25 @@ def test_no_module_imports_one_that_imports_it() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which shows the cycle
 
 
+BELOW = {  # packages of server/ and those of its parts that they may not import, by whatever module
+    "requests": ("api", "offline"),
+    "engines": ("api", "requests", "scoring", "rewards", "offline"),
+    "rewards": ("api", "requests", "scoring", "offline"),
+    "scoring": ("api", "requests", "offline"),
+    "models": ("api", "requests", "scoring", "rewards", "engines", "offline"),
+    "remote": ("api", "requests", "scoring", "rewards", "engines", "models", "offline"),
+    "memory": ("api", "requests", "scoring", "engines", "offline"),
+    "api": ("offline",),
+}
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_the_packages_of_the_server_know_nothing_of_those_above(package: str) -> None:
+    for path in (ROOT / "server" / package).rglob("*.py"):
+        parts = {name.split(".")[2] for name in imports(path) if name.startswith("guiderail.server.")}
+        assert not parts & set(BELOW[package]), path
+
+
 def test_guides_do_not_know_where_their_parameters_stand_in_a_request() -> None:
     assert [path for path in FILES if path.is_relative_to(ROOT / "guides") and "alignment." in path.read_text()] == []
 

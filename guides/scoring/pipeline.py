@@ -33,6 +33,12 @@ class Judging:
     selection: Selection
     calibration: CalibrationSpec
 
+    @property
+    def draws(self) -> int:
+        """Number of answers that calibration draws for a prompt at most."""
+        drawn = self.calibration.source in ("auto", "drawn") and any(term.chain.needs_sample for term in self.rewards)
+        return self.calibration.n if drawn else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Scorers:

@@ -73,32 +73,14 @@ def _request(
     prompts: list[tuple[tuple[Message, ...], TokenPrompt]],
     arrived: float,
 ) -> Request:
-    limits = state.settings.limits
-    if request.n > limits.max_n:
-        raise bad_request(f"'n' is {request.n}; this server allows at most {limits.max_n}", "n")
-    if request.priority < limits.min_priority:
-        raise bad_request(f"'priority' must be at least {limits.min_priority} on this server", "priority")
-    candidates = request.n * len(prompts) * alignment.guide.candidates()
-    if candidates > limits.max_candidates:
-        raise bad_request(
-            f"{request.n} x {len(prompts)} answers of {alignment.guide.candidates()} candidates are {candidates} "
-            f"candidates; this server allows at most {limits.max_candidates} per request",
-            "alignment.guide" if alignment.guide.candidates() > 1 else "n",
-        )
-    refuse_unkept(alignment.guide_name, alignment.guide, request)
-    logprobs = request.num_logprobs
-    if logprobs is not None and logprobs > state.engine.max_logprobs:
-        field = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
-        raise bad_request(f"'{field}' is {logprobs}; at most {state.engine.max_logprobs} are served", field)
-    _in_vocabulary(state, list(request.logit_bias or ()), "logit_bias")
-    _in_vocabulary(state, request.stop_token_ids, "stop_token_ids")
-
+    _check(state, request, alignment, len(prompts))
     within = alignment.budget.deadline_s
     deadline = None if within is None else arrived + within - min(REPLY_SHARE * within, REPLY_S)
     spend = Spend(prompt_tokens=sum(len(prompt.token_ids) for _, prompt in prompts), started=arrived)
     bounds, request_id = Limits(deadline, alignment.budget.max_tokens_generated), uuid.uuid4().hex
     asked = Judging(alignment.rewards, alignment.combine, alignment.selection, alignment.calibration)
     contexts: list[Context] = []
+    tokens = 0
     for messages, prompt in prompts:
         max_tokens = _max_tokens(state, request, len(prompt.token_ids))
         if request.min_tokens > max_tokens:
@@ -106,7 +88,7 @@ def _request(
         dialogue = Dialogue(
             messages=messages,
             prompt=prompt,
-            sampling=sampling_spec(request, max_tokens, logprobs, alignment.prompter.stops),
+            sampling=sampling_spec(request, max_tokens, alignment.prompter.stops),
             renderer=state.renderer,
             model_name=state.settings.model_name,
             prompter=alignment.prompter,
@@ -120,14 +102,11 @@ def _request(
             )
             for choice in range(request.n)
         ]  # fmt: skip
-    rows = len(contexts) * alignment.guide.rows()
-    tokens = sum(alignment.guide.cost(ctx.sampling.max_tokens) for ctx in contexts)
-    if alignment.calibration.source in ("auto", "drawn") and any(term.chain.needs_sample for term in alignment.rewards):
-        tokens += len(prompts) * alignment.calibration.n * max(ctx.sampling.max_tokens for ctx in contexts)
+        tokens += request.n * alignment.guide.cost(max_tokens) + asked.draws * max_tokens
     return Request(
         label=alignment.guide_name,
         spend=spend,
-        rows=rows,
+        rows=len(contexts) * alignment.guide.rows(),
         tokens=tokens,
         priority=request.priority,
         deadline=deadline,
@@ -136,6 +115,29 @@ def _request(
         contexts=tuple(contexts),
         system_fingerprint=state.system_fingerprint,
     )
+
+
+def _check(state: ServerState, request: ChatRequest | CompletionRequest, alignment: Alignment, prompts: int) -> None:
+    """Raise ApiError (400) for what the operator's limits, the guide or the model do not allow."""
+    limits = state.settings.limits
+    if request.n > limits.max_n:
+        raise bad_request(f"'n' is {request.n}; this server allows at most {limits.max_n}", "n")
+    if request.priority < limits.min_priority:
+        raise bad_request(f"'priority' must be at least {limits.min_priority} on this server", "priority")
+    candidates = request.n * prompts * alignment.guide.candidates()
+    if candidates > limits.max_candidates:
+        raise bad_request(
+            f"{request.n} x {prompts} answers of {alignment.guide.candidates()} candidates are {candidates} "
+            f"candidates; this server allows at most {limits.max_candidates} per request",
+            "alignment.guide" if alignment.guide.candidates() > 1 else "n",
+        )
+    refuse_unkept(alignment.guide_name, alignment.guide, request)
+    logprobs = request.num_logprobs
+    if logprobs is not None and logprobs > state.engine.max_logprobs:
+        field = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
+        raise bad_request(f"'{field}' is {logprobs}; at most {state.engine.max_logprobs} are served", field)
+    _in_vocabulary(state, list(request.logit_bias or ()), "logit_bias")
+    _in_vocabulary(state, request.stop_token_ids, "stop_token_ids")
 
 
 def _goes_on(request: SamplingFields) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import fields
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.types import SamplingSpec
 from guiderail.server.openai_errors import bad_request
-from guiderail.server.requests.schemas import SamplingFields
+from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, SamplingFields
 
 
 def refuse_unkept(name: str, guide: Guide, request: SamplingFields) -> None:
@@ -23,9 +23,7 @@ def refuse_unkept(name: str, guide: Guide, request: SamplingFields) -> None:
             )
 
 
-def sampling_spec(
-    request: SamplingFields, max_tokens: int, logprobs: int | None, stops: tuple[str, ...]
-) -> SamplingSpec:
+def sampling_spec(request: ChatRequest | CompletionRequest, max_tokens: int, stops: tuple[str, ...]) -> SamplingSpec:
     """Return how a request's answers are sampled. stops: the prompter's, besides the request's own.
 
     A field that the schema and SamplingSpec call the same is the same.
@@ -41,7 +39,7 @@ def sampling_spec(
         "stop": (*request.stops, *stops),
         "stop_token_ids": tuple(request.stop_token_ids),
         "logit_bias": request.logit_bias or {},
-        "logprobs": logprobs,
+        "logprobs": request.num_logprobs,
         "json_schema": schema,
     }
     return SamplingSpec(**same | own)

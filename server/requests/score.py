@@ -53,13 +53,10 @@ def _cost(state: ServerState, inputs: Sequence[tuple[Context, list[Candidate]]])
     """
     rows = tokens = 0
     for ctx, candidates in inputs:
-        read = sum(len(candidate.token_ids) for candidate in candidates)
-        rewards, calibration = ctx.pipeline.asked.rewards, ctx.pipeline.asked.calibration
-        tokens += read * len(rewards)
-        rows += len(candidates) * sum(not state.rewards[term.name].batched for term in rewards)
-        if calibration.source in ("auto", "drawn") and any(term.chain.needs_sample for term in rewards):
-            rows += calibration.n
-            tokens += calibration.n * ctx.sampling.max_tokens
+        asked = ctx.pipeline.asked
+        rows += len(candidates) * sum(not state.rewards[term.name].batched for term in asked.rewards) + asked.draws
+        tokens += len(asked.rewards) * sum(len(candidate.token_ids) for candidate in candidates)
+        tokens += asked.draws * ctx.sampling.max_tokens
     return max(1, rows), tokens
 
 

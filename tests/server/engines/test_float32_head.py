@@ -11,7 +11,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from guiderail.server.engines.vllm import batch_invariance
 from guiderail.server.engines.vllm.float32_head import Float32Head, kept_product
-from guiderail.server.system_fingerprint import system_fingerprint
+from guiderail.server.state import system_fingerprint
 
 V, H = 512, 64
 

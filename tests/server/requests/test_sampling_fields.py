@@ -56,14 +56,15 @@ def test_every_field_of_the_spec_comes_from_the_request() -> None:
         "include_stop_str_in_output": True, "min_tokens": 2, "ignore_eos": True, "presence_penalty": 0.5,
         "frequency_penalty": 0.25, "repetition_penalty": 1.1, "logit_bias": {"2": 1.5}, "skip_special_tokens": False,
         "stream": True, "priority": 1, "response_format": {"type": "json_object"},
+        "logprobs": True, "top_logprobs": 3,
     }  # fmt: skip
     chat = ChatRequest.model_validate({"messages": [{"role": "user", "content": "q"}]} | body)
-    assert sampling_spec(chat, 7, 3, ("y",)) == SamplingSpec(
+    assert sampling_spec(chat, 7, ("y",)) == SamplingSpec(
         7, 0.7, 0.9, 0, 0.1, 5, ("x", "y"), (2,), True, 2, True, 0.5, 0.25, 1.1, {2: 1.5}, 3, False, {"type": "object"},
         True, 1,
     )  # fmt: skip
     plain = ChatRequest.model_validate({"messages": [{"role": "user", "content": "q"}]})
-    assert sampling_spec(plain, 7, None, ()) == SamplingSpec(7, stream=False)
+    assert sampling_spec(plain, 7, ()) == SamplingSpec(7, stream=False)
 
 
 async def ask(client: httpx.AsyncClient, guide: dict[str, Any], **more: Any) -> httpx.Response:
