@@ -107,6 +107,7 @@ class Settings(BaseSettings):
     reward: Annotated[dict[str, RewardModelSpec], Repeated("NAME=PATH[,KEY=VALUE]", reward_spec.parse_flag)] = Field(
         {},
         description="serve a reward model (folder, Hub id or bundled head); keys: backend, head, dtype, kv_gb, device; "
+        "two language models: PATH,reference=PATH; "
         "on remote vLLM pooling servers: backend=vllm, url=http://host:port[|...], model, key_env",
     )
     calibration: Annotated[list[Path], NoDecode, Repeated("FILE")] = Field(
