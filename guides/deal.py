@@ -50,7 +50,7 @@ class Beam:
 
     @property
     def finished(self) -> bool:
-        """Whether it is a whole answer."""
+        """True for a whole answer."""
         return self.scores is not None and self.scores.plain[0].finished
 
     def kept(self, scores: Scores) -> "Beam":
@@ -150,7 +150,7 @@ class Deal(Guide[DealParams]):
         scores = Scores.join([beam.scores for beam in considered if beam.scores is not None])
         lengths = [len(beam.transcript.token_ids) + len(beam.piece.token_ids) for beam in considered]
         log_p = np.array([beam.log_p / n**p.length_penalty for beam, n in zip(considered, lengths, strict=True)])
-        numbered = tuple(replace(candidate, index=i) for i, candidate in enumerate(scores.plain))
+        numbered = tuple(c if c.index == i else replace(c, index=i) for i, c in enumerate(scores.plain))
         return scores.combined, replace(scores.with_combined(log_p + p.weight * scores.combined), plain=numbered)
 
     async def _keep(self, ctx: Context, considered: list[Beam], h: Array, scores: Scores) -> list[int]:

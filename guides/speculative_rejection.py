@@ -130,7 +130,7 @@ class _Pool:
         self.alive = set(range(n))
 
     def reached(self, checkpoint: int) -> bool:
-        """Whether some living sequence goes on beyond so many tokens, and each that does is there.
+        """True if some living sequence goes on beyond so many tokens, and each that does is there.
 
         Which sequence is faster makes no difference: one that ended further on, while others lag, was going on here.
         """

@@ -1,1 +1,1 @@
-"""What a guide is made of: types, errors, the interfaces of the server, and the Context. Knows no algorithm."""
+"""Parts that guides are made of: types, errors, interfaces of the server, and the Context. Knows no algorithm."""

@@ -16,7 +16,7 @@ class Stopwatch:
 
     @contextmanager
     def span(self) -> Iterator[None]:
-        """Counts the time inside the block; overlapping blocks are counted once."""
+        """Count the time inside the block; overlapping blocks are counted once."""
         if self._open == 0:
             self._since = time.monotonic()
         self._open += 1

@@ -7,7 +7,7 @@ What that costs is counted, and deadline and token budget are kept, alike for ev
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from guiderail.guides.core.budget import Limits, Spend
 from guiderail.guides.core.dialogue import Dialogue
@@ -25,6 +25,17 @@ ALL_ALIKE = (
     "greedy decoding (temperature 0 or top_k 1) makes all draws after one prompt the same: they cost their tokens, and "
     "leave nothing to select from"
 )
+
+
+RENAMED = {
+    "answer": "dialogue.answer", "begun": "dialogue.begun", "calibration": "pipeline.asked.calibration",
+    "clean": "dialogue.clean", "combine": "pipeline.asked.combine", "decoder": "dialogue.decoder",
+    "group": "dialogue.group", "helpers": "dialogue.renderer", "limits": "engine.limits",
+    "messages": "dialogue.messages", "over": "engine.over", "pick": "select", "prompter": "dialogue.prompter",
+    "rate": "score, which gives a table of combined scores", "render": "dialogue.render",
+    "rewards": "pipeline.asked.rewards", "selection": "pipeline.asked.selection", "tell": "telling",
+    "told": "dialogue.told", "view": "dialogue.view",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +79,12 @@ class Context:
 
     @property
     def sampling(self) -> SamplingSpec:
-        """How the request samples its answers."""
+        """Sampling of the answer."""
         return self.dialogue.sampling
 
     @property
     def spend(self) -> Spend:
-        """What the request has cost so far."""
+        """Cost of the request so far."""
         return self.engine.spend
 
     def telling(self, texts: Sequence[str]) -> Self:
@@ -112,6 +123,12 @@ class Context:
         origin: how the candidates were made; None: the answer's KL from the policy is reported as unknown.
         """
         return await self.pipeline.select(scores, origin)
+
+    if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+
+        def __getattr__(self, name: str) -> NoReturn:
+            now = f"; it is ctx.{RENAMED[name]} now" if name in RENAMED else ""
+            raise AttributeError(f"a Context has no '{name}'{now}", name=name, obj=self)
 
     async def __aenter__(self) -> Self:
         return self

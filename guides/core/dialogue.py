@@ -68,7 +68,7 @@ class Dialogue:
         return Decoder(self.renderer, self.prompt, skip_special_tokens=self.sampling.skip_special_tokens)
 
     def answer(self, text: str, token_ids: tuple[int, ...], *, partial: bool = False) -> Answer:
-        """What rewards read of what the policy wrote: the text without its layout, and the tokens that are left."""
+        """The answer as rewards read it: the policy's text without its layout, and the tokens that are left."""
         clean = self.clean(text)
         if clean != text:
             token_ids = token_ids[: self.decoder().kept(token_ids, text.find(clean) + len(clean))]

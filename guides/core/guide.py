@@ -1,4 +1,4 @@
-"""What a guide is: an async generator over a Context that yields events (types.py)."""
+"""Guides: a guide is an async generator over a Context that yields events (types.py)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence

@@ -81,7 +81,7 @@ class Renderer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What a reward may use of the server: the engine, its renderer, the names of its model and LoRA adapters.
+    """Parts of the server that a reward may use: the engine, its renderer, the names of its model and LoRA adapters.
 
     remote: names of policies on other servers, which can be rolled out and nothing else.
     """

@@ -16,12 +16,12 @@ T = TypeVar("T", Guide, Reward)
 
 
 def load_guides(only: Collection[str] | None = None) -> dict[str, type[Guide]]:
-    """Loads all installed guides, or just those named. Raises PluginError."""
+    """Load all installed guides, or just those named. Raises PluginError."""
     return _load("guiderail.guides", Guide, only)  # type: ignore[type-abstract]
 
 
 def load_rewards(only: Collection[str] | None = None) -> dict[str, type[Reward]]:
-    """Loads all installed reward classes, or just those named. Raises PluginError."""
+    """Load all installed reward classes, or just those named. Raises PluginError."""
     return _load("guiderail.rewards", Reward, only)  # type: ignore[type-abstract]
 
 

@@ -1,4 +1,4 @@
-"""What a reward is: a batch of answer groups in, one raw value per answer out.
+"""Rewards: a batch of answer groups in, one raw value per answer out.
 
 Values are raw, without a hidden sigmoid or normalisation. Most rewards need no more than a `TextReward`:
 
@@ -86,10 +86,10 @@ def answer_texts(group: ScoreGroup) -> list[str]:
 
 
 def instructions(messages: Sequence[Message]) -> str:
-    """What the answer was given under: the system messages, with an empty line between."""
+    """Instructions that the answer was given under: the system messages, with an empty line between."""
     return "\n\n".join(m.content for m in messages if m.role == "system")
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
-    """What the answer answers: the last user message, or a text completion's prompt; "" if there is neither."""
+    """The question that is answered: the last user message, or a text completion's prompt; "" if there is neither."""
     return next((m.content for m in reversed(messages) if m.role in ("user", PROMPT)), "")

@@ -13,6 +13,7 @@ hashed like the rest. Of one step they differ in the lowest 32 bits, which is al
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NoReturn
 
 DRAW, ROLLOUT, PICK, POOL_SIZE, CALIBRATION = "draw", "rollout", "pick", "pool size", "calibration"
 SENTINELS = frozenset({-1})  # seeds that mean "none" to an engine
@@ -36,3 +37,7 @@ class Seeds:
         if n and (name, step, self.answer) == (DRAW, 0, 0) and self.request not in SENTINELS:
             seeds[0] = self.request
         return seeds
+
+    def __call__(self, *args: object, **named: object) -> NoReturn:
+        """Refuse the way in which guides asked a Context for seeds before there were Seeds of it."""
+        raise TypeError("ctx.seeds(n, step, stream) is ctx.seeds.stream(n, name, step) now")

@@ -176,7 +176,7 @@ class Candidate:
 
     @property
     def finished(self) -> bool:
-        """Whether the answer ended by itself or at its token limit."""
+        """True if the answer ended by itself or at its token limit."""
         return self.finish_reason in ("stop", "length")
 
 

@@ -1,4 +1,4 @@
-"""What calibrates a reward: raw values of answers that the base policy gives to this prompt.
+"""Calibration samples of a reward: raw values of answers that the base policy gives to this prompt.
 
 The answers are apart from the candidates: a quantile estimated from the candidates themselves would be
 nothing but their rank (InfAlign-CTRL, arXiv 2412.19792). Where the samples come from is the server's business.

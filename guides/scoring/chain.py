@@ -60,7 +60,7 @@ class Chain:
 
     @property
     def needs_sample(self) -> bool:
-        """Whether `fit` takes a calibration sample."""
+        """True if `fit` takes a calibration sample."""
         return any(step.needs_sample for step in self.steps)
 
     @property
@@ -71,7 +71,7 @@ class Chain:
 
     @property
     def strict(self) -> bool:
-        """Whether different raw values stay different, up to rounding, so that the chain makes no ties."""
+        """True if different raw values stay different, up to rounding, so that the chain makes no ties."""
         return all(step.strict for step in self.steps)
 
     def resolved(self, n: int) -> "Chain":

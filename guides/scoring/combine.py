@@ -37,7 +37,7 @@ class Combine(BaseModel, ABC):
         return self._combine(values, weights, labels)
 
     def ties(self, raw: Array, weights: Array, labels: Sequence[str]) -> Array:
-        """What orders candidates of equal score, [C], from their raw rewards [C, R]: the weighted sum of raw ranks.
+        """Order of candidates of equal score, [C], from their raw rewards [C, R]: the weighted sum of raw ranks.
 
         Transforms make ties, and with one reward the raw value undoes them. With several there is no exchange rate
         between raw values, which is why they were transformed; ranks among the candidates have a unit in common.

@@ -10,12 +10,12 @@ from guiderail.guides.scoring.transforms import Array
 
 
 def effective_sample_size(weights: Array) -> float:
-    """(sum w)^2 / sum w^2: how many equally weighted candidates the weights amount to, from 1 to their number."""
+    """(sum w)^2 / sum w^2: the number of equal weights that these amount to, from 1 to their number."""
     return float(weights.sum() ** 2 / (weights**2).sum())
 
 
 def token_entropy(logprobs: Sequence[TokenLogprob] | None) -> dict[str, float | None]:
-    """How sure the policy was, as means over the tokens that list their likeliest alternatives; None if none does.
+    """The policy's uncertainty, as means over the tokens that list their likeliest alternatives; None if none does.
 
     `token_entropy` (nats) is that of the distribution over these tokens and "any other", a lower bound of the whole
     one's; `top_mass` is the probability they hold together.

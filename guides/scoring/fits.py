@@ -37,7 +37,7 @@ class Fits:
             self._task(None)
 
     def depends_on_length(self) -> bool:
-        """Whether partial answers have transforms of their own."""
+        """True if partial answers have transforms of their own."""
         return any(term.chain.needs_sample for term in self.terms)
 
     async def transforms(self, length: int | None) -> Transforms:

@@ -1,4 +1,4 @@
-"""Where a pool of candidates comes from, and what that says of the KL from the policy when one of them is chosen.
+"""Origins of a pool of candidates, and what they say of the KL from the policy when one of them is chosen.
 
 Two facts bound KL(the choice || policy):
 - Independent draws. Whatever picks one of n independent draws, by whichever rule and at whatever time, the pick lies in
@@ -36,7 +36,7 @@ POOL_KINDS: dict[PoolKind, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """How the candidates of a pool were made.
+    """Origin of the candidates of a pool.
 
     drawn: how many independent draws the candidates are what is left of, if there were more. at_most: the number that
     the selection rule chose the number of draws from (`Selection.draws`). log_prior: log-probabilities under the policy

@@ -26,7 +26,7 @@ from guiderail.guides.scoring.transforms import Array
 
 @dataclass(frozen=True, slots=True)
 class Judging:
-    """What a request asks of the pipeline: its rewards, their combination, the selection rule, the calibration."""
+    """A request's rewards, their combination, the selection rule and the calibration."""
 
     rewards: tuple[RewardTerm, ...]
     combine: Combine
@@ -42,7 +42,7 @@ class Judging:
 
 @dataclass(frozen=True, slots=True)
 class Scorers:
-    """What the pipeline uses of the server: one each for all requests."""
+    """The parts of the server that the pipeline uses: one each for all requests."""
 
     scorer: Scorer
     calibrator: Calibrator

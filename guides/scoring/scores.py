@@ -28,13 +28,13 @@ class Combination:
         if not labels:
             return None
         weights = np.array([self.weights[label] for label in labels])
-        values = np.stack([transformed[label] for label in labels], axis=1)
+        values = np.array([transformed[label] for label in labels]).T.copy()
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # checked, and named
                 combined = checked(self.rule.combine(values, weights, labels))
         except ValueError as error:
             raise FieldError(AlignmentField("combine"), f": {error}") from error
-        return combined, self.rule.ties(np.stack([raw[label] for label in labels], axis=1), weights, labels)
+        return combined, self.rule.ties(np.array([raw[label] for label in labels]).T, weights, labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Scores:
 
     @property
     def ties(self) -> Array:
-        """What orders candidates of equal score, [C], larger being better."""
+        """Order of candidates of equal score, [C], larger being better."""
         return np.zeros(len(self.plain)) if self._rated is None else self._rated[1]
 
     @property
@@ -87,26 +87,28 @@ class Scores:
 
     def of(self, row: int, candidate: Candidate) -> Candidate:
         """The candidate with the scores of a row."""
-        rated = self._rated
-        return replace(
-            candidate,
-            rewards={label: float(column[row]) for label, column in self.raw.items()},
-            transformed={label: float(column[row]) for label, column in self.transformed.items()},
-            combined=None if rated is None else float(rated[0][row]),
-            tie=0.0 if rated is None else float(rated[1][row]),
-        )
+        c, rated = candidate, self._rated
+        return Candidate(  # not by dataclasses.replace, which takes several times as long
+            c.index, c.text, c.token_ids, c.finish_reason, c.stop_reason, c.logprobs,
+            {label: float(column[row]) for label, column in self.raw.items()},
+            {label: float(column[row]) for label, column in self.transformed.items()},
+            None if rated is None else float(rated[0][row]), 0.0 if rated is None else float(rated[1][row]),
+            c.adjusted, c.weight,
+        )  # fmt: skip
 
     def take(self, rows: Sequence[int]) -> "Scores":
         """These rows with the scores that they have here."""
-        table, rated, at = self.group(rows), self._rated, list(rows)
-        return table if rated is None else replace(table, given=(rated[0][at], rated[1][at]))
+        at, rated = list(rows), self._rated
+        return self._rows(at, None if rated is None else (rated[0][at], rated[1][at]))
 
     def group(self, rows: Sequence[int]) -> "Scores":
         """These rows as a group of their own: combined anew."""
-        at = list(rows)
+        return self._rows(list(rows), None)
+
+    def _rows(self, at: list[int], given: tuple[Array, Array] | None) -> "Scores":
         raw = {label: column[at] for label, column in self.raw.items()}
         transformed = {label: column[at] for label, column in self.transformed.items()}
-        return Scores(tuple(self.plain[row] for row in at), raw, transformed, self.combination)
+        return Scores(tuple(self.plain[row] for row in at), raw, transformed, self.combination, given)
 
     def with_combined(self, combined: Array) -> "Scores":
         """The table with other combined scores [C]; ties stay."""

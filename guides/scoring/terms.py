@@ -8,7 +8,7 @@ from guiderail.guides.scoring.chain import IDENTITY, Chain
 
 @dataclass(frozen=True, slots=True)
 class RewardTerm:
-    """Which reward, with which parameters, how its values are transformed, and its weight in the combination.
+    """A reward and its parameters, the transforms of its values, and its weight in the combination.
 
     `label` names its values in the response (the reward's name unless the request says otherwise).
     """

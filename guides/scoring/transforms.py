@@ -1,4 +1,4 @@
-"""Transforms of one reward's values: the steps that a chain (transforms.py) is made of.
+"""Transforms of one reward's values: the steps that a chain (chain.py) is made of.
 
 A score means little by itself: its unit is the reward model's own. A step turns raw values r into values that can
 be compared, summed or sampled over. It is fitted on a calibration sample: values of answers drawn from the base
@@ -65,11 +65,11 @@ class Transform(_Model, ABC):
 
     @property
     def needs_sample(self) -> bool:
-        """Whether fitting takes a calibration sample."""
+        """True if fitting takes a calibration sample."""
         return False
 
     def leaves_quantile(self, given: bool) -> bool:
-        """Whether what comes out lies in [0, 1] as a quantile does; `given`: whether what goes in does."""
+        """True if what comes out lies in [0, 1] as a quantile does; `given`: if what goes in does."""
         return False
 
     @abstractmethod

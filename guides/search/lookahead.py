@@ -115,6 +115,8 @@ async def value(
     groups = [[_rolled(ctx, transcript, i, pieces[i], tail, ahead) for tail in tails[i]] for i in range(len(pieces))]
     alone = [c for c, group in zip(candidates, groups, strict=True) if not group]
     every = await ctx.score([*alone, *(rollout for group in groups for rollout in group)])
+    if not any(groups):
+        return every
     raw: dict[str, Array] = {label: np.empty(len(pieces)) for label in every.raw}
     transformed: dict[str, Array] = {label: np.empty(len(pieces)) for label in every.raw}
     means: dict[int, float] = {}

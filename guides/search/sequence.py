@@ -1,4 +1,4 @@
-"""Sequences of the engine: the one place that folds their deltas, and makes candidates of what they became."""
+"""Sequences of the engine: the one place that folds their deltas, and makes candidates of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from guiderail.guides.core.types import Candidate, Delta, SamplingSpec, TokenLog
 
 @dataclass(slots=True)
 class Piece:
-    """What a sequence of the engine adds to an answer: its own text, tokens and end, as in Delta."""
+    """The part of an answer that a sequence of the engine writes: its own text, tokens and end, as in Delta."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)

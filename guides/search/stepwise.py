@@ -34,13 +34,13 @@ class Steps:
         self._ended: Scores | None = None  # of the whole answer alone, once it is there
 
     def go_on(self, tokens: int) -> bool:
-        """Whether there is a next step, which costs `tokens` at least: not after the end or at a limit."""
+        """True if there is a next step, which costs `tokens` at least: not after the end or at a limit."""
         if self._ended is None and self._stopped_by is None:
             self._stopped_by = self._ctx.engine.over(tokens)
         return self._ended is None and self._stopped_by is None
 
     def cut_short(self, drawn: Sequence[Piece], pieces: Sequence[Piece] | None = None) -> bool:
-        """Whether a limit ended some of what a step drew. Then the step is not taken.
+        """True if a limit ended some of what a step drew. Then the step is not taken.
 
         pieces: what may be committed instead of the step, if it is not what was drawn.
         """

@@ -15,7 +15,7 @@ from guiderail.guides.search.sequence import Piece
 
 
 class Transcript:
-    """What is committed of one answer, and what its continuations would be."""
+    """The committed part of one answer, and the candidates that its continuations would be."""
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
@@ -65,15 +65,15 @@ class Transcript:
         return Candidate(index, text, ids, reason or "partial", stop_reason, logprobs or None)
 
     def whole(self) -> Candidate:
-        """What is committed, as a candidate."""
+        """The committed part, as a candidate."""
         return self._committed
 
     def commit(self, piece: Piece) -> None:
-        """Takes a piece into the answer."""
+        """Take a piece into the answer."""
         self._committed = self.candidate(0, piece)
 
     def follow(self, other: "Transcript", upto: int) -> None:
-        """Commits the first `upto` tokens of another transcript of the same answer."""
+        """Commit the first `upto` tokens of another transcript of the same answer."""
         theirs, start = other._committed, len(self.token_ids)
         new = Piece("", list(theirs.token_ids[start:upto]), list((theirs.logprobs or ())[start:upto]), "length")
         if upto == len(theirs.token_ids):

@@ -13,6 +13,7 @@ from tabular_engine import TabularEngine
 
 from guiderail import guides
 from guiderail.guides import SamplingSpec, Scored, Token
+from guiderail.guides.core.context import RENAMED
 from guiderail.guides.core.registry import describe
 from guiderail.guides.core.types import ScoreGroup, TokenPrompt
 
@@ -81,3 +82,17 @@ def test_what_a_stepwise_guide_needs_is_public() -> None:
         for node in ast.walk(ast.parse((ROOT / "guides" / f"{name}.py").read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("guiderail.guides.search"):
                 assert {alias.name for alias in node.names} <= set(guides.__all__)
+
+
+def test_old_names_of_a_context_are_refused_with_the_new_ones() -> None:
+    ctx = tabular_context(TabularEngine({None: Endless(seed=1)}), random_scores())
+    with pytest.raises(AttributeError, match=r"ctx\.select now"):
+        _ = ctx.pick  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"no 'nonsense'$"):
+        _ = ctx.nonsense  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=r"seeds\.stream"):
+        ctx.seeds(3, 1)
+    for name in RENAMED.values():
+        found: Any = ctx
+        for part in name.split(",")[0].split("."):
+            found = getattr(found, part)

@@ -19,7 +19,7 @@ MAX_ROTATIONS = 256
 
 
 def threshold(rewards: Array, beta: float) -> float:
-    """How far lambda lies below the largest of the rewards, with mean_i relu((r_i - lambda) / beta) = 1.
+    """Distance of lambda below the largest of the rewards, with mean_i relu((r_i - lambda) / beta) = 1.
 
     With the k largest active lambda is (sum of these - n beta) / k; the right k is the largest for which the k-th
     reward still exceeds it. Relative to the largest reward a tiny beta is not rounded away.

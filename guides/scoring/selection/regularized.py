@@ -24,7 +24,6 @@ class Mbr(Selection):
 
     name: Literal["mbr"] = "mbr"
     beta: Bounded = Field(default=0.5, gt=0, description="Reward that a similarity of 1 is worth.")
-    needs_embeddings: ClassVar[bool] = True
     valid_for: ClassVar[frozenset[PoolKind]] = frozenset({"answers", "blocks"})  # similarity to the policy's own
 
     async def pick(self, pool: Pool) -> Choice:

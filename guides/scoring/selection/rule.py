@@ -49,7 +49,7 @@ class Pool:
         return int(np.lexsort((np.arange(len(ties)), -ties, -(self.scores if scores is None else scores)))[0])
 
     def kl(self, weights: Array) -> float | None:
-        """What bounds the KL of a draw by `weights` [C] (see origin.py), in nats; None where nothing does."""
+        """Bound of the KL of a draw by `weights` [C] (see origin.py), in nats; None where there is none."""
         return None if self.origin is None else self.origin.kl(weights)
 
     def kl_of(self, index: int) -> float | None:
@@ -80,12 +80,10 @@ class Selection(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str
     needs_logprobs: ClassVar[bool] = False
-    needs_embeddings: ClassVar[bool] = False
-    needs_judge: ClassVar[bool] = False
     valid_for: ClassVar[frozenset[PoolKind]] = frozenset()  # pools on which it does what it says; others are refused
 
     def draws(self, n: int, seed: int | None) -> int:
-        """How many candidates best-of-n is to draw, at most n."""
+        """Number of candidates that best-of-n is to draw, at most n."""
         return n
 
     def at(self, temperature: float) -> "Selection":

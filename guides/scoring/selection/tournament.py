@@ -36,7 +36,6 @@ class Tournament(Selection):
         max_length=4000,
         description="What the judge is asked about two answers.",
     )
-    needs_judge: ClassVar[bool] = True
     valid_for: ClassVar[frozenset[PoolKind]] = frozenset({"answers", "blocks", "survivors", "beams"})
 
     def check(self, n: int) -> None:
@@ -89,6 +88,6 @@ class Tournament(Selection):
 
 
 def _among(pool: Pool, indices: npt.NDArray[np.intp]) -> int:
-    """Where in `indices` the one of the largest score stands; of equals the best by `ties`, then the first."""
+    """Place in `indices` of the one with the largest score; of equals the best by `ties`, then the first."""
     ties = np.zeros(len(indices)) if pool.ties is None else pool.ties[indices]
     return int(np.lexsort((indices, -ties, -pool.scores[indices]))[0])
