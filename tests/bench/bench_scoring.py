@@ -72,8 +72,7 @@ class Methods:
         from transformers import AutoModelForSequenceClassification
 
         from guiderail.server.rewards.models.loading import load_model
-        from guiderail.server.rewards.models.neural import PackedBackend
-        from guiderail.server.rewards.models.packed import PackedRunner
+        from guiderail.server.rewards.models.packed import PackedBackend, PackedRunner
 
         self.plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=DTYPE).eval()
         self.plain.config.pad_token_id = 2
