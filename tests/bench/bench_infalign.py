@@ -47,10 +47,10 @@ def main() -> None:
         off = float(np.abs(asked.kl - kl).max())
         pairs = [f"{r:.4f} ± {e:.4f} | {t:.4f}" for r, e, t in zip(rates, errors, truth, strict=True)]
         lines.append(
-            f"| {name} | {kl:g} | {asked.kl.mean():.6f} ({off:.0e}) | {asked.law_kl():.3f} | {' | '.join(pairs)} |"
+            f"| {name} | {kl:g} | {asked.kl.mean():.6f} ({off:.0e}) | {asked.distribution_kl():.3f} | {' | '.join(pairs)} |"
         )
         results.append(
-            {"transform": name, "kl_asked": kl, "kl_obtained": asked.kl.tolist(), "kl_of_answers": asked.law_kl(),
+            {"transform": name, "kl_asked": kl, "kl_obtained": asked.kl.tolist(), "kl_of_answers": asked.distribution_kl(),
              "rates": rates.tolist(), "standard_errors": errors.tolist(), "exact": truth.tolist()}
         )  # fmt: skip
     worst = max(

@@ -1,4 +1,4 @@
-"""Policies mixed inside the real engine: against laws that are known, beside plain rows, and out of step."""
+"""Policies mixed inside the real engine: against distributions that are known, beside plain rows, and out of step."""
 
 import asyncio
 from typing import Any
@@ -62,14 +62,14 @@ async def test_mixing_a_policy_with_itself_halves_the_temperature(live: Live) ->
     twice = await draw(live, [TokenPrompt(ids, None, (Mixed(ids, None, 1.0),))] * rows, temperature=1.0, max_tokens=1)
     base = await next_logprobs(live, ids, None)
     tokens = list(base)
-    law = np.exp(2 * np.array(list(base.values())))
-    law /= law.sum()
-    top = tokens[int(law.argmax())]
-    p = float(law.max())
+    distribution = np.exp(2 * np.array(list(base.values())))
+    distribution /= distribution.sum()
+    top = tokens[int(distribution.argmax())]
+    p = float(distribution.max())
     share = sum(row[0] == top for row in twice) / rows
     assert abs(share - p) < 4 * np.sqrt(p * (1 - p) / rows) + 0.03
     plain_p = float(np.exp(base[top]))
-    assert p > plain_p + 0.02, "the control: one policy alone has another law"
+    assert p > plain_p + 0.02, "the control: one policy alone has another distribution"
 
 
 async def test_steering_away_keeps_to_what_the_policy_finds_plausible(live: Live) -> None:

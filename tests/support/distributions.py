@@ -1,4 +1,4 @@
-"""Exact laws over a reward's quantile u in [0, 1], by integration, and pools of candidates to select from.
+"""Exact distributions over a reward's quantile u in [0, 1], by integration, and pools of candidates to select from.
 
 A policy that maximises E[phi(u)] - beta KL has the density f(u) ~ e^(phi(u) / beta). Integrals are sums over
 Gauss-Legendre nodes on panels that get finer towards both ends.
@@ -53,7 +53,7 @@ def kl(f: np.ndarray) -> float:
 
 
 def beta_for(phi: np.ndarray, target: float) -> float:
-    """The beta at which the tilted law is `target` nats from the base policy."""
+    """The beta at which the tilted distribution is `target` nats from the base policy."""
     spread = np.ptp(phi)
     return float(spread * np.exp(brentq(lambda b: kl(tilted(phi, spread * np.exp(b))) - target, -100, 10, xtol=1e-12)))
 

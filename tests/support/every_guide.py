@@ -48,14 +48,14 @@ class Script:
     tokens: Sequence[int]
     vocabulary: int
 
-    def law(self, prefix: Sequence[int]) -> np.ndarray:
+    def distribution(self, prefix: Sequence[int]) -> np.ndarray:
         p = np.full(self.vocabulary, 0.02)
         p[self.tokens[len(prefix)] if len(prefix) < len(self.tokens) else 0] = 1.0
         return p / p.sum()
 
 
 class Endless:
-    """A policy over `vocabulary` letters that never ends, and whose law depends on the last token alone."""
+    """A policy over `vocabulary` letters that never ends, and whose distribution depends on the last token alone."""
 
     def __init__(self, vocabulary: int = 5, seed: int = 0, end: float = 0.0) -> None:
         """end: probability of the end of the sequence at each token."""
@@ -63,7 +63,7 @@ class Endless:
         p[:, 0] = 0
         self._table = np.concatenate([np.full((vocabulary, 1), end), (1 - end) * p[:, 1:] / p.sum(1)[:, None]], axis=1)
 
-    def law(self, prefix: Sequence[int]) -> np.ndarray:
+    def distribution(self, prefix: Sequence[int]) -> np.ndarray:
         row: np.ndarray = self._table[prefix[-1] if prefix else 0]
         return row
 

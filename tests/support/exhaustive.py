@@ -55,7 +55,7 @@ class ExhaustiveEngine(TabularEngine):
     chance: Chance
 
     def _draw(self, prompt: TokenPrompt, sampling: SamplingSpec, at: int, rng: Any) -> int:
-        p = self.law(prompt).copy()
+        p = self.distribution(prompt).copy()
         if at < sampling.min_tokens:
             p[EOS] = 0
         if sampling.temperature == 0:

@@ -42,7 +42,7 @@ TRANSFORMS: dict[str, Any] = {
 class Letters:
     """The next letter is any of the first 16; the answer does not end before its limit."""
 
-    def law(self, prefix: Sequence[int]) -> np.ndarray:
+    def distribution(self, prefix: Sequence[int]) -> np.ndarray:
         return np.append(0.0, np.full(LETTERS, 1 / LETTERS))
 
 
@@ -100,7 +100,7 @@ class Asked:
         draws = rng.integers(len(self.u), size=(resamples, len(self.u)))
         return np.std([self.win_rates(rows) for rows in draws], axis=0, ddof=1)
 
-    def law_kl(self, bins: int = 32) -> float:
+    def distribution_kl(self, bins: int = 32) -> float:
         """KL in nats of the answers' mean distribution from the policy, over equal bins of the quantile."""
         mass = np.histogram(self.u.ravel(), bins, (0, 1), weights=self.weights.ravel())[0]
         return selection_kl(mass / mass.sum())

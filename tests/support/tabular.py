@@ -1,7 +1,7 @@
 """A tabular language model, small enough to enumerate: every answer with its probability, and exact values.
 
 Token 0 is the end of the sequence, the others are letters. An answer is a tuple of at most `horizon` tokens; it ends
-with token 0 or at the horizon. A policy is a law of the next token for each prefix; a reward is a number for each
+with token 0 or at the horizon. A policy is a distribution of the next token for each prefix; a reward is a number for each
 answer. All of it is computed by recursion over prefixes, without sampling, apart from any code of the guides.
 """
 
@@ -13,13 +13,13 @@ import numpy as np
 
 EOS = 0
 Ids = tuple[int, ...]
-Law = dict[Ids, float]
+Distribution = dict[Ids, float]
 Reward = Mapping[Ids, float]
 
 
 @dataclass(frozen=True)
 class Tabular:
-    """A policy: `table[prefix]` [vocabulary] is the law of the next token. All prefixes below the horizon are there."""
+    """A policy: `table[prefix]` [vocabulary] is the distribution of the next token. All prefixes below the horizon are there."""
 
     table: Mapping[Ids, np.ndarray]
     horizon: int
@@ -28,16 +28,16 @@ class Tabular:
     def vocabulary(self) -> int:
         return len(self.table[()])
 
-    def law(self, prefix: Ids) -> np.ndarray:
+    def distribution(self, prefix: Ids) -> np.ndarray:
         return self.table[prefix]
 
     def prefixes(self) -> Iterator[Ids]:
         """Unfinished prefixes below the horizon, longest first."""
         return iter(sorted(self.table, key=len, reverse=True))
 
-    def answers(self) -> Law:
+    def answers(self) -> Distribution:
         """Every answer with its probability."""
-        found: Law = {}
+        found: Distribution = {}
         for prefix in self.table:
             for z in range(self.vocabulary):
                 answer = (*prefix, z)
@@ -51,21 +51,21 @@ def ends(answer: Ids, horizon: int) -> bool:
 
 
 def probability(policy: Tabular, answer: Ids) -> float:
-    return float(np.prod([policy.law(answer[:t])[z] for t, z in enumerate(answer)]))
+    return float(np.prod([policy.distribution(answer[:t])[z] for t, z in enumerate(answer)]))
 
 
-def answers_after(policy: Tabular, prefix: Ids) -> Law:
-    """The law of the whole answers that begin with `prefix`, given that they do."""
+def answers_after(policy: Tabular, prefix: Ids) -> Distribution:
+    """The distribution of the whole answers that begin with `prefix`, given that they do."""
     if ends(prefix, policy.horizon):
         return {prefix: 1.0}
-    found: Law = {}
-    for z, p in enumerate(policy.law(prefix)):
+    found: Distribution = {}
+    for z, p in enumerate(policy.distribution(prefix)):
         found |= {answer: float(p) * q for answer, q in answers_after(policy, (*prefix, z)).items()}
     return found
 
 
 def from_rule(rule: Callable[[Ids], np.ndarray], horizon: int) -> Tabular:
-    """The policy with law rule(prefix) at each prefix."""
+    """The policy with distribution rule(prefix) at each prefix."""
     table: dict[Ids, np.ndarray] = {}
     open_: list[Ids] = [()]
     for prefix in open_:
@@ -97,7 +97,7 @@ def q_values(rho: Tabular, reward: Reward) -> dict[Ids, np.ndarray]:
     q: dict[Ids, np.ndarray] = {}
     for s in rho.prefixes():
         nexts = [(*s, z) for z in range(rho.vocabulary)]
-        q[s] = np.array([reward[n] if ends(n, rho.horizon) else float(rho.law(n) @ q[n]) for n in nexts])
+        q[s] = np.array([reward[n] if ends(n, rho.horizon) else float(rho.distribution(n) @ q[n]) for n in nexts])
     return q
 
 
@@ -119,13 +119,13 @@ def guided(pi0: Tabular, q: Mapping[Ids, np.ndarray], alpha: float) -> Tabular:
     """pi(z | s) ~ pi0(z | s) exp(q(s, z) / alpha): the optimum of E[q] - alpha KL(pi || pi0) at each prefix."""
     table = {}
     for s, v in q.items():
-        p = pi0.law(s) * np.exp((v - v.max()) / alpha)
+        p = pi0.distribution(s) * np.exp((v - v.max()) / alpha)
         table[s] = p / p.sum()
     return Tabular(table, pi0.horizon)
 
 
 def aligned(pi0: Tabular, reward: Reward, beta: float) -> Tabular:
-    """The policy of E[r] - beta KL over whole answers: rho(y) ~ pi0(y) exp(r(y) / beta), as laws of next tokens.
+    """The policy of E[r] - beta KL over whole answers: rho(y) ~ pi0(y) exp(r(y) / beta), as distributions of next tokens.
 
     What RLHF and DPO converge to. Its soft value is V(s) = log sum_z pi0(z | s) exp(V(s, z)).
     """
@@ -134,14 +134,14 @@ def aligned(pi0: Tabular, reward: Reward, beta: float) -> Tabular:
     for s in pi0.prefixes():
         nexts = [(*s, z) for z in range(pi0.vocabulary)]
         v = np.array([reward[n] / beta if ends(n, pi0.horizon) else soft[n] for n in nexts])
-        p = pi0.law(s) * np.exp(v - v.max())
+        p = pi0.distribution(s) * np.exp(v - v.max())
         soft[s] = float(np.log(p.sum()) + v.max())
         table[s] = p / p.sum()
     return Tabular(table, pi0.horizon)
 
 
-def expected(law: Mapping[Ids, float], reward: Reward) -> float:
-    return sum(p * reward[answer] for answer, p in law.items())
+def expected(distribution: Mapping[Ids, float], reward: Reward) -> float:
+    return sum(p * reward[answer] for answer, p in distribution.items())
 
 
 def kl(p: Mapping[Ids, float], q: Mapping[Ids, float]) -> float:
@@ -161,7 +161,7 @@ def beam_search(policy: Tabular, beams: int, length_penalty: float = 0.0) -> tup
             if ids and ends(ids, policy.horizon):
                 pool.append((ids, log_p))
             else:
-                pool += [((*ids, z), log_p + float(np.log(p))) for z, p in enumerate(policy.law(ids)) if p > 0]
+                pool += [((*ids, z), log_p + float(np.log(p))) for z, p in enumerate(policy.distribution(ids)) if p > 0]
         pool.sort(key=lambda each: -each[1] / len(each[0]) ** length_penalty)
         held = pool[:beams]
     ids, log_p = held[0]

@@ -121,24 +121,24 @@ class TabularEngine:
     def num_running(self) -> int:
         return self.rows
 
-    def law(self, prompt: TokenPrompt) -> np.ndarray:
-        """The law of the token after a prompt, mixed with that of the prompt's other policies."""
-        law = self._alone(prompt)
+    def distribution(self, prompt: TokenPrompt) -> np.ndarray:
+        """The distribution of the token after a prompt, mixed with that of the prompt's other policies."""
+        distribution = self._alone(prompt)
         if not prompt.mix and not prompt.plausibility:
-            return law
+            return distribution
         with np.errstate(divide="ignore"):
-            z = np.log(law) + sum(
+            z = np.log(distribution) + sum(
                 m.weight * np.log(self._alone(TokenPrompt(m.token_ids, m.adapter))) for m in prompt.mix
             )
-        z[law < prompt.plausibility * law.max()] = -np.inf
+        z[distribution < prompt.plausibility * distribution.max()] = -np.inf
         p: np.ndarray = np.exp(z - z.max())
         return p / p.sum()
 
     def _alone(self, prompt: TokenPrompt) -> np.ndarray:
         at = next((i for i, token in enumerate(prompt.token_ids) if token < FIRST_PROMPT_TOKEN), len(prompt.token_ids))
         policy = self.policies.get(prompt.token_ids[:at])
-        law: np.ndarray = (policy or self.policies[prompt.adapter]).law(prompt.token_ids[at:])
-        return law
+        distribution: np.ndarray = (policy or self.policies[prompt.adapter]).distribution(prompt.token_ids[at:])
+        return distribution
 
     def generate(
         self,
@@ -157,13 +157,13 @@ class TabularEngine:
             await self.step(len(prompts))
         finally:
             self.rows -= len(prompts)
-        return [_top(self.law(prompt), top_k) for prompt in prompts]
+        return [_top(self.distribution(prompt), top_k) for prompt in prompts]
 
     async def answer_logprobs(
         self, prompts: Sequence[TokenPrompt], answers: Sequence[Sequence[int]]
     ) -> list[list[float]]:
         return [
-            [float(np.log(self.law(prompt.extended(answer[:t]))[z])) for t, z in enumerate(answer)]
+            [float(np.log(self.distribution(prompt.extended(answer[:t]))[z])) for t, z in enumerate(answer)]
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
@@ -190,9 +190,9 @@ class TabularEngine:
             token = self._draw(at, sampling, len(ids), rng)
             ids.append(token)
             if sampling.logprobs is not None:
-                law = self.law(at)
-                top = _top(law, sampling.logprobs) | {token: float(np.log(law[token]))}
-                logprobs.append(TokenLogprob(token, float(np.log(law[token])), tuple(top.items())))
+                distribution = self.distribution(at)
+                top = _top(distribution, sampling.logprobs) | {token: float(np.log(distribution[token]))}
+                logprobs.append(TokenLogprob(token, float(np.log(distribution[token])), tuple(top.items())))
             shown = ids
             if (token == EOS and not sampling.ignore_eos) or token in sampling.stop_token_ids:
                 reason, stop_reason = "stop", None if token == EOS and not sampling.ignore_eos else token
@@ -220,7 +220,7 @@ class TabularEngine:
         key = (prompt, sampling.temperature, barred)
         cdf = self._cdfs.get(key)
         if cdf is None:
-            p = self.law(prompt).copy()
+            p = self.distribution(prompt).copy()
             p[[token for token in barred if token < len(p)]] = 0
             p = np.eye(len(p))[int(p.argmax())] if sampling.temperature == 0 else p ** (1 / sampling.temperature)
             cdf = self._cdfs[key] = (np.cumsum(p) / p.sum()).tolist()
@@ -228,9 +228,9 @@ class TabularEngine:
         return next(token for token, mass in enumerate(cdf) if u < mass)
 
 
-def _top(law: np.ndarray, k: int) -> dict[int, float]:
-    order = [int(i) for i in np.argsort(-law, kind="stable")[:k] if law[i] > 0]
-    return {i: float(np.log(law[i])) for i in order}
+def _top(distribution: np.ndarray, k: int) -> dict[int, float]:
+    order = [int(i) for i in np.argsort(-distribution, kind="stable")[:k] if distribution[i] > 0]
+    return {i: float(np.log(distribution[i])) for i in order}
 
 
 def _stop(text: str, sampling: SamplingSpec, free: int) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Best-of-N and best-of-Poisson: their laws, win rates and KLs; and what they bound for every other rule."""
+"""Best-of-N and best-of-Poisson: their distributions, win rates and KLs; and what they bound for every other rule."""
 
 import itertools
 import math
@@ -16,9 +16,9 @@ from guiderail.guides.scoring.selection.best import Argmax, BestOfPoisson, Softm
 BASE = np.array([0.5, 0.3, 0.15, 0.05])  # a base policy over four answers, in ascending order of reward
 
 
-def discrete_kl(law: np.ndarray, base: np.ndarray = BASE) -> float:
-    held = law > 0
-    return float((law[held] * np.log(law[held] / base[held])).sum())
+def discrete_kl(distribution: np.ndarray, base: np.ndarray = BASE) -> float:
+    held = distribution > 0
+    return float((distribution[held] * np.log(distribution[held] / base[held])).sum())
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16, 64])
@@ -33,7 +33,7 @@ def test_golden_values() -> None:
     assert [round(n / (n + 1), 4) for n in (4, 16, 64)] == [0.8, 0.9412, 0.9846]
 
 
-async def test_argmax_has_the_law_of_the_largest_quantile() -> None:
+async def test_argmax_has_the_distribution_of_the_largest_quantile() -> None:
     rng = np.random.default_rng(0)
     n, rounds = 4, 4000
     u = rng.random((rounds, n))
@@ -46,26 +46,26 @@ async def test_argmax_has_the_law_of_the_largest_quantile() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 4, 16])
-async def test_a_discrete_reward_has_its_exact_law_at_less_kl(n: int) -> None:
+async def test_a_discrete_reward_has_its_exact_distribution_at_less_kl(n: int) -> None:
     below = np.cumsum(BASE) - BASE
-    law = (below + BASE) ** n - below**n
-    assert law.sum() == pytest.approx(1)
-    assert discrete_kl(law) < best_of_n_kl(n)
+    distribution = (below + BASE) ** n - below**n
+    assert distribution.sum() == pytest.approx(1)
+    assert discrete_kl(distribution) < best_of_n_kl(n)
     rng = np.random.default_rng(n)
     answers = rng.choice(4, p=BASE, size=(3000, n))
     chosen = [row[(await Argmax().pick(pool(row))).index] for row in answers]
-    assert np.abs(np.bincount(chosen, minlength=4) / 3000 - law).max() < 4 * 0.5 / np.sqrt(3000)
+    assert np.abs(np.bincount(chosen, minlength=4) / 3000 - distribution).max() < 4 * 0.5 / np.sqrt(3000)
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_no_rule_that_picks_one_of_n_exceeds_the_kl_of_best_of_n(n: int) -> None:
-    """Random rules, which may look at all candidates and at their order, with their laws summed up exactly."""
+    """Random rules, which may look at all candidates and at their order, with their distributions summed up exactly."""
     rng = np.random.default_rng(n)
     pools = list(itertools.product(range(4), repeat=n))
     probabilities = np.array([BASE[list(p)].prod() for p in pools])
     worst = 0.0
     for _ in range(300):
-        law = np.zeros(4)
+        distribution = np.zeros(4)
         favourites = rng.permutation(4)
         for answers, probability in zip(pools, probabilities, strict=True):
             kind = rng.integers(3)
@@ -74,23 +74,23 @@ def test_no_rule_that_picks_one_of_n_exceeds_the_kl_of_best_of_n(n: int) -> None
             else:  # by a preference of its own, for rare answers too
                 ranks = favourites[list(answers)] if kind == 1 else -BASE[list(answers)]
                 weights = np.eye(n)[int(np.argmax(ranks))]
-            np.add.at(law, list(answers), probability * weights)
-        worst = max(worst, discrete_kl(law))
+            np.add.at(distribution, list(answers), probability * weights)
+        worst = max(worst, discrete_kl(distribution))
     assert 0.3 * best_of_n_kl(n) < worst <= best_of_n_kl(n)
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.3, 1.0, 10.0])
 async def test_the_mean_of_the_kl_estimate_bounds_the_kl(beta: float) -> None:
     """Exactly, over all pools of 4 candidates."""
-    law, estimate = np.zeros(4), 0.0
+    distribution, estimate = np.zeros(4), 0.0
     for answers in itertools.product(range(4), repeat=4):
         probability = BASE[list(answers)].prod()
         choice = await Softmax(beta=beta).pick(pool(np.array(answers)))
-        np.add.at(law, list(answers), probability * choice.weights)
+        np.add.at(distribution, list(answers), probability * choice.weights)
         assert choice.kl == pytest.approx(selection_kl(choice.weights))
         estimate += probability * choice.kl
-    assert discrete_kl(law) <= estimate
-    assert discrete_kl(law) <= best_of_n_kl(4)
+    assert discrete_kl(distribution) <= estimate
+    assert discrete_kl(distribution) <= best_of_n_kl(4)
 
 
 @pytest.mark.parametrize(("mu", "mean", "nats"), [(1, 0.6321, 0.1072), (4, 0.8114, 0.6739), (8, 0.8906, 1.2132)])
@@ -122,7 +122,7 @@ def test_best_of_poisson_kl_has_its_closed_form(mu: float) -> None:
     assert best_of_poisson_kl(mu) == pytest.approx(exact, rel=1e-8, abs=1e-9 * top)
 
 
-async def test_best_of_poisson_draws_its_law() -> None:
+async def test_best_of_poisson_draws_its_distribution() -> None:
     rule = BestOfPoisson(mu=4)
     rng = np.random.default_rng(3)
     counts = [rule.draws(10_000, seed) for seed in range(4000)]

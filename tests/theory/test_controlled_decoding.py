@@ -62,25 +62,25 @@ async def test_it_is_transfer_q_with_the_policy_as_its_own_baseline(
     assert differs > 5
 
 
-async def test_many_draws_of_one_token_tend_to_the_law_of_transfer_q() -> None:
+async def test_many_draws_of_one_token_tend_to_the_distribution_of_transfer_q() -> None:
     """pi0(z) exp(Q(z) / beta), where the prior comes from the draws: here and in log pi0 + Q / alpha there."""
     pi0 = from_rule(lambda s: np.array([0.1, 0.2, 0.3, 0.4]) if not s else np.eye(4)[(sum(s) * 7) % 3 + 1], 4)
     reward = random_reward(pi0, 5)
     q = q_values(pi0, reward)
-    exact = guided(pi0, q, 0.2).law(())
+    exact = guided(pi0, q, 0.2).distribution(())
     engine, scores = TabularEngine.of(pi0), Scores({"r": reward})
-    laws = []
+    distributions = []
     for seed in range(25):
         ctx = tabular_context(engine, scores, selection=Softmax(beta=0.2), sampling=SamplingSpec(4, seed=seed))
         events = await run(decoding(k=200, block=1, rollouts=1), ctx)
         first = considered(events)[0]
-        laws.append([sum(c.weight or 0.0 for c in first if c.token_ids == (z,)) for z in range(4)])
-    error = np.std(laws, axis=0) / np.sqrt(len(laws))
-    assert (np.abs(np.mean(laws, axis=0) - exact) < 4 * error + 0.002).all()
-    assert np.abs(exact - pi0.law(())).max() > 0.1
+        distributions.append([sum(c.weight or 0.0 for c in first if c.token_ids == (z,)) for z in range(4)])
+    error = np.std(distributions, axis=0) / np.sqrt(len(distributions))
+    assert (np.abs(np.mean(distributions, axis=0) - exact) < 4 * error + 0.002).all()
+    assert np.abs(exact - pi0.distribution(())).max() > 0.1
     transfer = TransferQ(TransferQ.Params(top_k=4, lookahead=None, alpha=0.2))
-    law, _ = await led(transfer, engine, scores, (0,), 4, seed=1)
-    assert [law[0][z] for z in range(4)] == pytest.approx(list(exact))
+    distribution, _ = await led(transfer, engine, scores, (0,), 4, seed=1)
+    assert [distribution[0][z] for z in range(4)] == pytest.approx(list(exact))
 
 
 @pytest.mark.parametrize("selection", [Softmax(beta=0.2), None], ids=["softmax", "argmax"])

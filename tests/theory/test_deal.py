@@ -95,8 +95,8 @@ async def test_one_beam_with_a_lookahead_of_an_aligned_start_state_finds_the_bes
         reward = random_reward(policy, seed + 50)
         best = max(reward, key=reward.__getitem__)
         aligned = greedy(best_q(policy, reward), policy)
-        soft = Tabular({s: 0.9 * p + 0.1 * policy.law(s) for s, p in aligned.table.items()}, HORIZON)
-        engine = TabularEngine({PROMPT: policy, None: soft})  # another prompt, another law
+        soft = Tabular({s: 0.9 * p + 0.1 * policy.distribution(s) for s, p in aligned.table.items()}, HORIZON)
+        engine = TabularEngine({PROMPT: policy, None: soft})  # another prompt, another distribution
         guide = deal(weight=1000.0, lookahead=None, instruction="be good")
         chosen, _ = await answer(guide, policy, reward, engine=engine)
         assert chosen.token_ids == best
@@ -106,7 +106,7 @@ async def test_one_beam_with_a_lookahead_of_an_aligned_start_state_finds_the_bes
 
 
 async def test_the_start_state_is_the_prompt_with_the_instruction() -> None:
-    """log P is that of the instructed model: beam search is of its law, not of the law without instruction."""
+    """log P is that of the instructed model: beam search is of its distribution, not of the distribution without instruction."""
     plain, instructed = random_policy(4, horizon=HORIZON), random_policy(5, horizon=HORIZON)
     engine = TabularEngine({PROMPT: plain, None: instructed})
     for instruction, policy in ((None, plain), ("be good", instructed)):
@@ -132,10 +132,10 @@ async def test_reused_lookaheads_are_those_that_would_be_generated(lookahead: in
                 for z in range(4):
                     ahead = (*ids, z)
                     while ahead[-1] and len(ahead) < HORIZON and len(ahead) - len(ids) - 1 < (lookahead or HORIZON):
-                        ahead = (*ahead, int(policy.law(ahead).argmax()))
+                        ahead = (*ahead, int(policy.distribution(ahead).argmax()))
                     whole = ahead[-1] == 0 or len(ahead) == HORIZON
                     value = reward[ahead] if whole else sum(ahead) / 20
-                    pool.append(((*ids, z), log_p + float(np.log(policy.law(ids)[z])), value))
+                    pool.append(((*ids, z), log_p + float(np.log(policy.distribution(ids)[z])), value))
             pool.sort(key=lambda each: -(each[1] + 4.0 * each[2]))
             held = [(ids, log_p) for ids, log_p, _ in pool[:3]]
         chosen, _ = await answer(
@@ -173,8 +173,8 @@ async def test_where_nothing_keeps_the_constraint_the_nearest_goes_on(threshold:
 
 async def test_finished_beams_compete_with_unfinished_ones() -> None:
     """The short answer is found first; it wins only if nothing that comes later beats its score."""
-    law = {(): [0.4, 0.6], (1,): [0.1, 0.9], (1, 1): [0.5, 0.5], (1, 1, 1): [0.5, 0.5]}
-    policy = Tabular({s: np.array(p) for s, p in law.items()}, 4)
+    distribution = {(): [0.4, 0.6], (1,): [0.1, 0.9], (1, 1): [0.5, 0.5], (1, 1, 1): [0.5, 0.5]}
+    policy = Tabular({s: np.array(p) for s, p in distribution.items()}, 4)
     reward = dict.fromkeys(policy.answers(), 0.0)
     short = (await answer(deal(beams=2, top_k=2, weight=0.0, lookahead=0), policy, reward))[0]
     assert short.token_ids == (0,)  # 0.4 against 0.27 of the longer ones

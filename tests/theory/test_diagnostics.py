@@ -128,17 +128,17 @@ def test_the_curve_refuses_what_it_cannot_estimate() -> None:
         best_of_n_curve(np.zeros(2), np.array([0.0, np.nan]), [1])
 
 
-@pytest.mark.parametrize(("law", "theta"), [("best_of_n", 1.5), ("best_of_n", 9.0), ("best_of_poisson", 0.2), ("best_of_poisson", 8.0)])  # fmt: skip
-def test_scores_are_the_derivatives_of_the_log_density(law: str, theta: float) -> None:
+@pytest.mark.parametrize(("family", "theta"), [("best_of_n", 1.5), ("best_of_n", 9.0), ("best_of_poisson", 0.2), ("best_of_poisson", 8.0)])  # fmt: skip
+def test_scores_are_the_derivatives_of_the_log_density(family: str, theta: float) -> None:
     step, density = 1e-5, {}
     for at in (theta - step, theta, theta + step):
-        density[at] = at * U ** (at - 1) if law == "best_of_n" else (1 + at * U) * np.exp(at * (U - 1))
+        density[at] = at * U ** (at - 1) if family == "best_of_n" else (1 + at * U) * np.exp(at * (U - 1))
     numeric = (np.log(density[theta + step]) - np.log(density[theta - step])) / (2 * step)
-    assert score(law, theta, U) == pytest.approx(numeric, rel=1e-5, abs=1e-5)
-    assert integral(density[theta] * score(law, theta, U)) == pytest.approx(0, abs=1e-6)
-    primitive = np.gradient(distribution(law, theta, np.linspace(0, 1, 10_001)), 1e-4)
+    assert score(family, theta, U) == pytest.approx(numeric, rel=1e-5, abs=1e-5)
+    assert integral(density[theta] * score(family, theta, U)) == pytest.approx(0, abs=1e-6)
+    primitive = np.gradient(distribution(family, theta, np.linspace(0, 1, 10_001)), 1e-4)
     at = np.linspace(0, 1, 10_001)[100:-1]
-    exact = theta * at ** (theta - 1) if law == "best_of_n" else (1 + theta * at) * np.exp(theta * (at - 1))
+    exact = theta * at ** (theta - 1) if family == "best_of_n" else (1 + theta * at) * np.exp(theta * (at - 1))
     assert primitive[100:-1] == pytest.approx(exact, rel=1e-3)
 
 
@@ -156,17 +156,17 @@ def test_hedge_finds_the_exact_optimum() -> None:
     assert integral(gold * density * score("best_of_poisson", found.theta, U)) == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("law", ["best_of_n", "best_of_poisson"])
-def test_hedge_says_when_there_is_no_turning_point(law: str) -> None:
+@pytest.mark.parametrize("family", ["best_of_n", "best_of_poisson"])
+def test_hedge_says_when_there_is_no_turning_point(family: str) -> None:
     u = np.random.default_rng(0).random(500)
-    first = 1.0 if law == "best_of_n" else 0.0
-    honest = hedge(u, u, law, largest=64)
+    first = 1.0 if family == "best_of_n" else 0.0
+    honest = hedge(u, u, family, largest=64)
     assert (honest.theta, honest.hacked) == (pytest.approx(63 + first), False)
-    opposed = hedge(u, -u, law, largest=64)
+    opposed = hedge(u, -u, family, largest=64)
     assert (opposed.theta, opposed.hacked) == (first, True)
     assert opposed.gold == pytest.approx(-u.mean())
     with pytest.raises(ValueError, match="exceed 1"):
-        hedge(u, u, law, largest=1)
+        hedge(u, u, family, largest=1)
 
 
 def test_hedge_on_noisy_data_is_near_the_optimum() -> None:

@@ -15,7 +15,7 @@ NAMES = ["reverse_kl", "forward_kl", "jensen_shannon", "total_variation"]
 
 
 def divergence(name: str, w: np.ndarray) -> float:
-    """D(w, uniform) from its definition on two laws, not from a generator f."""
+    """D(w, uniform) from its definition on two distributions, not from a generator f."""
     u = np.full(len(w), 1 / len(w))
 
     def kl(p: np.ndarray, q: np.ndarray) -> float:
@@ -68,7 +68,7 @@ def test_total_variation_against_a_linear_programme(beta: float) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_nearby_law_is_better(name: str) -> None:
+def test_no_nearby_distribution_is_better(name: str) -> None:
     rng = np.random.default_rng(4)
     scores = rng.normal(size=50)
     ours = f_divergence_weights(scores, name, 0.4)
@@ -87,7 +87,7 @@ SCORE = st.one_of(st.floats(-3, 3), st.sampled_from([0.0, 1.0, 1e6, -1e6, 1e100,
     st.sampled_from([5e-324, 1e-9, 0.1, 1.0, 1e6, 1e300]),
     st.randoms(use_true_random=False),
 )
-def test_weights_are_a_law_that_keeps_the_order(scores: list[float], name: str, beta: float, random) -> None:
+def test_weights_are_a_distribution_that_keeps_the_order(scores: list[float], name: str, beta: float, random) -> None:
     s = np.array(scores)
     w = f_divergence_weights(s, name, beta)
     assert w.min() >= 0

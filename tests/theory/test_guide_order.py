@@ -48,7 +48,7 @@ def model(seed: int) -> tuple[Tabular, dict[Ids, float]]:
     policy = Tabular({s: np.concatenate([[0.0], p[1:] / p[1:].sum()]) for s, p in pi0.table.items()}, 5)
     hidden: Ids = ()
     while len(hidden) < 4:
-        hidden = (*hidden, int(policy.law(hidden)[1:].argmin()) + 1)
+        hidden = (*hidden, int(policy.distribution(hidden)[1:].argmin()) + 1)
     rng = np.random.default_rng(seed)
     begin = rng.permutation(9) / 16
     reward = {

@@ -1,6 +1,6 @@
 """Indirect Transfer Q*: a baseline aligned to another reward, corrected by self-normalised weights.
 
-With rho ~ pi0 exp(r_BL / beta) the law rho exp((r - r_BL) / beta) is the policy aligned to r at the same beta, so the
+With rho ~ pi0 exp(r_BL / beta) the distribution rho exp((r - r_BL) / beta) is the policy aligned to r at the same beta, so the
 weighted mean of rollouts tends to the Q of that policy, whatever r_BL is.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from contexts import run
-from exact_distribution import law_of, led
+from exact_distribution import distribution_of, led
 from tabular import (
     Ids,
     aligned,
@@ -57,9 +57,9 @@ def served() -> TabularEngine:
 
 async def test_it_corrects_a_baseline_aligned_to_another_reward() -> None:
     exact = guided(PI0, q_values(TARGET, R), ALPHA).answers()
-    law = await law_of(guide(), served(), scores(), PI0, repeats=10, weights=WEIGHTS)
-    assert total_variation(law, exact) < 0.025
-    direct = await law_of(guide(baseline_reward=None), served(), scores(), PI0, repeats=2, weights=WEIGHTS)
+    distribution = await distribution_of(guide(), served(), scores(), PI0, repeats=10, weights=WEIGHTS)
+    assert total_variation(distribution, exact) < 0.025
+    direct = await distribution_of(guide(baseline_reward=None), served(), scores(), PI0, repeats=2, weights=WEIGHTS)
     assert total_variation(direct, exact) > 0.12
     assert total_variation(direct, guided(PI0, q_values(RHO, R), ALPHA).answers()) < 0.06
 
@@ -76,12 +76,14 @@ async def test_the_estimate_of_each_candidate_tends_to_the_value_of_the_aligned_
     seeds, runs = np.random.default_rng(1), 60
     found = np.zeros(4)
     for _ in range(runs):
-        law, ctx = await led(
+        distribution, ctx = await led(
             guide(), served(), scores(), (0,), PI0.horizon, int(seeds.integers(2**62)), weights=WEIGHTS
         )
-        found += np.array([ALPHA * (np.log(law[0][z]) - np.log(PI0.law(())[z])) for z in range(4)]) / runs
+        found += (
+            np.array([ALPHA * (np.log(distribution[0][z]) - np.log(PI0.distribution(())[z])) for z in range(4)]) / runs
+        )
         assert 0 < ctx.report.detail["transfer_ess"] < 64
-    found -= found[0]  # a law knows scores up to a constant
+    found -= found[0]  # a distribution knows scores up to a constant
     right = {a: (R[a] - R_BASELINE[a]) / BETA for a in R}
     exact = q_values(TARGET, R)[()]
     assert exact == pytest.approx([R[(0,)], *(limit((), z, right) for z in (1, 2, 3))])
@@ -99,19 +101,21 @@ async def test_the_estimate_of_each_candidate_tends_to_the_value_of_the_aligned_
 
 async def test_a_baseline_that_is_aligned_to_the_target_needs_no_correction() -> None:
     engine = TabularEngine.of(PI0, adapters={"adapter": TARGET})
-    law, ctx = await led(guide(), engine, scores(R), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS)
+    distribution, ctx = await led(guide(), engine, scores(R), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS)
     direct, _ = await led(guide(baseline_reward=None), engine, scores(R), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS)
-    assert [list(step.values()) for step in law] == [pytest.approx(list(step.values())) for step in direct]
+    assert [list(step.values()) for step in distribution] == [pytest.approx(list(step.values())) for step in direct]
     assert ctx.report.detail["transfer_ess"] == pytest.approx(64)
 
 
 async def test_weights_that_collapse_are_not_used_and_that_is_said() -> None:
-    """At a beta far too small one rollout has all the weight: the answer's law is then that of direct transfer."""
-    law, ctx = await led(guide(beta=0.003, min_ess=0.3), served(), scores(), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS)
+    """At a beta far too small one rollout has all the weight: the answer's distribution is then that of direct transfer."""
+    distribution, ctx = await led(
+        guide(beta=0.003, min_ess=0.3), served(), scores(), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS
+    )
     direct, plain = await led(
         guide(baseline_reward=None), served(), scores(), (3, 2, 1), PI0.horizon, 5, weights=WEIGHTS
     )
-    assert law == direct
+    assert distribution == direct
     assert ctx.report.detail["transfer_ess"] < 0.3 * 64
     assert any("collapsed" in warning for warning in ctx.report.warnings)
     assert not any("collapsed" in warning for warning in plain.report.warnings)

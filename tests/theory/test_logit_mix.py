@@ -24,8 +24,8 @@ def exact(weight: float, share: float, temperature: float) -> dict[Ids, float]:
     found: dict[Ids, float] = {}
 
     def walk(prefix: Ids, p: float) -> None:
-        own = PI0.law(prefix)
-        mixed = np.where(own >= share * own.max(), own * OTHER.law(prefix) ** weight, 0) ** (1 / temperature)
+        own = PI0.distribution(prefix)
+        mixed = np.where(own >= share * own.max(), own * OTHER.distribution(prefix) ** weight, 0) ** (1 / temperature)
         for z, q in enumerate(mixed / mixed.sum()):
             if q and ends((*prefix, z), PI0.horizon):
                 found[(*prefix, z)] = p * q
@@ -51,7 +51,9 @@ async def drawn(params: dict[str, Any], temperature: float) -> Counter[Ids]:
     ("weight", "given", "share"),
     [(-0.8, None, 0.1), (-0.8, 0.4, 0.4), (-0.8, 0.0, 0.0), (0.7, None, 0.0), (0.7, 0.3, 0.3)],
 )
-async def test_answers_have_the_law_of_the_masked_mixture(weight: float, given: float | None, share: float) -> None:
+async def test_answers_have_the_distribution_of_the_masked_mixture(
+    weight: float, given: float | None, share: float
+) -> None:
     """The mask is on by default where a weight is negative, and only there; it can be set either way."""
     params: dict[str, Any] = {"policies": [{"model": "adapter", "weight": weight}], "plausibility": given}
     temperature = 0.8

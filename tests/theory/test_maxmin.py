@@ -56,7 +56,7 @@ def test_several_groups_against_a_general_optimiser(groups: int, beta: float) ->
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_policy_maximises_the_worst_expected_reward_minus_kl(seed: int) -> None:
-    """Strong duality: the answer's law attains the dual's value in the primal, and no other law exceeds it."""
+    """Strong duality: the answer's distribution attains the dual's value in the primal, and no other distribution exceeds it."""
     rng = np.random.default_rng(seed)
     values, beta = rng.random((8, 3)), 0.2
     w, gap = maxmin_dual(values, beta)

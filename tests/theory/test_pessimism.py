@@ -1,4 +1,4 @@
-"""Inference-time pessimism (arXiv 2503.21878): its normaliser, its law, and what it refuses."""
+"""Inference-time pessimism (arXiv 2503.21878): its normaliser, its distribution, and what it refuses."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_golden_normalisers(beta: float, lam: float) -> None:
 
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=30), st.floats(1e-3, 1e3), st.sampled_from([1e-9, 1.0, 1e9]))
-def test_the_normaliser_makes_a_law(rewards: list[float], beta: float, unit: float) -> None:
+def test_the_normaliser_makes_a_distribution(rewards: list[float], beta: float, unit: float) -> None:
     r = np.array(rewards) * unit
     depth = threshold(r, beta * unit)
     assert depth > 0
@@ -28,18 +28,18 @@ def accept(scores: np.ndarray, depth: float, top: float, r_max: float) -> np.nda
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.sampled_from([1e-300, 0.05, 0.5, 1e6]))
-async def test_the_law_is_that_of_the_first_accepted(scores: list[float], beta: float) -> None:
+async def test_the_distribution_is_that_of_the_first_accepted(scores: list[float], beta: float) -> None:
     """Against the loop of the algorithm, one candidate after the other."""
     r, half = np.array(scores), len(scores) // 2
     choice = await Pessimism(beta=beta, r_max=1.0).pick(pool(r))
     depth = threshold(r[:half], beta)
-    law, left = np.zeros(len(r)), 1.0
+    distribution, left = np.zeros(len(r)), 1.0
     for i in range(half, len(r) - 1):
         p = accept(r[i : i + 1], depth, r[:half].max(), 1.0)[0]
-        law[i] = left * p
+        distribution[i] = left * p
         left *= 1 - p
-    law[-1] = left
-    assert choice.weights == pytest.approx(law, abs=1e-12)
+    distribution[-1] = left
+    assert choice.weights == pytest.approx(distribution, abs=1e-12)
     assert choice.weights[choice.index] > 0
     assert choice.detail["fallback"] == pytest.approx(left)
     assert choice.detail["lambda"] == pytest.approx(r[:half].max() - depth)
@@ -53,13 +53,13 @@ async def test_it_tends_to_the_chi_squared_regularised_optimum() -> None:
     target = base * np.maximum(rewards - lam, 0) / beta
     assert target.sum() == pytest.approx(1)
     rng = np.random.default_rng(0)
-    law, nats = np.zeros(4), []
+    distribution, nats = np.zeros(4), []
     for seed in range(3000):
         answers = rng.choice(4, p=base, size=200)
         choice = await Pessimism(beta=beta, r_max=1.0).pick(pool(rewards[answers], seed=seed))
-        np.add.at(law, answers, choice.weights / 3000)
+        np.add.at(distribution, answers, choice.weights / 3000)
         nats.append(choice.kl)
-    assert law == pytest.approx(target, abs=0.03)
+    assert distribution == pytest.approx(target, abs=0.03)
     held = target > 0
     exact = float((target[held] * np.log(target[held] / base[held])).sum())
     assert exact < np.mean(nats) < exact + 0.15, "a bound, and near"

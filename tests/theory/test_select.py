@@ -86,7 +86,7 @@ async def test_every_choice_is_sound(rule: Any, scores: list[float], seed: int |
 @pytest.mark.parametrize("rule", [p for p in BY_NAME if p.values[0].name not in ("pessimism",)])
 @given(scores=st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=9, unique=True), random=st.randoms())
 async def test_permuting_the_candidates_permutes_the_result(rule: Any, scores: list[float], random) -> None:
-    """The chosen candidate for rules without chance, the law for those that sample. (Pessimism takes in order.)"""
+    """The chosen candidate for rules without chance, the distribution for those that sample. (Pessimism takes in order.)"""
     world, order = World(scores), list(range(len(scores)))
     random.shuffle(order)
     plain, permuted = await rule.pick(world.pool()), await rule.pick(world.pool(order))

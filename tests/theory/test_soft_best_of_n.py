@@ -13,8 +13,8 @@ BASE = np.array([0.6, 0.3, 0.1])
 REWARDS = np.array([0.0, 1.0, 1.5])
 
 
-def exact_law(n: int, beta: float) -> np.ndarray:
-    """The law of the selected answer: over all counts of the three answers, their share of e^(r / beta)."""
+def exact_distribution(n: int, beta: float) -> np.ndarray:
+    """The distribution of the selected answer: over all counts of the three answers, their share of e^(r / beta)."""
     first, second = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
     inside = first + second <= n
     counts = np.stack([first[inside], second[inside], n - first[inside] - second[inside]], axis=1)
@@ -26,26 +26,26 @@ def exact_law(n: int, beta: float) -> np.ndarray:
 def test_the_error_halves_as_n_doubles(beta: float) -> None:
     limit = BASE * np.exp(REWARDS / beta)
     limit /= limit.sum()
-    errors = [np.abs(exact_law(n, beta) - limit).sum() / 2 for n in (32, 64, 128)]
+    errors = [np.abs(exact_distribution(n, beta) - limit).sum() / 2 for n in (32, 64, 128)]
     assert errors[0] < 0.1
     for coarse, fine in itertools.pairwise(errors):
         assert coarse / fine == pytest.approx(2, abs=0.25)
-    nats = [float((law := exact_law(n, beta)) @ np.log(law / limit)) for n in (32, 64)]
+    nats = [float((distribution := exact_distribution(n, beta)) @ np.log(distribution / limit)) for n in (32, 64)]
     assert nats[0] / nats[1] > 1.8
 
 
-async def test_the_rule_has_that_law() -> None:
+async def test_the_rule_has_that_distribution() -> None:
     rng = np.random.default_rng(0)
     rounds, n, beta = 6000, 5, 0.7
-    law = np.zeros(3)
+    distribution = np.zeros(3)
     drawn = np.zeros(3)
     for seed in range(rounds):
         answers = rng.choice(3, p=BASE, size=n)
         choice = await Softmax(beta=beta).pick(pool(REWARDS[answers], seed=seed))
-        np.add.at(law, answers, choice.weights / rounds)
+        np.add.at(distribution, answers, choice.weights / rounds)
         drawn[answers[choice.index]] += 1 / rounds
-    exact = exact_law(n, beta)
-    assert np.abs(law - exact).max() < 4 * 0.5 / np.sqrt(rounds)
+    exact = exact_distribution(n, beta)
+    assert np.abs(distribution - exact).max() < 4 * 0.5 / np.sqrt(rounds)
     assert np.abs(drawn - exact).max() < 4 * 0.5 / np.sqrt(rounds)
 
 

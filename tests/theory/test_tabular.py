@@ -1,4 +1,4 @@
-"""The tabular model itself: its exact values against plain enumeration, and the engine's law against the table."""
+"""The tabular model itself: its exact values against plain enumeration, and the engine's distribution against the table."""
 
 from collections import Counter
 
@@ -28,11 +28,11 @@ PI0 = random_policy(1)
 R = random_reward(PI0, 2)
 
 
-def test_answers_are_a_law() -> None:
-    law = PI0.answers()
-    assert sum(law.values()) == pytest.approx(1)
-    assert len(law) == 1 + 3 + 9 + 27 + 81 + 243  # of 1 to 4 tokens, and of 5 with and without an end
-    assert set(R) == set(law)
+def test_answers_are_a_distribution() -> None:
+    distribution = PI0.answers()
+    assert sum(distribution.values()) == pytest.approx(1)
+    assert len(distribution) == 1 + 3 + 9 + 27 + 81 + 243  # of 1 to 4 tokens, and of 5 with and without an end
+    assert set(R) == set(distribution)
 
 
 @pytest.mark.parametrize("prefix", [(), (2,), (1, 3), (3, 3, 1, 2)])
@@ -46,11 +46,11 @@ def test_q_is_the_mean_reward_of_what_follows(prefix: tuple[int, ...]) -> None:
 
 
 def test_the_greedy_policy_of_q_star_finds_the_best_answer() -> None:
-    law = greedy(best_q(PI0, R), PI0).answers()
-    assert expected(law, R) == max(R.values())
+    distribution = greedy(best_q(PI0, R), PI0).answers()
+    assert expected(distribution, R) == max(R.values())
 
 
-def test_the_aligned_policy_is_the_tilted_law_of_answers() -> None:
+def test_the_aligned_policy_is_the_tilted_distribution_of_answers() -> None:
     rho = aligned(PI0, R, 0.3)
     tilted = {answer: p * np.exp(R[answer] / 0.3) for answer, p in PI0.answers().items()}
     mass = sum(tilted.values())
@@ -65,7 +65,7 @@ def test_a_wide_beam_finds_the_mode_and_one_beam_is_greedy() -> None:
     assert np.exp(score) == pytest.approx(max(PI0.answers().values()))
     greedy_ids: tuple[int, ...] = ()
     while not greedy_ids or (greedy_ids[-1] and len(greedy_ids) < 5):
-        greedy_ids = (*greedy_ids, int(PI0.law(greedy_ids).argmax()))
+        greedy_ids = (*greedy_ids, int(PI0.distribution(greedy_ids).argmax()))
     assert beam_search(PI0, 1)[0] == greedy_ids
 
 
@@ -87,8 +87,8 @@ async def test_the_engine_knows_temperature_log_probabilities_and_minimum() -> N
     engine = TabularEngine.of(PI0)
     prompt = TokenPrompt(PROMPT)
     (top,) = await engine.next_token_logprobs([prompt.extended([2])], 2)
-    order = np.argsort(-PI0.law((2,)))[:2]
-    assert top == {int(z): pytest.approx(np.log(PI0.law((2,))[z])) for z in order}
+    order = np.argsort(-PI0.distribution((2,)))[:2]
+    assert top == {int(z): pytest.approx(np.log(PI0.distribution((2,))[z])) for z in order}
     (logprobs,) = await engine.answer_logprobs([prompt], [(2, 1, 0)])
     assert np.exp(sum(logprobs)) == pytest.approx(probability(PI0, (2, 1, 0)))
     for temperature, least in ((0.0, 0), (0.0, 5), (2.0, 5)):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from contexts import final, run
-from exact_distribution import law_of, led
+from exact_distribution import distribution_of, led
 from tabular import (
     Tabular,
     aligned,
@@ -50,9 +50,9 @@ def served(pi0: Tabular, rho: Tabular) -> TabularEngine:
 async def test_an_optimal_baseline_gives_the_optimal_policy_exactly() -> None:
     """Of a baseline that always goes on for the best, one rollout is Q*, so nothing is left to chance."""
     q = best_q(PI0, R)
-    law = await law_of(guide(), served(PI0, greedy(q, PI0)), Scores({"r": R}), PI0)
+    distribution = await distribution_of(guide(), served(PI0, greedy(q, PI0)), Scores({"r": R}), PI0)
     exact = guided(PI0, q, ALPHA).answers()
-    assert total_variation(law, exact) < 1e-9
+    assert total_variation(distribution, exact) < 1e-9
     uniform = Tabular({s: np.full(4, 0.25) for s in PI0.table}, PI0.horizon)
     squared = Tabular({s: p**2 for s, p in PI0.table.items()}, PI0.horizon)
     mistakes = {
@@ -63,7 +63,7 @@ async def test_an_optimal_baseline_gives_the_optimal_policy_exactly() -> None:
         "the served policy rolled out": guided(PI0, q_values(PI0, R), ALPHA),
     }
     for mistake, policy in mistakes.items():
-        assert total_variation(law, policy.answers()) > 0.1, mistake
+        assert total_variation(distribution, policy.answers()) > 0.1, mistake
 
 
 async def test_the_argmax_takes_the_likeliest_token_of_the_optimal_policy() -> None:
@@ -71,7 +71,7 @@ async def test_the_argmax_takes_the_likeliest_token_of_the_optimal_policy() -> N
     policy = guided(PI0, q, ALPHA)
     expected_ids: tuple[int, ...] = ()
     while not expected_ids or not ends(expected_ids, PI0.horizon):
-        expected_ids = (*expected_ids, int(policy.law(expected_ids).argmax()))
+        expected_ids = (*expected_ids, int(policy.distribution(expected_ids).argmax()))
     ctx = tabular_context(served(PI0, greedy(q, PI0)), Scores({"r": R}), sampling=SamplingSpec(5, seed=1))
     assert final(await run(guide(), ctx)).candidates[0].token_ids == expected_ids
 
@@ -86,11 +86,11 @@ async def test_softmax_with_beta_1_draws_answers_from_the_optimal_policy() -> No
         ctx = tabular_context(engine, Scores({"r": R}), sampling=sampling, selection=Softmax(beta=1.0))
         drawn.append(final(await run(guide(), ctx)).candidates[0].token_ids)
     first = Counter(answer[0] for answer in drawn)
-    for z, p in enumerate(exact.law(())):
+    for z, p in enumerate(exact.distribution(())):
         assert abs(first[z] / n - p) < 4 * np.sqrt(p * (1 - p) / n)
-    law = exact.answers()
-    mean = expected(law, R)
-    spread = np.sqrt(expected(law, {a: (v - mean) ** 2 for a, v in R.items()}))
+    distribution = exact.answers()
+    mean = expected(distribution, R)
+    spread = np.sqrt(expected(distribution, {a: (v - mean) ** 2 for a, v in R.items()}))
     assert abs(np.mean([R[a] for a in drawn]) - mean) < 4 * spread / np.sqrt(n)
     assert mean - expected(PI0.answers(), R) > 20 * spread / np.sqrt(n)  # what an unguided model would show
 
@@ -111,34 +111,38 @@ async def test_a_stochastic_baseline_gives_the_policy_of_its_own_values(reuse: b
     """For rho aligned as RLHF or DPO would, which is not the optimal policy, it is pi0 exp(Q^rho / alpha)."""
     q = q_values(RHO, R_SHORT)
     exact = guided(SHORT, q, ALPHA).answers()
-    law = await law_of(guide(rollouts=32, reuse=reuse), served(SHORT, RHO), Scores({"r": R_SHORT}), SHORT, repeats=12)
-    assert total_variation(law, exact) < 0.02
+    distribution = await distribution_of(
+        guide(rollouts=32, reuse=reuse), served(SHORT, RHO), Scores({"r": R_SHORT}), SHORT, repeats=12
+    )
+    assert total_variation(distribution, exact) < 0.02
     for other in (best_q(SHORT, R_SHORT), q_values(SHORT, R_SHORT)):
-        assert total_variation(law, guided(SHORT, other, ALPHA).answers()) > 0.2
+        assert total_variation(distribution, guided(SHORT, other, ALPHA).answers()) > 0.2
 
 
-async def first_laws(rollouts: int, runs: int, alpha: float) -> np.ndarray:
-    """The laws [runs, 4] of the first token over many seeds."""
+async def first_distributions(rollouts: int, runs: int, alpha: float) -> np.ndarray:
+    """The distributions [runs, 4] of the first token over many seeds."""
     engine, seeds = served(SHORT, RHO), np.random.default_rng(rollouts)
-    laws = []
+    distributions = []
     for _ in range(runs):
         seed = int(seeds.integers(2**62))
-        law, _ = await led(
+        distribution, _ = await led(
             guide(rollouts=rollouts, alpha=alpha), engine, Scores({"r": R_SHORT}), (0,), SHORT.horizon, seed
         )
-        laws.append([law[0][z] for z in range(4)])
-    return np.array(laws)
+        distributions.append([distribution[0][z] for z in range(4)])
+    return np.array(distributions)
 
 
 async def test_the_error_falls_as_one_over_the_root_of_the_rollouts() -> None:
     """And its bias, which the exponential makes of the noise, as one over the rollouts."""
     alpha = 0.15
-    exact = guided(SHORT, q_values(RHO, R_SHORT), alpha).law(())
+    exact = guided(SHORT, q_values(RHO, R_SHORT), alpha).distribution(())
     counts = np.array([1, 4, 16, 64])
-    laws = [await first_laws(int(r), runs, alpha) for r, runs in zip(counts, (1500, 700, 300, 100), strict=True)]
-    errors = [np.sqrt(((law - exact) ** 2).sum(axis=1).mean()) for law in laws]
+    distributions = [
+        await first_distributions(int(r), runs, alpha) for r, runs in zip(counts, (1500, 700, 300, 100), strict=True)
+    ]
+    errors = [np.sqrt(((distribution - exact) ** 2).sum(axis=1).mean()) for distribution in distributions]
     slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert slope == pytest.approx(-0.5, abs=0.1)
-    bias = [np.abs(law.mean(axis=0) - exact).sum() for law in laws]
+    bias = [np.abs(distribution.mean(axis=0) - exact).sum() for distribution in distributions]
     assert bias[1] < 0.7 * bias[0]
     assert bias[2] < 0.25 * bias[0]

@@ -127,7 +127,7 @@ async def test_answers_whose_pools_differ_in_size_share_no_candidates() -> None:
 
 
 async def tokens(request: int, n: int, answer: int = 0) -> list[tuple[int, ...]]:
-    """Of n candidates of 12 letters, drawn from a law that is the same at each place."""
+    """Of n candidates of 12 letters, drawn from a distribution that is the same at each place."""
     ctx = context(
         TabularEngine({None: Flat()}), rewards=(), sampling=SamplingSpec(12, seed=request), choice=answer,
         renderer=TabularEngine({None: Flat()}).renderer,
@@ -145,7 +145,7 @@ async def tokens(request: int, n: int, answer: int = 0) -> list[tuple[int, ...]]
 class Flat:
     """Four letters, all as likely, no end."""
 
-    def law(self, prefix: Sequence[int]) -> np.ndarray:
+    def distribution(self, prefix: Sequence[int]) -> np.ndarray:
         return np.array([0, 0.25, 0.25, 0.25, 0.25])
 
 

@@ -21,7 +21,7 @@ def shares(logits: torch.Tensor, n: int = 6000, **recipe: Any) -> torch.Tensor:
     return torch.bincount(tokens, minlength=V) / n
 
 
-def law(logits: torch.Tensor, weights: list[float], temperature: float = 1.0) -> torch.Tensor:
+def distribution(logits: torch.Tensor, weights: list[float], temperature: float = 1.0) -> torch.Tensor:
     """(pi_0 * prod pi_i^w_i)^(1/T), from each policy's own log-softmax: the definition."""
     logprobs = torch.log_softmax(logits.double(), 1)
     mixed = logprobs[0] + sum(w * p for w, p in zip(weights, logprobs[1:], strict=True))
@@ -33,16 +33,18 @@ def law(logits: torch.Tensor, weights: list[float], temperature: float = 1.0) ->
 def test_the_mixture_is_drawn(weights: list[float], temperature: float) -> None:
     logits = policies(1 + len(weights), seed=len(weights), scale=0.7)
     found = shares(logits, weights=weights, temperature=temperature, seed=3)
-    wanted = law(logits, weights, temperature)
+    wanted = distribution(logits, weights, temperature)
     assert (found - wanted).abs().sum() / 2 < 0.03
-    assert (found - law(logits, weights, temperature / 2)).abs().sum() / 2 > 0.05, "the control: sharpened twice"
+    assert (found - distribution(logits, weights, temperature / 2)).abs().sum() / 2 > 0.05, (
+        "the control: sharpened twice"
+    )
 
 
-def test_the_law_is_the_kernels_reference() -> None:
+def test_the_distribution_is_the_kernels_reference() -> None:
     logits, weights = policies(2), torch.tensor([0.7])
     other = torch.log_softmax(logits[1:].double(), 1)
     z = kernel_reference.tilted_logits(torch.log_softmax(logits[:1].double(), 1), other, weights)
-    assert torch.allclose(torch.softmax(z[0], 0), law(logits, [0.7]))
+    assert torch.allclose(torch.softmax(z[0], 0), distribution(logits, [0.7]))
 
 
 def test_mixing_with_itself_is_another_temperature() -> None:
@@ -78,7 +80,7 @@ def test_greedy_takes_the_best_of_the_mixture_whatever_is_cut() -> None:
 def test_cuts_apply_to_the_tempered_mixture(cut: dict[str, float]) -> None:
     """In vLLM's order: min_p, then top_k, then top_p of what is left."""
     logits, weights, temperature = policies(2, seed=4), [0.5], 1.3
-    p = law(logits, weights, temperature)
+    p = distribution(logits, weights, temperature)
     p = torch.where(p < cut.get("min_p", 0) * p.max(), 0, p)
     order = p.argsort(descending=True)
     p[order[int(cut.get("top_k", V)) :]] = 0
@@ -118,12 +120,14 @@ def plausible(logits: torch.Tensor, share: float) -> torch.Tensor:
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"temperature": 1.7, "min_p": 0.1}], ids=str)
 @pytest.mark.parametrize("weights", [[-0.9], [1.0, -2.0]], ids=str)
 def test_implausible_tokens_are_left_out_before_anything_is_mixed(weights: list[float], cut: dict[str, Any]) -> None:
-    """Contrastive decoding: the law over what the policy itself gives at least 0.2 of its top probability."""
+    """Contrastive decoding: the distribution over what the policy itself gives at least 0.2 of its top probability."""
     logits = policies(1 + len(weights), seed=11 if len(weights) == 1 else 14)
     kept = plausible(logits, 0.2)
     assert 2 <= kept.sum() < V / 2
-    assert not kept[law(logits, weights).argmax()], "the control: unmasked, an implausible token is the likeliest"
-    p = torch.where(kept, law(logits, weights, cut.get("temperature", 1.0)), 0)
+    assert not kept[distribution(logits, weights).argmax()], (
+        "the control: unmasked, an implausible token is the likeliest"
+    )
+    p = torch.where(kept, distribution(logits, weights, cut.get("temperature", 1.0)), 0)
     p = torch.where(p < cut.get("min_p", 0) * p.max(), 0, p)
     p[p.argsort(descending=True)[int(cut.get("top_k", V)) :]] = 0
     p /= p.sum()
