@@ -14,8 +14,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Generic
 
-from guiderail.guides.core.interfaces import ScoreResult, Services
-from guiderail.guides.core.types import PROMPT, Message, P_co, Params, ScoreGroup
+from guiderail.guides.core.interfaces import Renderer, ScoreResult, Services
+from guiderail.guides.core.types import PROMPT, Message, P_co, Params, ScoreGroup, TokenPrompt
 
 
 class Reward(ABC, Generic[P_co]):
@@ -77,6 +77,12 @@ class TextReward(Reward[P_co]):
 def begun(messages: Sequence[Message]) -> str:
     """The beginning of the answer that the conversation ends with: a last message of the assistant, else ""."""
     return messages[-1].content if messages and messages[-1].role == "assistant" else ""
+
+
+def next_turn(renderer: Renderer, messages: Sequence[Message]) -> TokenPrompt:
+    """Render messages for their answer: go on with a last message of the assistant, or else open its turn."""
+    goes_on = messages[-1].role == "assistant"
+    return renderer.render(messages, add_generation_prompt=not goes_on, continue_final_message=goes_on)
 
 
 def answer_texts(group: ScoreGroup) -> list[str]:

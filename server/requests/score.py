@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from guiderail.guides.core.budget import Limits, Spend
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.dialogue import Dialogue
+from guiderail.guides.core.reward import next_turn
 from guiderail.guides.core.tasks import together
 from guiderail.guides.core.types import Candidate, SamplingSpec
 from guiderail.guides.scoring.calibration_sample import CalibrationSpec
@@ -81,8 +82,7 @@ def _context(
 ) -> tuple[Context, list[Candidate]]:
     terms, combine = state.resolver.pipeline(*asked, len(item.answers))
     messages = tuple(m.message for m in item.messages)
-    goes_on = messages[-1].role == "assistant"
-    prompt = state.renderer.render(messages, add_generation_prompt=not goes_on, continue_final_message=goes_on)
+    prompt = next_turn(state.renderer, messages)
     room = state.engine.max_model_len - len(prompt.token_ids)
     if room < 1 and any(term.chain.needs_sample for term in terms):
         raise bad_request("an input leaves no room in the model's context for calibration", "inputs")

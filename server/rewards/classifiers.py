@@ -4,9 +4,9 @@ Both are loaded when the server starts. The profanity model is a pickle, which r
 loaded: only the pinned release of its package is accepted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import NoReturn
 
 from guiderail.guides.core.interfaces import ScoreResult, Services
 from guiderail.guides.core.reward import TextReward, answer_texts
@@ -15,11 +15,15 @@ from guiderail.guides.core.types import Params, ScoreGroup
 PROFANITY_VERSION = "1.9.1"
 
 
+def _not_started(text: object) -> NoReturn:
+    raise RuntimeError("the classifier is not loaded yet")
+
+
 class Offensive(TextReward):
     """Minus the probability of offensive wording by alt-profanity-check, in [-1, 0]: higher is cleaner."""
 
     def __init__(self) -> None:
-        self._predict: Any = None
+        self._predict: Callable[[Sequence[str]], Sequence[float]] = _not_started
 
     async def start(self, services: Services) -> None:
         installed = version("alt-profanity-check")
@@ -48,15 +52,15 @@ class Sentiment(TextReward):
     """Sentiment of the answer by the VADER lexicon: its compound value, in [-1, 1]."""
 
     def __init__(self) -> None:
-        self._analyzer: Any = None
+        self._polarity: Callable[[str], Mapping[str, float]] = _not_started
 
     async def start(self, services: Services) -> None:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-        self._analyzer = SentimentIntensityAnalyzer()
+        self._polarity = SentimentIntensityAnalyzer().polarity_scores
 
     def revision(self) -> str:
         return f"vaderSentiment {version('vaderSentiment')}"
 
     def score_text(self, prompt: str, answer: str, params: Params) -> float:
-        return float(self._analyzer.polarity_scores(answer)["compound"])
+        return float(self._polarity(answer)["compound"])

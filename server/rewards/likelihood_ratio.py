@@ -18,7 +18,7 @@ from pydantic import Field
 
 from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.interfaces import ScoreResult, Services
-from guiderail.guides.core.reward import Reward
+from guiderail.guides.core.reward import Reward, next_turn
 from guiderail.guides.core.types import PROMPT, Answer, Message, Params, ScoreGroup, TokenPrompt
 from guiderail.server.engines.engine_stats import RunnerStats
 from guiderail.server.rewards.models.backend import ModelReward, Text
@@ -92,11 +92,7 @@ def _prompt(services: Services, group: ScoreGroup, system_message: str | None, a
         text = services.renderer.encode(group.messages[0].content)
         return TokenPrompt((*before, *text), adapter or group.prompt.adapter)
     turns = [Message("system", system_message), *(m for m in group.messages if m.role != "system")]
-    if group.render is not None:
-        prompt = group.render(turns)
-    else:
-        goes_on = turns[-1].role == "assistant"
-        prompt = services.renderer.render(turns, add_generation_prompt=not goes_on, continue_final_message=goes_on)
+    prompt = group.render(turns) if group.render is not None else next_turn(services.renderer, turns)
     return TokenPrompt(prompt.token_ids, adapter or group.prompt.adapter)
 
 

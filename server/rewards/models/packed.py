@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from guiderail.kernels import reward_head
@@ -42,16 +44,16 @@ class PackedRunner(PackedDecoder):
         Raises ValueError for a sequence that is empty or longer than the pool. One longer than a pass takes several.
         """
         self._check(sequences)
-        scores: list[Any] = []
+        scores: list[npt.NDArray[np.float32]] = []
         with self._counted(sum(map(len, sequences))):
             while len(scores) < len(sequences):
                 first = sequences[len(scores)]
                 while (missing := self._tree.missing(first)) > self._max_pass_tokens:  # its beginning, pass by pass
                     self._score_pass([first[: len(first) - missing + self._max_pass_tokens]])
                 scores += self._score_pass(sequences[len(scores) :])
-        return torch.stack(scores)
+        return torch.from_numpy(np.stack(scores))
 
-    def _score_pass(self, sequences: Sequence[Sequence[int]]) -> list[Any]:
+    def _score_pass(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
         """Return the scores of the first sequences, as many as one pass takes."""
         with self._batch():
             ends = self._insert(sequences)
@@ -64,13 +66,13 @@ class PackedRunner(PackedDecoder):
                 values = reward_head(
                     hidden, work.rows, self._norm_weight, self._eps, self._heads, None,
                     gemma_style=self._norm_minus_one, validate=False,
-                ).cpu()  # fmt: skip
+                ).cpu().numpy()  # fmt: skip
                 self.stats.tokens_computed += len(work.ids)
                 for node, value in zip(wanted, values, strict=True):
                     node.score = value
                 for node in order:
                     node.ready = True
-            return [node.score for node in ends]
+            return [_score(node) for node in ends]
 
     def _insert(self, sequences: Sequence[Sequence[int]]) -> list[Node]:
         """Return the nodes of the first sequences, at least one: as many as have a pass of new tokens together."""
@@ -91,6 +93,11 @@ class PackedRunner(PackedDecoder):
             ends.append(node)
             room -= new
         return ends
+
+
+def _score(node: Node) -> npt.NDArray[np.float32]:
+    assert node.score is not None
+    return node.score
 
 
 class PackedBackend:

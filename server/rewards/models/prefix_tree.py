@@ -9,7 +9,6 @@ their keys and values from the pool. They all name one slot past the others, and
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +32,7 @@ class Node:
     start: int
     parent: "Node | None"
     ready: bool = False
-    score: Any = None
+    score: npt.NDArray[np.float32] | None = None
     logprobs: npt.NDArray[np.float32] | None = None
     used: int = 0
     pinned: bool = False
