@@ -32,7 +32,13 @@ def start_preload() -> None:
         return
     prepare_environment()
     get_context("forkserver").set_forkserver_preload(PRELOAD)
-    forkserver.ensure_running()
+    # scikit-learn and joblib set this: OpenMP then starts in no fork anew, and its threads run on any CPU there.
+    set_by_others = os.environ.pop("KMP_INIT_AT_FORK", None)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if set_by_others is not None:
+            os.environ["KMP_INIT_AT_FORK"] = set_by_others
 
 
 def end_preload() -> None:
