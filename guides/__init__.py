@@ -39,12 +39,13 @@ from guiderail.guides.scoring.pipeline import Pick
 from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.lookahead import Lookahead, Weigh, roll_forward, successors, value
 from guiderail.guides.search.sequence import Piece, roll_out
-from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, draw_blocks, top_tokens
+from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, UNKEPT_BY_BLOCKS, Steps, draw_blocks, top_tokens
 from guiderail.guides.search.transcript import Transcript
 
 __all__ = [
     "MAX_TOP_K",
     "UNKEPT",
+    "UNKEPT_BY_BLOCKS",
     "AlignmentField",
     "Answer",
     "Candidate",

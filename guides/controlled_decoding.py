@@ -19,7 +19,7 @@ from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.types import Event, Params
 from guiderail.guides.scoring.origin import Origin, PoolKind
 from guiderail.guides.search.lookahead import Lookahead, roll_forward, value
-from guiderail.guides.search.stepwise import Steps, draw_blocks
+from guiderail.guides.search.stepwise import UNKEPT_BY_BLOCKS, Steps, draw_blocks
 
 
 class ControlledDecodingParams(Params):
@@ -53,7 +53,7 @@ class ControlledDecoding(Guide[ControlledDecodingParams]):
         return p.k * (max_tokens + steps * p.rollouts * ahead)
 
     def refuses(self) -> tuple[str, ...]:
-        return ("presence_penalty", "frequency_penalty")  # the engine would count each block's tokens alone
+        return UNKEPT_BY_BLOCKS
 
     async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
         k, block = self.params.k, self.params.block

@@ -36,7 +36,7 @@ from guiderail.guides.scoring.origin import Origin, PoolKind
 from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.lookahead import Lookahead, Weigh, roll_forward, successors, value
 from guiderail.guides.search.sequence import Piece
-from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, draw_blocks, top_tokens
+from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, UNKEPT_BY_BLOCKS, Steps, draw_blocks, top_tokens
 
 
 class TransferQParams(Params):
@@ -80,7 +80,7 @@ class TransferQ(Guide[TransferQParams]):
     def refuses(self) -> tuple[str, ...]:
         if self.params.block == 1:
             return UNKEPT
-        return ("presence_penalty", "frequency_penalty")  # the engine would count each block's tokens alone
+        return UNKEPT_BY_BLOCKS
 
     def check(self, services: Services) -> None:
         self.params.baseline.check(services, rolled_out=True)

@@ -19,6 +19,8 @@ UNKEPT = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "top_p", "top_k", "min_p",
 )  # fmt: skip
 
+UNKEPT_BY_BLOCKS = ("presence_penalty", "frequency_penalty")  # the engine would count each block's tokens alone
+
 
 class Steps:
     """The course of one answer: what is committed, how many steps it took, what ended it."""

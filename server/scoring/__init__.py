@@ -1,1 +1,1 @@
-"""What all requests share for scores: the batcher and calibration. Knows nothing of HTTP."""
+"""Scores for all requests: the batcher and calibration. Knows nothing of HTTP."""

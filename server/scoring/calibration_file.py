@@ -25,7 +25,7 @@ from guiderail.guides.core.types import SamplingSpec, TokenPrompt
 from guiderail.guides.prompters import Template
 
 FORMAT, VERSION = "guiderail-calibration", "1"
-FREE = ("seed", "stream", "logprobs", "priority")  # fields of a SamplingSpec that change no answer's law
+FREE = ("seed", "stream", "logprobs", "priority")  # fields of a SamplingSpec that change no answer's distribution
 POOLED = 4096  # values kept of the pool over all prompts: quantiles to better than 0.1 %
 
 
@@ -58,14 +58,14 @@ class StoredCalibration:
 
 
 def conditions(sampling: SamplingSpec, prompter: Mapping[str, Any]) -> dict[str, Any]:
-    """What the values of an answer depend on beside model and prompt, as JSON values."""
+    """All that the values of an answer depend on besides model and prompt, as JSON values."""
     fields = {name: value for name, value in asdict(sampling).items() if name not in FREE}
     loaded: dict[str, Any] = json.loads(json.dumps({**fields, "prompter": dict(prompter)}))
     return loaded
 
 
 def prompt_key(prompt: TokenPrompt) -> str:
-    """What a prompt is found by: its token ids and adapter, hashed."""
+    """Key of a prompt: its token ids and adapter, hashed."""
     return hashlib.sha256(json.dumps([prompt.adapter, prompt.token_ids]).encode()).hexdigest()
 
 

@@ -28,7 +28,7 @@ L = 24
 
 
 class Costs:
-    """What a whole run cost."""
+    """Tokens that a whole run generated."""
 
     def __init__(self, ctx: Context, engine: TabularEngine, scores: Scores) -> None:
         self.tokens = ctx.spend.tokens_generated

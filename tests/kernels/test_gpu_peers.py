@@ -1,4 +1,4 @@
-"""What gpu_check.py compares our kernels with computes the same, as far as that shows without a card."""
+"""The peers of gpu_check.py compute the same as our kernels, as far as that shows without a card."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""What Triton compiles: a small set of variants that does not depend on batches, all known to the warm-up.
+"""The variants that Triton compiles: a small set of variants that does not depend on batches, all known to the warm-up.
 
 A variant that a request meets first is compiled in the middle of serving (seconds).
 """

@@ -1,4 +1,4 @@
-"""What a start finds before the engine, what it says, and the engine's imports ahead of time."""
+"""The start of a server: faults found before the engine, what it says, and imports ahead of time."""
 
 import asyncio
 import json

@@ -76,7 +76,7 @@ def exact(name: str, kl: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the answers of one cell say: [R, C] quantiles and weights, [R] the KL reported, and chosen quantiles."""
+    """The answers of one cell: [R, C] quantiles and weights, [R] the KL reported, and chosen quantiles."""
 
     u: np.ndarray
     weights: np.ndarray

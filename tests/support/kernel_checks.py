@@ -1,4 +1,4 @@
-"""What the kernel tests share: both paths on one machine, tolerances, and comparisons that say what is wrong.
+"""Common ground of the kernel tests: both paths on one machine, tolerances, and comparisons that say what is wrong.
 
 The Triton path runs on CPU tensors under Triton's interpreter. `TRITON_INTERPRET=1` is of no use for that
 here: it is read when a function is decorated, Triton decorates its own library (tl.sum, tl.cumsum, ...) when

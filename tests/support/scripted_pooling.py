@@ -19,7 +19,7 @@ NO_SERVICES: Any = None
 
 
 def logits(tokens: list[int], heads: int) -> list[float]:
-    """What the scripted model gives: [sum/100, sum/100 - 1, ...]."""
+    """Values of the scripted model: [sum/100, sum/100 - 1, ...]."""
     return [sum(tokens) / 100 - head for head in range(heads)]
 
 

@@ -1,4 +1,4 @@
-"""What scripted model servers share: an address, the list of models behind a key, and faults on order."""
+"""Common ground of scripted model servers: an address, the list of models behind a key, and faults on order."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -37,7 +37,7 @@ class ScriptedServer:
         return f"http://127.0.0.1:{self._server.port}"
 
     async def faulted(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
-        """What the fault answers, if there is one and it does."""
+        """Response of the fault, if there is one that responds."""
         self.seen.append(body)
         self.running += 1
         self.peak = max(self.peak, self.running)

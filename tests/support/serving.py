@@ -20,7 +20,7 @@ class Live:
 
 
 def engine_dtype() -> str:
-    """What tests that compare answers run their engine in: float32 on every CPU, also where `auto` is bfloat16.
+    """The dtype in which tests that compare answers run their engine: float32 on every CPU, also where `auto` is bfloat16.
 
     With matrix tiles bfloat16 products round differently with the number of rows in a step, so that the same request
     may end otherwise beside others or over a cached prompt.

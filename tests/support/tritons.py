@@ -67,7 +67,7 @@ def _install(wanted: str, target: Path) -> None:
 
 
 def reports(cases: Iterable[tuple[str, int]], every: bool = False) -> dict[tuple[str, int], "Future[dict[str, Any]]"]:
-    """What `kernels` returns or raises, by version and capability; AT_A_TIME run in the background."""
+    """Results of `kernels`, or what it raises, by version and capability; AT_A_TIME run in the background."""
     pool = ThreadPoolExecutor(AT_A_TIME)
     found = {case: pool.submit(kernels, *case, every=every) for case in cases}
     pool.shutdown(wait=False)
@@ -75,7 +75,7 @@ def reports(cases: Iterable[tuple[str, int]], every: bool = False) -> dict[tuple
 
 
 def kernels(wanted: str, capability: int, every: bool = False) -> dict[str, Any]:
-    """What kernel_variants.py reports under this Triton, of the usual variants or of every one.
+    """Report of kernel_variants.py under this Triton, of the usual variants or of every one.
 
     Raises NoTriton, and RuntimeError where the program itself fails.
     """

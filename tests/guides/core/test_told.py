@@ -1,4 +1,4 @@
-"""What policies are told, and what of their text rewards read: every prompter with every policy of a guide."""
+"""Texts that policies are told and rewards read: every prompter with every policy of a guide."""
 
 from collections.abc import Sequence
 from dataclasses import replace

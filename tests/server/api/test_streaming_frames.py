@@ -1,4 +1,4 @@
-"""How many nested asynchronous generators a streamed token crosses, from the scripted engine to the bytes sent."""
+"""The nested asynchronous generators that a streamed token crosses, from the scripted engine to the bytes sent."""
 
 import inspect
 import sys

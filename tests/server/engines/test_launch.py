@@ -1,4 +1,4 @@
-"""What vLLM is started with, on CPU and as it would be on GPUs, and the environment that its processes get."""
+"""The arguments that vLLM is started with, on CPU and as it would be on GPUs, and the environment that its processes get."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is told of an engine whose processes died: with real processes, which end in every way there is."""
+"""The cause that is told of an engine whose processes died: with real processes, which end in every way there is."""
 
 import faulthandler
 import logging

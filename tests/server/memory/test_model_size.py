@@ -1,4 +1,4 @@
-"""What models need of memory, told from configurations of real models and from headers of files, against the models."""
+"""The memory that models need, told from configurations of real models and from headers of files, against the models."""
 
 import json
 from pathlib import Path

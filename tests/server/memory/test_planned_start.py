@@ -46,7 +46,7 @@ async def started(settings: Settings) -> AsyncIterator[ServerState]:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineSettings, Dying]]:
-    """What engines were built with, and they."""
+    """Settings that engines were built with, and the engines."""
     made: list[tuple[EngineSettings, Dying]] = []
 
     async def build(settings: EngineSettings, say: Callable[[str], None]) -> Any:
@@ -168,7 +168,7 @@ def test_without_cuda_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_gpus_are_asked_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What the process prints, and what is said if it fails; it has torch from here, and no GPU."""
+    """Output of the process, or what is said if it fails; it has torch from here, and no GPU."""
     import torch
 
     from guiderail.server.memory import devices

@@ -42,7 +42,7 @@ APART: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("more", APART)
 async def test_a_pool_is_shared_by_requests_alike_in_all_that_its_values_depend_on(more: dict[str, Any]) -> None:
-    """What rewards read of the conversation, the prompter and the seed, beside prompt and sampling."""
+    """All that a pool belongs to: conversation, prompter and seed, besides prompt and sampling."""
     seen: list[tuple[Message, ...]] = []
 
     class Reader(LastDigit):

@@ -15,7 +15,7 @@ from guiderail.server.engines.vllm.mixture.recipe import Recipe
 
 
 def shares(logits: torch.Tensor, n: int = 6000, **recipe: Any) -> torch.Tensor:
-    """How often each token is drawn over n places of an answer."""
+    """Counts of each token over n places of an answer."""
     rows = list(range(logits.shape[0]))
     tokens = draw(logits, [group(rows, place, **recipe) for place in range(n)])
     return torch.bincount(tokens, minlength=V) / n

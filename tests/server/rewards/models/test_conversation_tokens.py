@@ -1,4 +1,4 @@
-"""What reward models read of a conversation: content as plain text, templates without a system role, long ones."""
+"""The tokens that reward models read of a conversation: content as plain text, templates without a system role, long ones."""
 
 import asyncio
 from itertools import pairwise

@@ -225,7 +225,7 @@ def test_answers_that_go_on_from_one_that_passes() -> None:
 
 
 def test_a_pass_reads_nothing_back_but_the_scores() -> None:
-    """What the host knows it does not ask the device for: each such question waits for all that was launched."""
+    """The host never asks the device for something that it knows: each such question waits for all that was launched."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     runner, _ = build("gemma2 with soft-cap and window")  # its attention has no values to look at, unlike fused blocks
