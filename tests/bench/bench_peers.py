@@ -12,6 +12,7 @@ with a 95 % bootstrap interval over pairs. Writes benchmarks/peers.json and its 
 
 import argparse
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -27,12 +28,12 @@ from asking import QUIET_S, at_once, user
 from bench_server import CLIENTS, PLACES, QUESTIONS
 from load_servers import guiderail, vllm
 from measured import pair_table, paired
-from report import Target, write_section
+from report import RESULTS, Target, machine, write_section
 
 from guiderail.server.rewards.rules import Length
 
 N, TOKENS, PROMPTS, AT_ONCE = 8, 48, 16, 4
-ALONE = (1, 4, 16, 64, 128)
+ALONE = (1, 4, 16, 128)
 STREAMS = 3 * CLIENTS
 ASKED = {"max_tokens": TOKENS, "ignore_eos": True, "temperature": 1.0}
 
@@ -123,23 +124,37 @@ def cases() -> dict[str, Turn]:
     return found | {f"streamed chats, {CLIENTS} at once": streams}
 
 
-async def compare(script: Script, guided: Script, pairs: int, turns: dict[str, Turn]) -> dict[str, list[list[float]]]:
-    """Pairs (script, Guiderail) of tokens per second for each case; the first round only warms both up."""
-    found: dict[str, list[list[float]]] = {name: [] for name in turns}
-    for number in range(pairs + 1):
-        for k, (name, turn) in enumerate(turns.items()):
+async def compare(
+    script: Script, guided: Script, pairs: int, turns: dict[str, Turn], found: dict[str, list[list[float]]]
+) -> None:
+    """Add to `found` each case's pairs (script, Guiderail) of tokens per second; its first pair only warms both up.
+
+    The section is written after each case, so that an interrupted run keeps what it has.
+    """
+    for k, (name, turn) in enumerate(turns.items()):
+        rates: list[list[float]] = []
+        for number in range(pairs + 1):
             first = 100_000 * (number + 1) + 1000 * k
             sides = [(0, script), (1, guided)]
-            rates = [0.0, 0.0]
+            pair = [0.0, 0.0]
             for place, side in sides if number % 2 else reversed(sides):
-                rates[place] = await turn(side, first + 500 * place)
-            print(f"{number}/{pairs} {name}: {rates[0]:.1f} {rates[1]:.1f} {rates[1] / rates[0]:.3f}", file=sys.stderr)
-            if number:
-                found[name].append(rates)
-    return found
+                pair[place] = await turn(side, first + 500 * place)
+            print(f"{number}/{pairs} {name}: {pair[0]:.1f} {pair[1]:.1f} {pair[1] / pair[0]:.3f}", file=sys.stderr)
+            rates += [pair] if number else []
+        found[name] = rates
+        report({name: found[name] for name in cases() if name in found})
 
 
-def report(found: dict[str, list[list[float]]], pairs: int) -> None:
+def kept() -> dict[str, list[list[float]]]:
+    """The pairs of cases that were measured before, on this processor and with these versions."""
+    path = RESULTS / "peers.json"
+    before = json.loads(path.read_text()) if path.exists() else {"machine": {}, "results": {}}
+    here = {name: value for name, value in machine().items() if name != "date"}
+    alike = here.items() <= before["machine"].items()
+    return {name: each["pairs"] for name, each in before["results"].items()} if alike else {}
+
+
+def report(found: dict[str, list[list[float]]]) -> None:
     """Write the section."""
     table, targets, data = [], [], {}
     for name, rates in found.items():
@@ -153,7 +168,7 @@ def report(found: dict[str, list[list[float]]], pairs: int) -> None:
         )
     lines = [
         f"Tokens per second of Guiderail and of a script over `vllm serve` ({TOKENS} tokens an answer, rule reward "
-        f"`length`), {pairs} interleaved pairs of turns. Ratio: median over pairs with its 95 % interval; target: 1.0 "
+        f"`length`), {min(map(len, found.values()))} interleaved pairs of turns or more. Ratio: median over pairs with its 95 % interval; target: 1.0 "
         "within the interval or below it.",
         "",
         *pair_table("vllm serve + script", "Guiderail", "95 % interval", table),
@@ -171,17 +186,17 @@ async def main(pairs: int, only: str) -> None:
             Guided(stack.enter_context(guiderail(folder)).url),
         )
         try:
-            found = await compare(script, guided, pairs, turns)
+            await compare(script, guided, pairs, turns, kept() if only else {})
         finally:
             await script.close()
             await guided.close()
-    if not only:
-        report(found, pairs)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--only", default="", help="cases with this in their name; nothing is written then")
+    parser.add_argument(
+        "--only", default="", help="cases with this in their name; others stay as they were measured here"
+    )
     given = parser.parse_args()
     asyncio.run(main(given.rounds, given.only))

@@ -28,7 +28,7 @@ L = 24
 
 
 class Costs:
-    """Tokens that a whole run generated."""
+    """Cost of a whole run."""
 
     def __init__(self, ctx: Context, engine: TabularEngine, scores: Scores) -> None:
         self.tokens = ctx.spend.tokens_generated
