@@ -38,8 +38,10 @@ def test_scores_are_finite_equal_for_equals_and_go_with_their_candidates(rule: C
             assert scores[i] == scores[j]
     order = list(range(len(values)))
     random.shuffle(order)
-    rounding = 1e-6 * max(1.0, np.abs(values).max())  # maxmin's weights are solved for, to about 1e-9
-    assert rule.combine(values[order], weights, LABELS) == pytest.approx(scores[order], rel=1e-6, abs=rounding)
+    # maxmin's weights are solved for to a duality gap of about 1e-9, which is the square of what they may be off.
+    off = 1e-4 if rule.name == "maxmin" else 1e-6
+    rounding = off * max(1.0, np.abs(values).max())
+    assert rule.combine(values[order], weights, LABELS) == pytest.approx(scores[order], rel=off, abs=rounding)
     if rule.pointwise:
         alone = [rule.combine(row[None], weights, LABELS)[0] for row in values]
         assert alone == scores.tolist()
