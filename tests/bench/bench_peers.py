@@ -168,7 +168,7 @@ def report(found: dict[str, list[list[float]]]) -> None:
         )
     lines = [
         f"Tokens per second of Guiderail and of a script over `vllm serve` ({TOKENS} tokens an answer, rule reward "
-        f"`length`), {min(map(len, found.values()))} interleaved pairs of turns or more. Ratio: median over pairs with its 95 % interval; target: 1.0 "
+        f"`length`), at least {min(map(len, found.values()))} interleaved pairs of turns. Ratio: median over pairs with its 95 % interval; target: 1.0 "
         "within the interval or below it.",
         "",
         *pair_table("vllm serve + script", "Guiderail", "95 % interval", table),
