@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from guiderail.kernels import _dispatch
 
@@ -30,3 +31,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]
     with monkeypatch.context() as patch, _dispatch.force("triton"):
         patch.setattr(JITFunction, "run", run)
         yield launches
+
+
+def warmed_up(runner: Any, launches: list[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Launches of the warm-up of a reward model's runner, as on a GPU; the runner is left on the CPU."""
+    runner._device = torch.device("cuda")  # as if: everything stays on the CPU, where nothing is launched
+    runner.warm_up()
+    runner._device = torch.device("cpu")
+    return set(launches)

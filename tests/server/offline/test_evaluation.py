@@ -1,6 +1,5 @@
 """Evaluation of rewards on pairs and of best-of-N over a pool: readers, metrics, and both commands on fakes."""
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import ScriptedEngine, make_state
+from offline_commands import Hump, parsed
 
-from guiderail.guides import Params, TextReward
 from guiderail.guides.core.errors import GuiderailError, RequestError
 from guiderail.guides.core.seeds import Seeds
 from guiderail.guides.core.types import PROMPT, Answer, Message, SamplingSpec
@@ -27,22 +26,6 @@ ASK = (Message("user", "x"),)
 def write(path: Path, *rows: Any) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
-
-
-def parsed(module: Any, *words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args(words)
-
-
-class Hump(TextReward):
-    """Highest in the middle of the digits: gold that falls once the proxy has been chased too far."""
-
-    class Params(Params):
-        top: float = 5.0
-
-    def score_text(self, prompt: str, answer: str, params: Any) -> float:
-        return -abs(float(answer.split()[0][-1]) - params.top)
 
 
 class TestPrompts:

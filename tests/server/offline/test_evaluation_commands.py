@@ -1,6 +1,5 @@
 """`guiderail rewards evaluate` and `guiderail evaluate curve`: on fakes, on rules, and once on the real engine."""
 
-import argparse
 import asyncio
 import json
 import math
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import LetterRenderer, ScriptedEngine, make_state
+from offline_commands import Hump, parsed
 from serving import Live
 
-from guiderail.guides import Params, TextReward
 from guiderail.guides.core.errors import GuiderailError, PluginError
 from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.seeds import Seeds
@@ -31,22 +30,6 @@ from guiderail.server.rewards.rules import Length
 
 EVERYDAY = Path(__file__).parents[3] / "deploy" / "prompts" / "everyday.jsonl"
 ASK = (Message("user", "x"),)
-
-
-def parsed(module: Any, *words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args(words)
-
-
-class Hump(TextReward):
-    """Highest in the middle of the digits: gold that falls once the proxy has been chased too far."""
-
-    class Params(Params):
-        top: float = 5.0
-
-    def score_text(self, prompt: str, answer: str, params: Any) -> float:
-        return -abs(float(answer.split()[0][-1]) - params.top)
 
 
 def pairs_file(folder: Path) -> Path:

@@ -1,6 +1,5 @@
 """The journal: what is kept, what is refused, what a torn file costs; and commands that are killed in the middle."""
 
-import argparse
 import asyncio
 import json
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 from fakes import ScriptedEngine, make_state
+from offline_commands import parsed
 from safetensors.numpy import load_file
 
 from guiderail.guides import TextReward
@@ -161,12 +161,6 @@ class Drawing(ScriptedEngine):
                     await stop()
                 self.asked.append(params[1])
             yield delta
-
-
-def parsed(module: Any, *words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args(words)
 
 
 def pairs_file(folder: Path, *, bad: Sequence[int] = (), count: int = 40) -> Path:

@@ -246,14 +246,11 @@ def test_a_pass_reads_nothing_back_but_the_scores() -> None:
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_warming_up_compiles_all_that_scoring_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled after it, whatever is scored: shared prefixes, one token, deep trees, one head or two."""
-    from launches import recorded
+    from launches import recorded, warmed_up
 
     runner, _ = build(name)
     with recorded(monkeypatch) as launches:
-        runner._device = torch.device("cuda")  # as if: everything stays on the CPU, where nothing is launched
-        runner.warm_up()
-        runner._device = torch.device("cpu")
-        warm = set(launches)
+        warm = warmed_up(runner, launches)
         prompt = tokens(40, 1)
         runner.score([[5]])
         runner.score([prompt + tokens(n, n) for n in (1, 16, 17, 40)])

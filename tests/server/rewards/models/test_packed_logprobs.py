@@ -190,14 +190,11 @@ def test_no_matrix_of_tokens_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("name", ["llama", "gemma2 with soft-cap and window"])
 def test_warming_up_compiles_all_that_scoring_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launches import recorded
+    from launches import recorded, warmed_up
 
     runner, _ = build(name)
     with recorded(monkeypatch) as launches:
-        runner._device = torch.device("cuda")  # as if: everything stays on the CPU, where nothing is launched
-        runner.warm_up()
-        runner._device = torch.device("cpu")
-        warm = set(launches)
+        warm = warmed_up(runner, launches)
         prompt = tokens(40, 1)
         for count in (1, 5, 15, 16, 17, 40, 80, 300):
             runner.logprobs([(prompt + tokens(count, count), 40), (prompt + tokens(3, count), 40)])
