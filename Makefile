@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup serve test test-avx2 check fix bench bench-dtype bench-numerics bench-scoring bench-transforms bench-infalign bench-guides bench-quality bench-load bench-kernels-compile clean
+.PHONY: setup serve test explore test-avx2 check fix bench bench-dtype bench-numerics bench-scoring bench-transforms bench-infalign bench-guides bench-quality bench-load bench-kernels-compile clean
 
 setup: $(READY)
 	@$(BIN)/guiderail models smollm2-135m-instruct >/dev/null
@@ -24,6 +24,10 @@ serve: setup
 
 test: setup
 	@$(BIN)/pytest $(ARGS)
+
+# Property tests with new random examples each time; what they find becomes an @example of its test.
+explore: setup
+	@HYPOTHESIS_PROFILE=explore $(BIN)/pytest -p no:cacheprovider $(or $(ARGS),tests/theory tests/guides)
 
 # The same tests as on a processor without AVX-512, whatever this one is: see tests/support/avx2/sitecustomize.py.
 test-avx2: setup

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the example plugin, the prepared model, and one real engine and server."""
 
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from hypothesis import settings
 from serving import Live, engine_dtype, serving
 
 from guiderail.guides.core.interfaces import Services
@@ -26,6 +28,12 @@ from guiderail.server.settings import OperatorLimits, Settings
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) in sys.path:  # `python -m pytest` puts it there; kernels/ must not be importable by its bare name
     sys.path.remove(str(ROOT))
+
+# No deadline: how long an example takes says how busy the machine is. A test run draws the same examples each time, so
+# that it says something of the change at hand; `make explore` draws new ones, and what it finds becomes an @example.
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ with a 95 % bootstrap interval over pairs. Writes benchmarks/peers.json and its 
 import argparse
 import asyncio
 import json
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -177,7 +178,7 @@ def report(found: dict[str, list[list[float]]]) -> None:
 
 
 async def main(pairs: int, only: str) -> None:
-    turns = {name: turn for name, turn in cases().items() if only in name}
+    turns = {name: turn for name, turn in cases().items() if re.search(only, name)}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         print("starting vllm serve and guiderail serve", file=sys.stderr)
@@ -196,7 +197,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument(
-        "--only", default="", help="cases with this in their name; others stay as they were measured here"
+        "--only", default="", help="cases whose name matches this expression; others stay as they were measured here"
     )
     given = parser.parse_args()
     asyncio.run(main(given.rounds, given.only))

@@ -43,13 +43,17 @@ REWARDS = {"r": 1.0, "other": 0.0}  # weights by name
 
 @dataclass(frozen=True)
 class Script:
-    """A policy that most likely says the tokens of a script, then the end of the sequence."""
+    """A policy that says the tokens of a script, then the end of the sequence.
+
+    Where min_tokens or the like bars the script's token, the lowest token that is left takes its place: each is half
+    as likely as the one before it, so that no two answers tie, and all are so unlikely that no search leaves the script.
+    """
 
     tokens: Sequence[int]
     vocabulary: int
 
     def distribution(self, prefix: Sequence[int]) -> np.ndarray:
-        p = np.full(self.vocabulary, 0.02)
+        p = 1e-6 * 0.5 ** np.arange(self.vocabulary)
         p[self.tokens[len(prefix)] if len(prefix) < len(self.tokens) else 0] = 1.0
         return p / p.sum()
 

@@ -58,6 +58,9 @@ async def play(guide: Any, script: list[int], sampling: SamplingSpec) -> tuple[s
 @example(script=[1, 2, 1, 2, 1, 2], sampling=SamplingSpec(9, temperature=0.0, stop=("ba",), min_tokens=1, seed=1))
 @example(script=[8, 9, 6, 7], sampling=SamplingSpec(3, temperature=0.0, seed=1))
 @example(script=[1, 0], sampling=SamplingSpec(9, temperature=0.0, skip_special_tokens=False, seed=1))
+@example(
+    script=[2, 1], sampling=SamplingSpec(3, temperature=0.0, stop=("ba",), stop_token_ids=(2,), min_tokens=1, seed=1)
+)
 @settings(max_examples=100, deadline=None)
 async def test_every_guide_over_a_sure_policy_says_what_sampling_says(
     name: str, script: list[int], sampling: SamplingSpec
