@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup serve test explore test-avx2 check fix bench bench-dtype bench-numerics bench-scoring bench-transforms bench-infalign bench-guides bench-quality bench-load bench-kernels-compile clean
+.PHONY: setup serve test explore test-avx2 check fix bench bench-dtype bench-numerics bench-scoring bench-transforms bench-infalign bench-guides bench-quality bench-load bench-commits bench-kernels-compile clean
 
 setup: $(READY)
 	@$(BIN)/guiderail models smollm2-135m-instruct >/dev/null
@@ -72,6 +72,9 @@ bench-quality: setup
 
 bench-load: setup
 	@$(BIN)/python -P tests/bench/bench_load.py $(ARGS)
+
+bench-commits: setup
+	@$(BIN)/python -P tests/bench/bench_commits.py $(ARGS)
 
 bench-kernels-compile: setup
 	@$(BIN)/python -P tests/bench/bench_kernels_compile.py $(ARGS)

@@ -101,12 +101,12 @@ async def rate(work: Awaitable[list[int]], expected: int) -> float:
 Turn = Callable[[Script, int], Awaitable[float]]
 
 
-def cases() -> dict[str, Turn]:
+def cases(prompts: int = PROMPTS) -> dict[str, Turn]:
     """A turn of each case: tokens per second of one side, with questions from the number `first` on."""
 
     def many(side: Script, first: int) -> Awaitable[float]:
-        work = [lambda i=i: side.best_of(first + i, N) for i in range(PROMPTS)]
-        return rate(at_once(work, AT_ONCE), PROMPTS * N * TOKENS)
+        work = [lambda i=i: side.best_of(first + i, N) for i in range(prompts)]
+        return rate(at_once(work, AT_ONCE), prompts * N * TOKENS)
 
     def streams(side: Script, first: int) -> Awaitable[float]:
         work = [lambda i=i: side.streamed(first + i) for i in range(STREAMS)]
@@ -120,7 +120,7 @@ def cases() -> dict[str, Turn]:
 
         return lambda side, first: rate(one(side, first), times * n * TOKENS)
 
-    found: dict[str, Turn] = {f"best of {N}, {PROMPTS} prompts, {AT_ONCE} at once": many}
+    found: dict[str, Turn] = {f"best of {N}, {prompts} prompts, {AT_ONCE} at once": many}
     found |= {f"best of {n}, alone": single(n) for n in ALONE}
     return found | {f"streamed chats, {CLIENTS} at once": streams}
 
