@@ -20,6 +20,7 @@ from tabular_engine import PROMPT, TabularEngine
 
 from guiderail.guides.core.types import Candidate, SamplingSpec, Token
 from guiderail.guides.deal import Deal
+from guiderail.guides.scoring.selection.best import Softmax
 
 HORIZON = 5
 EVERY = 64  # beams, more than there are partial answers of a smaller model
@@ -55,6 +56,28 @@ async def test_without_weight_it_is_beam_search(beams: int, length_penalty: floa
         assert chosen.token_ids == beam_search(policy, beams, length_penalty)[0]
         found.append(chosen.token_ids)
     assert len(set(found)) > 4
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+async def test_the_temperature_is_that_of_the_softmax(temperature: float) -> None:
+    """A step draws from softmax((log P + lambda h) / (beta * temperature)); the counts agree within 4 sigma."""
+    policy = random_policy(4, horizon=1)
+
+    def h(ids: Ids) -> float:
+        return 0.3 * ids[0]
+
+    reward = {(token,): h((token,)) for token in range(4)}
+    score = np.log(policy.distribution(())) + 1.5 * np.array([reward[token,] for token in range(4)])
+    p = np.exp((score - score.max()) / (0.8 * temperature))
+    p /= p.sum()
+    n, counts = 600, np.zeros(4)
+    for seed in range(n):
+        sampling = SamplingSpec(1, temperature, seed=seed)
+        chosen, _ = await answer(
+            deal(weight=1.5, lookahead=0), policy, reward, partial=h, selection=Softmax(beta=0.8), sampling=sampling
+        )
+        counts[chosen.token_ids[0]] += 1
+    assert (np.abs(counts / n - p) < 4 * np.sqrt(p * (1 - p) / n)).all()
 
 
 async def test_a_lookahead_changes_nothing_without_weight() -> None:

@@ -15,6 +15,7 @@ from guiderail.guides.scoring.gold import best_of_n_curve
 from guiderail.guides.scoring.hedge import distribution, hedge, score
 from guiderail.guides.scoring.kl import selection_kl
 from guiderail.guides.scoring.over_optimisation import moved_far, over_optimised
+from guiderail.guides.scoring.selection_report import SelectionReport
 
 
 def test_effective_sample_size_and_kl_of_weights() -> None:
@@ -68,6 +69,19 @@ def test_warnings_say_what_is_odd() -> None:
     assert "best by 'r0', the worst by 'r1'" in split
     assert over_optimised(candidates(loved, hated), 10, {"r0": 1.0, "r1": -1.0}) == []
     assert over_optimised(candidates(loved, hated), 10, {"r0": 1.0, "r1": 0.0}) == []
+
+
+def test_many_small_steps_are_warned_of_as_one_long_way() -> None:
+    """The warning goes by the sum over an answer's selections, and by nothing where one of them is not known."""
+    report = SelectionReport()
+    for step in range(20):
+        assert report.warnings == [] if step <= 12 else report.warnings, f"after {step} steps"
+        report.moved(0.24)
+    (far,) = report.warnings
+    assert "4.80 nats" in far
+    report.moved(None)
+    assert report.kl is None
+    assert report.warnings == []
 
 
 def test_warnings_keep_quiet_where_there_is_nothing_to_measure_by() -> None:

@@ -25,7 +25,7 @@ from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
 from guiderail.guides.core.policy import PolicySpec
-from guiderail.guides.core.types import SamplingSpec
+from guiderail.guides.core.types import SamplingSpec, Scored
 from guiderail.guides.scoring.selection.best import Softmax
 from guiderail.guides.transfer_q import TransferQ
 
@@ -93,6 +93,19 @@ async def test_softmax_with_beta_1_draws_answers_from_the_optimal_policy() -> No
     spread = np.sqrt(expected(distribution, {a: (v - mean) ** 2 for a, v in R.items()}))
     assert abs(np.mean([R[a] for a in drawn]) - mean) < 4 * spread / np.sqrt(n)
     assert mean - expected(PI0.answers(), R) > 20 * spread / np.sqrt(n)  # what an unguided model would show
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+async def test_the_temperature_is_that_of_the_softmax(temperature: float) -> None:
+    """Weights of a step are those of softmax((log pi0 + Q / alpha) / (beta * temperature))."""
+    q = best_q(PI0, R)
+    sampling = SamplingSpec(5, temperature, seed=1)
+    ctx = tabular_context(served(PI0, greedy(q, PI0)), Scores({"r": R}), sampling=sampling, selection=Softmax(beta=0.8))
+    first = next(event for event in await run(guide(), ctx) if isinstance(event, Scored)).candidates
+    tokens = [candidate.token_ids[0] for candidate in first]
+    score = np.log(PI0.distribution(())[tokens]) + q[()][tokens] / ALPHA
+    p = np.exp((score - score.max()) / (0.8 * temperature))
+    assert [candidate.weight for candidate in first] == pytest.approx((p / p.sum()).tolist())
 
 
 async def test_the_reported_kl_adds_up_to_that_of_the_policy() -> None:

@@ -14,6 +14,7 @@ from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
 from guiderail.guides.core.types import Mixed, SamplingSpec, TokenPrompt
+from guiderail.server.engines.vllm.mixture import runner_v2
 from guiderail.server.engines.vllm.mixture.mixing import Row, draw, warm_up
 from guiderail.server.engines.vllm.mixture.recipe import Recipe
 from guiderail.server.engines.vllm.mixture.runner_v2 import MixedPolicies
@@ -132,6 +133,16 @@ def test_several_rows_of_logits_a_request_are_refused() -> None:
     context = LogitsContext(mapping, mapping[:1], np.array([0]), mapping, mapping, mapping, np.array([3]))
     with pytest.raises(RuntimeError, match="speculative"):
         runner.processor.apply(torch.zeros(2, V), context)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpus_kernels_are_compiled_before_the_first_request(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[tuple[int, torch.device]] = []
+    monkeypatch.setattr(runner_v2, "warm_up", lambda vocabulary, where: warmed.append((vocabulary, where)))
+    nothing: Any = SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32))
+    where = torch.device(device)
+    MixedPolicies(nothing, LogitsProcRequestState(where, SLOTS, V, nothing, nothing, nothing, nothing))
+    assert warmed == ([(V, where)] if device == "cuda" else [])
 
 
 @needs_gpu
