@@ -36,6 +36,7 @@ from guiderail.server.engines.vllm import forkserver
 from guiderail.server.engines.vllm.engine import build
 from guiderail.server.engines.vllm.engine_args import EngineSettings, default_max_num_seqs
 from guiderail.server.engines.vllm.environment import on_cpu
+from guiderail.server.keys import Keys
 from guiderail.server.memory.shares import EngineShare, Plan
 from guiderail.server.metrics import Metrics
 from guiderail.server.models import catalogue, cpu_features
@@ -73,6 +74,8 @@ async def _serve(settings: Settings) -> int:
     with signals(stop), closing(Listener(settings.host, settings.port)) as listener:
         async with running(settings, stop) as state:
             app = create_app(state)
+            if settings.api_key_file is not None:
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.keys.reload)
             gc.collect()
             gc.freeze()  # a full collection walks all that was imported and holds up every stream meanwhile
             say(f"ready after {time.monotonic() - began:.0f} s on {listener.url}")
@@ -267,7 +270,7 @@ def assemble(
     admission = Admission(settings.limits, settings.rows, metrics)
     return ServerState(
         settings, engine, renderer, guides, rewards, resolver, scorer, scorers, admission,
-        metrics, int(time.time()),
+        metrics, Keys(settings.api_key, settings.api_key_file), int(time.time()),
     )  # fmt: skip
 
 

@@ -50,6 +50,11 @@ class OperatorLimits(BaseModel):
     max_queue: int = Field(256, ge=0, description="Requests that may wait for the engine.")
     max_queue_tokens: int = Field(262_144, ge=0, description="Tokens that waiting requests may ask for together.")
     reserved_share: float = Field(0.25, ge=0, lt=1, description="Share of rows kept for requests of one row.")
+    newcomer_share: float = Field(
+        0.05, ge=0, lt=1, description="Share of rows kept for clients (API keys, else addresses) of which nothing runs."
+    )
+    max_client_requests: int | None = Field(None, ge=1, description="Requests of one client, running and waiting.")
+    max_client_tokens: int | None = Field(None, ge=1, description="Tokens that those may ask for together.")
     min_priority: int = Field(0, ge=-100, le=100, description="Smallest `priority` (0 is normal, less is sooner).")
     max_deadline_s: float | None = Field(None, gt=0, description="Longest deadline; also the default one.")
     required_rewards: list[dict[str, JsonValue]] = Field(
@@ -66,7 +71,10 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(None, description="name that requests use; default: the model's own")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
-    api_key: Annotated[list[str], NoDecode, Repeated()] = Field([], description="require this bearer key")
+    api_key: Annotated[list[str], NoDecode, Repeated()] = Field(
+        [], description="require this bearer key (process lists show it: see --api-key-file)"
+    )
+    api_key_file: Path | None = Field(None, description="file of keys, lines `name: key`; read again on SIGHUP")
     cache_dir: Path = Field(
         Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "guiderail",
         description="folder for converted models (~/.cache/guiderail)",

@@ -9,6 +9,7 @@ from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.reward import Reward
 from guiderail.guides.scoring.pipeline import Scorers
 from guiderail.server.engines.served_engine import ServedEngine
+from guiderail.server.keys import Keys
 from guiderail.server.metrics import Metrics
 from guiderail.server.models.renderer import ChatRenderer
 from guiderail.server.requests.admission import Admission
@@ -31,6 +32,7 @@ class ServerState:
     scorers: Scorers
     admission: Admission
     metrics: Metrics
+    keys: Keys
     created: int
 
     @property

@@ -1,6 +1,5 @@
 """The ASGI application: routes, authentication and errors in OpenAI's shape. No module globals."""
 
-import hmac
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request
@@ -10,7 +9,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from guiderail.server.api.routes import build_router
 from guiderail.server.api.transport import error_response, json_response
+from guiderail.server.keys import Keys
 from guiderail.server.openai_errors import ApiError, openai_body
+from guiderail.server.requests.clients import NOBODY, Client, at_address
 from guiderail.server.state import ServerState
 
 OPEN_PATHS = frozenset({"/health", "/version"})
@@ -26,28 +27,37 @@ def create_app(state: ServerState) -> FastAPI:
         assert isinstance(error, HTTPException)
         return json_response(openai_body(error.status_code, str(error.detail)), error.status_code)
 
-    if state.settings.api_key:
-        app.add_middleware(BearerAuth, keys=tuple(state.settings.api_key))
+    app.add_middleware(Identity, keys=state.keys)
     return app
 
 
-class BearerAuth:
-    """Asks for `Authorization: Bearer KEY` everywhere but on /health and /version."""
+class Identity:
+    """Tells clients apart, by the key of `Authorization: Bearer KEY` or, where none is asked for, by address.
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+    A key is asked for everywhere but on OPEN_PATHS. Handlers find the client as `request.state.client`.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allowed(scope):
-            await self._app(scope, receive, send)
-            return
-        refused = ApiError(401, "missing or wrong API key: send 'Authorization: Bearer KEY'", code="invalid_api_key")
-        await error_response(refused)(scope, receive, send)
+        if scope["type"] == "http":
+            client = self._client(scope)
+            if client is None and scope["path"] not in OPEN_PATHS:
+                refused = ApiError(
+                    401, "missing or wrong API key: send 'Authorization: Bearer KEY'", code="invalid_api_key"
+                )
+                await error_response(refused)(scope, receive, send)
+                return
+            scope.setdefault("state", {})["client"] = client or NOBODY
+        await self._app(scope, receive, send)
 
-    def _allowed(self, scope: Scope) -> bool:
+    def _client(self, scope: Scope) -> Client | None:
+        """Return whose request it is, None if a key is needed and there is none."""
+        if not self._keys:
+            return at_address((scope.get("client") or ("unknown",))[0])
         header = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, given = header.partition(b" ")
-        # All keys are compared, each in constant time, so that timing tells nothing.
-        matches = [hmac.compare_digest(given, key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+        name = self._keys.name_of(given.strip())
+        return Client("key", name) if scheme.lower() == b"bearer" and name is not None else None

@@ -94,7 +94,7 @@ def build_router(state: ServerState) -> APIRouter:
     async def score_answers(request: Request) -> Response:
         """Score given answers to given messages: raw values by reward, and combined."""
         try:
-            work = scoring(state, parse(ScoreRequest, await read_object(request)))
+            work = scoring(state, parse(ScoreRequest, await read_object(request)), request.state.client)
         except (ApiError, GuiderailError) as error:
             return _rejected(state, error)
         return await _answered(work.label, _whole(request, score(state, work)))
@@ -122,7 +122,7 @@ def build_router(state: ServerState) -> APIRouter:
             num_requests_waiting=waiting,
             waiting_tokens=state.admission.waiting_tokens,
             engine_rows=state.engine.num_running(),
-            engine_up=state.engine.up,
+            engine_up=state.engine.answers,
             kv_cache_usage_perc=engine.kv_cache_usage,
             prefix_cache_queries=engine.prefix_queries,
             prefix_cache_hits=engine.prefix_hits,
@@ -142,9 +142,9 @@ async def _complete(
         parsed = parse(schema, await read_object(request))
         body: Body
         if isinstance(parsed, ChatRequest):
-            body = ChatBody(build.chat(state, parsed, arrived), state.renderer)
+            body = ChatBody(build.chat(state, parsed, arrived, request.state.client), state.renderer)
         else:
-            body = TextBody(build.completion(state, parsed, arrived), state.renderer)
+            body = TextBody(build.completion(state, parsed, arrived, request.state.client), state.renderer)
     except (ApiError, GuiderailError) as error:
         return _rejected(state, error)
     if not parsed.stream:

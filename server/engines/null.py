@@ -17,7 +17,7 @@ class NoEngine:
 
     max_model_len = vocab_size = max_logprobs = 0
     dtype = ""
-    up = False
+    up = answers = False
     stats = EngineStats()
 
     async def start(self) -> None:

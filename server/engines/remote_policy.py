@@ -146,10 +146,11 @@ class _RemoteSequence:
         finally:
             task.cancel()
 
-    async def abort(self) -> None:
+    def give_up(self) -> Sequence[str]:
         """Close the connection, at which the server gives the sequence up."""
         if self._task is not None:
             self._task.cancel()
+        return ()
 
 
 def body_of(spec: SamplingSpec) -> dict[str, Any]:

@@ -24,6 +24,11 @@ class ServedEngine(Engine, Protocol):
         ...
 
     @property
+    def answers(self) -> bool:
+        """True while it serves requests and gives signs of life."""
+        ...
+
+    @property
     def stats(self) -> EngineStats:
         """Counts since its start."""
         ...
@@ -35,6 +40,10 @@ class ServedEngine(Engine, Protocol):
 
 class LocalEngine(ServedEngine, Protocol):
     """An engine with processes of its own, which can die. Once it is not `up` it never is again."""
+
+    async def answer(self) -> None:
+        """Return once its processes have answered a question that costs them nothing."""
+        ...
 
     async def cause_of_death(self) -> str:
         """Return why its processes ended, in one line. May take some seconds."""

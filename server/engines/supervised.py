@@ -1,12 +1,14 @@
 """Restart of a dead engine: watches the inner engine's processes and builds a new one when they die.
 
-While it is down every call raises EngineUnavailable, which the API answers with 503. Prompts for a policy on another
-server go there instead; they carry its name as their adapter.
+While it is down every call raises EngineUnavailable, which the API answers with 503. An engine whose processes live and
+that does not answer is waited for: `answers` tells. Prompts for a policy on another server go there instead; they carry
+its name as their adapter.
 """
 
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from guiderail.guides.core.errors import EngineUnavailable, RequestError
@@ -29,8 +31,11 @@ class SupervisedEngine:
         remote: Mapping[str, Engine] | None = None,
         poll_s: float = 0.25,
         backoff_s: float = 1.0,
+        silent_s: float = 15.0,
     ) -> None:
         """Check for death every `poll_s`; retry failed restarts after backoff_s, doubling to 60 s.
+
+        silent_s: an engine that does not answer a question within this time is said not to, until it does.
 
         remote: policies on other servers by name. The caller starts and closes them.
         """
@@ -39,8 +44,10 @@ class SupervisedEngine:
         self._on_restart = on_restart
         self._poll_s = poll_s
         self._backoff_s = backoff_s
+        self._silent_s = silent_s
+        self._silent = False
         self._inner: LocalEngine | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
         self._cause = ""
         self.max_model_len = self.vocab_size = self.max_logprobs = 0
         self.dtype = ""
@@ -48,14 +55,13 @@ class SupervisedEngine:
     async def start(self) -> None:
         """Build the engine for the first time. Raises what `build` raises."""
         await self._adopt()
-        self._watch = asyncio.create_task(self._watch_over())
+        self._watches = [asyncio.create_task(work) for work in (self._watch_over(), self._listen())]
 
     async def close(self) -> None:
         """End the engine and the watch over it."""
-        if self._watch is not None:
-            self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
         if self._inner is not None:
             inner, self._inner = self._inner, None
             await inner.close()
@@ -64,6 +70,11 @@ class SupervisedEngine:
     def up(self) -> bool:
         """True while requests are served."""
         return self._inner is not None and self._inner.up
+
+    @property
+    def answers(self) -> bool:
+        """True while requests are served and the engine answers."""
+        return self.up and not self._silent
 
     @property
     def stats(self) -> EngineStats:
@@ -138,3 +149,23 @@ class SupervisedEngine:
             self._cause = ""
             self._on_restart()
             log.warning("the engine serves again")
+
+    async def _listen(self) -> None:
+        """Ask the engine for a sign of life again and again; note when none comes in time, and when one does."""
+        while True:
+            asked = self._inner
+            if asked is not None and asked.up:
+                began = time.monotonic()
+                question = asyncio.create_task(asked.answer())
+                try:
+                    while not (await asyncio.wait([question], timeout=self._silent_s))[0] and asked is self._inner:
+                        if not self._silent:
+                            self._silent = True
+                            log.error("the engine has not answered for %.0f s", self._silent_s)
+                finally:
+                    question.cancel()
+                failed = (await asyncio.gather(question, return_exceptions=True))[0] is not None
+                if self._silent and not failed:
+                    log.warning("the engine answers again, after %.0f s", time.monotonic() - began)
+                self._silent = failed and asked is self._inner
+            await asyncio.sleep(self._silent_s / 3)

@@ -12,6 +12,7 @@ from guiderail.guides.prompters import Template
 from guiderail.guides.scoring.pipeline import Judging
 from guiderail.server.openai_errors import ApiError, bad_request
 from guiderail.server.requests.admission import Work
+from guiderail.server.requests.clients import NOBODY, Client
 from guiderail.server.requests.resolve import Alignment
 from guiderail.server.requests.sampling_fields import refuse_unkept, sampling_spec
 from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, SamplingFields
@@ -32,7 +33,7 @@ class Request(Work):
     system_fingerprint: str
 
 
-def chat(state: ServerState, request: ChatRequest, arrived: float) -> Request:
+def chat(state: ServerState, request: ChatRequest, arrived: float, client: Client = NOBODY) -> Request:
     """Check and render a chat request that came at `arrived` (time.monotonic()). Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
     alignment = state.resolver.resolve(read_alignment(request.alignment), profile)
@@ -44,10 +45,10 @@ def chat(state: ServerState, request: ChatRequest, arrived: float) -> Request:
         continue_final_message=request.continue_final_message,
     )
     prompts = [(messages, TokenPrompt(prompt.token_ids, adapter))]
-    return _request(state, request, model, alignment, prompts, arrived)
+    return _request(state, request, model, alignment, prompts, arrived, client)
 
 
-def completion(state: ServerState, request: CompletionRequest, arrived: float) -> Request:
+def completion(state: ServerState, request: CompletionRequest, arrived: float, client: Client = NOBODY) -> Request:
     """Check and tokenize a completion request; see chat. Raises ApiError or RequestError."""
     model, adapter, profile = _model(state, request.model)
     alignment = state.resolver.resolve(read_alignment(request.alignment), profile)
@@ -62,7 +63,7 @@ def completion(state: ServerState, request: CompletionRequest, arrived: float) -
         if not ids:
             raise bad_request("'prompt' is empty", "prompt")
         prompts.append(((Message(PROMPT, text),), TokenPrompt(tuple(ids), adapter)))
-    return _request(state, request, model, alignment, prompts, arrived)
+    return _request(state, request, model, alignment, prompts, arrived, client)
 
 
 def _request(
@@ -72,6 +73,7 @@ def _request(
     alignment: Alignment,
     prompts: list[tuple[tuple[Message, ...], TokenPrompt]],
     arrived: float,
+    client: Client,
 ) -> Request:
     _check(state, request, alignment, len(prompts))
     within = alignment.budget.deadline_s
@@ -108,6 +110,7 @@ def _request(
         spend=spend,
         rows=len(contexts) * alignment.guide.rows(),
         tokens=tokens,
+        client=client,
         priority=request.priority,
         deadline=deadline,
         model=model,

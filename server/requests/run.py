@@ -27,7 +27,9 @@ async def admitted(state: ServerState, work: Work) -> AsyncIterator[None]:
     state.metrics.arrived()
     outcome = "cancelled"  # what is left if neither the end nor an error comes
     try:
-        slot = state.admission.slot(work.rows, work.tokens, priority=work.priority, deadline=work.deadline)
+        slot = state.admission.slot(
+            work.rows, work.tokens, client=work.client, priority=work.priority, deadline=work.deadline
+        )
         async with slot as waited:
             work.spend.queued_s = waited
             began = time.monotonic()
@@ -40,7 +42,8 @@ async def admitted(state: ServerState, work: Work) -> AsyncIterator[None]:
         outcome = "overloaded" if isinstance(error, ApiError) and error.status == 429 else "error"
         raise
     finally:
-        state.metrics.finished(work.label, outcome, work.spend, time.monotonic() - work.spend.started)
+        seconds = time.monotonic() - work.spend.started
+        state.metrics.finished(work.label, outcome, work.spend, seconds, work.client.label)
 
 
 @asynccontextmanager

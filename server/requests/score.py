@@ -15,6 +15,7 @@ from guiderail.guides.scoring.pipeline import Judging
 from guiderail.guides.scoring.selection.best import Argmax
 from guiderail.server.openai_errors import bad_request
 from guiderail.server.requests.admission import Work
+from guiderail.server.requests.clients import NOBODY, Client
 from guiderail.server.requests.run import admitted
 from guiderail.server.requests.schemas import ScoreInput, ScoreRequest
 from guiderail.server.requests.specs import NamedSpec, RewardSpec, read_calibration, read_name, read_rewards
@@ -28,14 +29,14 @@ class Scoring(Work):
     inputs: tuple[tuple[Context, list[Candidate]], ...]
 
 
-def scoring(state: ServerState, request: ScoreRequest) -> Scoring:
+def scoring(state: ServerState, request: ScoreRequest, client: Client = NOBODY) -> Scoring:
     """Check and render a request for scores. Raises ApiError (400), or RequestError for what cannot be rendered."""
     asked = read_rewards(request.rewards, "rewards"), read_name(request.combine, "combine")
     spec = read_calibration(request.calibration, "calibration")
     spend, request_id = Spend(), uuid.uuid4().hex
     inputs = tuple(_context(state, request, item, asked, spec, spend, request_id) for item in request.inputs)
     rows, tokens = _cost(state, inputs)
-    return Scoring(label="score", spend=spend, rows=rows, tokens=tokens, inputs=inputs)
+    return Scoring(label="score", spend=spend, rows=rows, tokens=tokens, client=client, inputs=inputs)
 
 
 async def score(state: ServerState, work: Scoring) -> dict[str, object]:

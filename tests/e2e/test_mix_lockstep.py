@@ -76,7 +76,7 @@ async def test_a_killed_partner_costs_time_and_nothing_else(
             partner = attempts[-1].mixture._members[1]
             if partner not in killed:
                 killed.append(partner)
-                await partner.abort()
+                await live.state.engine._inner._free(partner.give_up())
 
     disturbed = await read(engine, [prompt], spec, kill)
     assert len(killed) == 2

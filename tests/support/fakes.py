@@ -26,8 +26,8 @@ class ScriptedSequence:
     def deltas(self) -> AsyncGenerator[Delta, None]:
         return self.engine.deltas(self.row, self.prompt, self.params, self.request_id)
 
-    async def abort(self) -> None:
-        await self.engine.abort([self.request_id])
+    def give_up(self) -> Sequence[str]:
+        return [self.request_id]
 
 
 ROWS_OF_10 = {seed: 10 + row for row, seed in enumerate(Seeds(10).stream(128))}
@@ -38,6 +38,8 @@ class ScriptedEngine:
     """Answers every sequence with the words of `script(its number)`, one token a word, `step_s` apart.
 
     The number of a sequence is its seed; sequences 0, 1, ... of the first answer to a request with seed 10 are 10, 11, ...
+
+    `aborted` has the sequences of each call that aborted some.
 
     Sequences count as running until they end or are aborted, so tests can see what was freed.
     """
@@ -52,9 +54,14 @@ class ScriptedEngine:
     up: bool = True
     stats: EngineStats = field(default_factory=EngineStats)
     running: set[str] = field(default_factory=set)
-    aborted: list[str] = field(default_factory=list)
+    aborted: list[list[str]] = field(default_factory=list)
+    silent: bool = False
     peak: int = 0
     _stops: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> bool:
+        return self.up and not self.silent
 
     def num_running(self) -> int:
         return len(self.running)
@@ -71,7 +78,7 @@ class ScriptedEngine:
             raise EngineUnavailable("the engine is down")
         params = [(sampling, seed) for seed in (seeds or [sampling.seed] * len(prompts))]
         sequences = [ScriptedSequence(self, row, p, params[row]) for row, p in enumerate(prompts)]
-        return EngineRollouts(sequences, deadline)
+        return EngineRollouts(sequences, deadline, self.abort)
 
     async def deltas(self, row: int, prompt: TokenPrompt, params: Any, request_id: str) -> AsyncGenerator[Delta, None]:
         sampling, seed = params
@@ -108,7 +115,7 @@ class ScriptedEngine:
             self.running.discard(request_id)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        self.aborted += request_ids
+        self.aborted.append(list(request_ids))
         for each in request_ids:
             self.running.discard(each)
             if each in self._stops:

@@ -1,8 +1,8 @@
 """The vLLM engine as guiderail.guides.Engine: prompts in, sequences of deltas and log-probabilities out."""
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import aclosing, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from guiderail.guides.core.types import SamplingSpec, TokenLogprob, TokenPrompt
 from guiderail.server.engines.engine_stats import EngineStats
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.process_monitor import ProcessMonitor
-from guiderail.server.engines.sequences import EngineRollouts, EngineSequence, new_request_id
+from guiderail.server.engines.sequences import EngineRollouts, EngineSequence, new_request_id, run_to_end
 from guiderail.server.engines.vllm.batch_invariance import invariant_environment
 from guiderail.server.engines.vllm.engine_args import EngineSettings, engine_args
 from guiderail.server.engines.vllm.environment import prepare_environment
@@ -21,6 +21,8 @@ from guiderail.server.engines.vllm.mixture.lockstep import MixedSequence
 from guiderail.server.engines.vllm.mixture.recipe import Recipe
 from guiderail.server.engines.vllm.params import forced_params, next_token_params, sampling_params, sequence_priority
 from guiderail.server.engines.vllm.request import VllmRequest
+
+ASKED_AT_ONCE = 16  # sequences of one call for log-probabilities of answers, at least
 
 
 async def build(settings: EngineSettings, say: Callable[[str], None] = lambda text: None) -> "VllmEngine":
@@ -80,6 +82,8 @@ class VllmEngine:
         self._llm = llm
         self._settings = settings
         self._lora: dict[str, Any] = {}
+        self._asked = 0  # calls of answer_logprobs that run now
+        self._asked_at_once = (settings.max_num_seqs or 0) // 4  # sequences that they share
         self.max_model_len: int = llm.model_config.max_model_len
         self.vocab_size: int = llm.model_config.get_vocab_size()
         self.max_logprobs = settings.max_logprobs
@@ -126,7 +130,15 @@ class VllmEngine:
             else:
                 params = sampling_params(sampling, seed, wide=len(prompts) > 1)
                 sequences.append(self._request(index, prompt, params))
-        return EngineRollouts(sequences, deadline)
+        return EngineRollouts(sequences, deadline, self._free)
+
+    async def _free(self, ids: Sequence[str]) -> None:
+        if self.up:
+            await self._llm.abort(list(ids))
+
+    async def answer(self) -> None:
+        """Return once the engine's process has answered a question that costs it nothing. Raises if it cannot."""
+        await self._llm.is_sleeping()
 
     def _request(
         self, index: int, prompt: TokenPrompt, params: Any, request_id: str = "", priority: int | None = None
@@ -151,7 +163,8 @@ class VllmEngine:
         return MixedSequence(index, prompt, sampling, seed, self.max_model_len, member, new_request_id())
 
     async def next_token_logprobs(self, prompts: Sequence[TokenPrompt], top_k: int) -> list[dict[int, float]]:
-        found = await asyncio.gather(*(self._logprobs(prompt, next_token_params(top_k)) for prompt in prompts))
+        params = next_token_params(top_k)
+        found = await self._logprobs([(prompt, params) for prompt in prompts], len(prompts))
         return [dict(tokens[0].top) for tokens in found]
 
     async def answer_logprobs(
@@ -161,26 +174,28 @@ class VllmEngine:
         # The answers are decoded again with every token forced: that uses the prefix cache, where vLLM's
         # prompt_logprobs bypass it (3 times slower on CPU) and kill an engine that has LoRA adapters.
         # logprob_token_ids would do for single tokens, but spoils the top_logprobs of other sequences in the batch.
-        found = await asyncio.gather(
-            *(self._logprobs(p, forced_params(answer, v2)) for p, answer in zip(prompts, answers, strict=True))
-        )
+        asked = ((p, forced_params(answer, v2)) for p, answer in zip(prompts, answers, strict=True))
+        # Thousands of answers neither fill vLLM's queue, through which each abort goes, nor keep other calls waiting.
+        self._asked += 1
+        try:
+            found = await self._logprobs(asked, max(ASKED_AT_ONCE, self._asked_at_once // self._asked))
+        finally:
+            self._asked -= 1
         return [
             [dict(entry.top)[token] for entry, token in zip(tokens, answer, strict=True)]
             for tokens, answer in zip(found, answers, strict=True)
         ]
 
-    async def _logprobs(self, prompt: TokenPrompt, params: Any) -> tuple[TokenLogprob, ...]:
-        """Run one request to its end and return the log-probabilities of all its tokens."""
+    async def _logprobs(self, asked: Iterable[tuple[TokenPrompt, Any]], at_once: int) -> list[tuple[TokenLogprob, ...]]:
+        """Run a request with each prompt and parameters to its end; return the log-probabilities of its tokens."""
+        last = await run_to_end(map(self._question, asked), at_once, self._free)
+        return [delta.logprobs or () for delta in last]
+
+    def _question(self, asked: tuple[TokenPrompt, Any]) -> VllmRequest:
+        prompt, params = asked
         if prompt.mix:
             raise RequestError("log-probabilities under a mixture of policies are not available")
-        found: tuple[TokenLogprob, ...] | None = None
-        # Not 0, a plain chat's priority: nobody looks at a single one of these.
-        async with aclosing(self._request(0, prompt, params, priority=1).deltas()) as deltas:
-            async for delta in deltas:
-                found = delta.logprobs
-        if found is None:
-            raise EngineUnavailable("the engine returned nothing")
-        return found
+        return self._request(0, prompt, params, priority=1)  # not 0, a plain chat's: nobody looks at one of these
 
     async def close(self) -> None:
         """End the engine's processes. Takes some seconds."""

@@ -69,10 +69,8 @@ class VllmRequest:
         except (VLLMClientError, ValueError) as error:
             raise _refusal(error, params) from error
 
-    async def abort(self) -> None:
-        """Free the request's work in the engine, unless that is gone."""
-        if not self._llm.errored:
-            await self._llm.abort(self._id)
+    def give_up(self) -> Sequence[str]:
+        return [self._id]
 
 
 def token_logprobs(completion: Any) -> tuple[TokenLogprob, ...]:

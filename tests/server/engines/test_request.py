@@ -28,7 +28,6 @@ class ScriptedLlm:
 
     def __init__(self, *script: Any) -> None:
         self.script = script
-        self.aborted: list[str] = []
         self.asked: list[Any] = []
         self.between: list[str] = []
 
@@ -43,9 +42,6 @@ class ScriptedLlm:
             if isinstance(each, BaseException):
                 raise each
             yield each
-
-    async def abort(self, request_id: str) -> None:
-        self.aborted.append(request_id)
 
 
 def request(llm: ScriptedLlm, index: int = 0, *, schema: object = None, logprobs: int | None = None) -> VllmRequest:
@@ -69,7 +65,7 @@ async def test_outputs_become_deltas() -> None:
         Delta(0, "", (), "stop", None, ()),
     ]
     assert llm.asked == [([1, 2], "r0", {"lora_request": "lora", "priority": 7})]
-    assert not llm.aborted
+    assert list(request(llm).give_up()) == ["r0"]
 
 
 async def test_two_generators_lie_between_vllm_and_a_guide() -> None:
@@ -82,14 +78,6 @@ async def test_two_generators_lie_between_vllm_and_a_guide() -> None:
 async def test_an_end_that_is_none_is_an_error(reason: str | None) -> None:
     with pytest.raises(EngineUnavailable, match="ended a sequence with"):
         await read(request(ScriptedLlm(output(5, reason=reason))))
-
-
-async def test_sequences_that_run_are_aborted_on_leaving_and_dead_engines_left_alone() -> None:
-    llms = [ScriptedLlm(output(5), output(6, reason="stop")) for _ in range(3)]
-    llms[2].errored = True
-    async with EngineRollouts([request(llm, index) for index, llm in enumerate(llms)], None) as rollouts:
-        await rollouts.drop(1)
-    assert [llm.aborted for llm in llms] == [["r0"], ["r1", "r1"], []]
 
 
 def wrapped(cause: Exception) -> EngineGenerateError:

@@ -9,7 +9,7 @@ Noise is drawn by seed and place in the answer: the new group continues as the o
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -62,10 +62,10 @@ class MixedSequence:
         self._accepted: list[int] = []
         self._characters = 0
 
-    async def abort(self) -> None:
-        """End `deltas` with finish reason "abort" and free the members' work."""
+    def give_up(self) -> Sequence[str]:
+        """Let `deltas` end with finish reason "abort"; return the ids of the members' work."""
         self._aborted = True
-        await asyncio.gather(*(member.abort() for member in self._members))
+        return [each for member in self._members for each in member.give_up()]
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yield the answer's deltas. Raises EngineUnavailable if the members cannot be kept in step."""
