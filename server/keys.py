@@ -3,7 +3,7 @@
 import hmac
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -67,7 +67,7 @@ class Keys:
         return keys
 
 
-def read_keys(file: Path) -> Mapping[str, str]:
+def read_keys(file: Path) -> dict[str, str]:
     """Return the keys of a file by name: lines `name: key`, which are YAML, or a JSON object. Raises KeysError."""
     where = f"--api-key-file {file}"
     try:
@@ -95,7 +95,7 @@ class _Strings(yaml.SafeLoader):
 
 
 def _mapping(loader: _Strings, node: yaml.MappingNode) -> dict[object, object]:
-    pairs = [(loader.construct_object(key), loader.construct_object(value)) for key, value in node.value]  # type: ignore[no-untyped-call]
+    pairs = [(loader.construct_object(key), loader.construct_object(value)) for key, value in node.value]
     names = [name for name, _ in pairs]
     if len(set(map(str, names))) < len(names):
         raise yaml.YAMLError("a name is given twice")

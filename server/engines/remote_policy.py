@@ -144,11 +144,11 @@ class _RemoteSequence:
             choice = task.result()
             yield Delta(self._index, choice.text, tuple(choice.token_ids), choice.finish_reason, choice.stop_reason)
         finally:
-            task.cancel()
+            self.give_up()
 
     def give_up(self) -> Sequence[str]:
         """Close the connection, at which the server gives the sequence up."""
-        if self._task is not None:
+        if self._task is not None and not self._task.cancelling():  # twice would interrupt the closing
             self._task.cancel()
         return ()
 

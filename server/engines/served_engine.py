@@ -6,8 +6,8 @@ from guiderail.guides.core.interfaces import Engine
 from guiderail.server.engines.engine_stats import EngineStats
 
 
-class ServedEngine(Engine, Protocol):
-    """An engine that routes and metrics look at.
+class BoundedEngine(Engine, Protocol):
+    """An engine with its limits and counts.
 
     max_model_len: tokens of prompt and answer. vocab_size: tokens. max_logprobs: alternatives per token. dtype: torch's
     name of it, as in "float32". All are 0 or "" until it has started.
@@ -24,11 +24,6 @@ class ServedEngine(Engine, Protocol):
         ...
 
     @property
-    def answers(self) -> bool:
-        """True while it serves requests and gives signs of life."""
-        ...
-
-    @property
     def stats(self) -> EngineStats:
         """Counts since its start."""
         ...
@@ -38,7 +33,16 @@ class ServedEngine(Engine, Protocol):
         ...
 
 
-class LocalEngine(ServedEngine, Protocol):
+class ServedEngine(BoundedEngine, Protocol):
+    """An engine that routes and metrics look at."""
+
+    @property
+    def answers(self) -> bool:
+        """True while it serves requests and gives signs of life."""
+        ...
+
+
+class LocalEngine(BoundedEngine, Protocol):
     """An engine with processes of its own, which can die. Once it is not `up` it never is again."""
 
     async def answer(self) -> None:

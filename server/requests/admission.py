@@ -13,7 +13,7 @@ import asyncio
 import itertools
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -231,7 +231,7 @@ class Admission:
         """
         most, most_tokens = self._limits.max_queue, self._limits.max_queue_tokens
         count, tokens = len(self._waiting), self.waiting_tokens
-        share: Counter[Client] = Counter()  # of the queue, so that requests and tokens can be compared
+        share: defaultdict[Client, float] = defaultdict(float)  # of the queue, to compare requests and tokens
         for each in self._waiting:
             share[each.client] += 1 / max(1, most) + each.tokens / max(1, most_tokens)
         victims: list[_Ticket] = []
