@@ -185,12 +185,20 @@ async def _prepare(
     for name, spec in settings.reward.items():
         if name in rewards:
             raise SettingsError(f"--reward {name}: there is already a reward of this name")
-        rewards[name] = model_reward(spec, settings.cache, say, plan.rewards.get(name))
+        rewards[name] = model_reward(
+            spec, settings.cache, say, plan.rewards.get(name), plain_completions=settings.plain_completions
+        )
     for name, folder in settings.lora.items():
         check_adapter(name, folder, settings.max_lora_rank)
     for name in remote.keys() & {settings.model_name, *settings.lora}:
         raise SettingsError(f"--policy {name}: the model or an adapter has this name")
-    renderer = await asyncio.to_thread(ChatRenderer, path, settings.chat_template)
+    renderer = await asyncio.to_thread(
+        ChatRenderer,
+        path,
+        settings.chat_template,
+        allow_control_tokens=settings.allow_control_tokens,
+        plain_completions=settings.plain_completions,
+    )
     services = Services(engine, renderer, frozenset(settings.lora), settings.model_name, frozenset(remote))
     stored = {file: calibration_store.load(file) for file in settings.calibration}
     state = assemble(settings, engine, renderer, guides, rewards, services, metrics, list(stored.values()), plan.beside)

@@ -80,6 +80,10 @@ class Settings(BaseSettings):
         description="folder for converted models (~/.cache/guiderail)",
     )
     chat_template: str | None = Field(None, description="Jinja chat template, or the path of one")
+    allow_control_tokens: bool = Field(
+        False, description="let control tokens in messages end and begin turns, as vllm serve does"
+    )
+    plain_completions: bool = Field(False, description="read control tokens in the prompts of text completions as text")
 
     dtype: str = Field(
         "auto", description="float32, float16, bfloat16, or auto: on CPU what its instruction set is fast in"

@@ -1,4 +1,7 @@
-"""Conversion of text to token ids and back: the model's tokenizer and chat template. Knows no engine."""
+"""Conversion of text to token ids and back: the model's tokenizer and chat template. Knows no engine.
+
+Messages are text: what looks like a control token in them is encoded as the text that it is (chat_text.py).
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -7,13 +10,27 @@ from typing import Any
 
 from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.types import Message, TokenPrompt
+from guiderail.server.models.chat_text import ChatText, Text
+from guiderail.server.models.control_tokens import ControlTokens
 
 
 class ChatRenderer:
     """Renders messages with the chat template that comes with the model, or with the operator's own."""
 
-    def __init__(self, model: str, chat_template: str | None = None) -> None:
-        """`chat_template` is a Jinja template or the path of one. Raises OSError for an unknown model."""
+    def __init__(
+        self,
+        model: str,
+        chat_template: str | None = None,
+        *,
+        allow_control_tokens: bool = False,
+        plain_completions: bool = False,
+    ) -> None:
+        """`chat_template` is a Jinja template or the path of one. Raises OSError for an unknown model,
+        GuiderailError for a tokenizer that cannot tell text from control tokens.
+
+        allow_control_tokens: what looks like a control token in messages is one. plain_completions: in the prompts of
+        text completions it is not.
+        """
         from transformers import AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
@@ -21,6 +38,9 @@ class ChatRenderer:
             path = Path(chat_template)
             is_file = "{" not in chat_template and path.is_file()
             self._tokenizer.chat_template = path.read_text() if is_file else chat_template
+        self._control = ControlTokens(self._tokenizer)
+        self._chat = ChatText(self._tokenizer, self._control)
+        self._allow_control_tokens, self._plain_completions = allow_control_tokens, plain_completions
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
 
     @property
@@ -48,27 +68,34 @@ class ChatRenderer:
                 "or a server started with --chat-template",
                 "messages",
             )
+        turns = [(m.role, m.content) for m in messages]
         try:
-            ids = self._tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=True,
-                return_dict=False,
-            )
+            if self._allow_control_tokens:
+                written = self._chat.write(turns, add_generation_prompt, continue_final_message)
+                text = Text(written, marked=False)
+            else:
+                text = self._chat.render(
+                    turns, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+                )
+        except RequestError:
+            raise
         except Exception as error:  # templates raise whatever they like
             raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
-        return TokenPrompt(tuple(ids))
+        return TokenPrompt(tuple(self._control.encode([text.text], marked=text.marked)[0]))
 
     def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
         """Return the token ids of raw text; with `add_special_tokens` as a prompt's start (BOS if the model has one).
 
-        plain: treat what looks like a special token as ordinary text.
+        plain: treat what looks like a control token as ordinary text.
         """
-        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=plain)[
-            "input_ids"
-        ]
-        return ids
+        return self._control.encode([text], marked=plain, add_special_tokens=add_special_tokens)[0]
+
+    def encode_prompt(self, text: str, *, opens: bool = True) -> list[int]:
+        """Return the token ids of a text completion's prompt; control tokens in it count, unless the operator says no.
+
+        opens: nothing stands before it.
+        """
+        return self.encode(text, add_special_tokens=opens, plain=self._plain_completions)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of a token sequence, by default without special tokens."""

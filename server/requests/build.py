@@ -57,7 +57,7 @@ def completion(state: ServerState, request: CompletionRequest, arrived: float, c
     prompts: list[tuple[tuple[Message, ...], TokenPrompt]] = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            ids, text = state.renderer.encode(prompt, add_special_tokens=True), prompt
+            ids, text = state.renderer.encode_prompt(prompt), prompt
         else:
             ids, text = prompt, state.renderer.decode(_in_vocabulary(state, prompt, "prompt"))
         if not ids:

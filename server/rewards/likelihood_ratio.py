@@ -88,8 +88,8 @@ def _prompt(services: Services, group: ScoreGroup, system_message: str | None, a
     if system_message is None:
         return TokenPrompt(group.prompt.token_ids, adapter or group.prompt.adapter)
     if group.messages[0].role == PROMPT:
-        before = services.renderer.encode(system_message + "\n\n", add_special_tokens=True)
-        text = services.renderer.encode(group.messages[0].content)
+        before = services.renderer.encode(system_message + "\n\n", add_special_tokens=True, plain=True)
+        text = services.renderer.encode_prompt(group.messages[0].content, opens=False)
         return TokenPrompt((*before, *text), adapter or group.prompt.adapter)
     turns = [Message("system", system_message), *(m for m in group.messages if m.role != "system")]
     prompt = group.render(turns) if group.render is not None else next_turn(services.renderer, turns)

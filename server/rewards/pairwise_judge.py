@@ -66,7 +66,7 @@ class PairwiseJudge:
 
     def _quote(self, text: str, max_tokens: int | None = None) -> str:
         whole, limit = text, max_tokens or self._max_tokens
-        while len(ids := self._services.renderer.encode(text)) > limit:
+        while len(ids := self._services.renderer.encode(text, plain=True)) > limit:
             text = text[: min(len(text) - 1, len(text) * limit // len(ids))]
         lines = quoted(text)
         return lines if text == whole else f"{lines}\n{CUT}"

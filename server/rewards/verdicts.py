@@ -39,7 +39,7 @@ class Verdicts:
         if renderer.has_chat_template:
             ids = renderer.render([Message("user", text)]).token_ids
         else:
-            ids = tuple(renderer.encode(text + "\nReply:", add_special_tokens=True))
+            ids = tuple(renderer.encode(text + "\nReply:", add_special_tokens=True, plain=True))
         return TokenPrompt(ids, adapter)
 
     async def first(self, prompts: Sequence[TokenPrompt]) -> list[float]:

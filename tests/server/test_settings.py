@@ -71,7 +71,8 @@ def test_listings(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 SERVE_FLAGS = """
---config --model --served-model-name --host --port --api-key --api-key-file --chat-template --dtype --max-model-len --kv-cache-gb
+--config --model --served-model-name --host --port --api-key --api-key-file --chat-template --dtype
+--max-model-len --kv-cache-gb --allow-control-tokens --plain-completions
 --gpu-memory-utilization --max-num-seqs --max-num-batched-tokens --tensor-parallel-size --compile --enforce-eager
 --batch-invariant --lora --max-lora-rank --policy --guides --rewards --reward --calibration --encoder --urial
 --cache-dir --drain-timeout-s

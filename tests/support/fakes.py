@@ -144,6 +144,9 @@ class LetterRenderer:
     def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
         return [ord(c) % 1000 for c in text]
 
+    def encode_prompt(self, text: str, *, opens: bool = True) -> list[int]:
+        return self.encode(text, add_special_tokens=opens)
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, token_ids))
 

@@ -42,6 +42,9 @@ class TabularRenderer:
     def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
         return [ord(c) - ord("a") + 1 for c in text]
 
+    def encode_prompt(self, text: str, *, opens: bool = True) -> list[int]:
+        return self.encode(text, add_special_tokens=opens)
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         if skip_special_tokens:
             token_ids = [token for token in token_ids if token != EOS]

@@ -37,7 +37,7 @@ def tokens_of(state: ServerState, messages: Sequence[Message]) -> TokenPrompt:
     Raises RequestError if the template rejects it.
     """
     if messages[0].role == PROMPT:
-        return TokenPrompt(tuple(state.renderer.encode(messages[0].content, add_special_tokens=True)))
+        return TokenPrompt(tuple(state.renderer.encode_prompt(messages[0].content)))
     return state.renderer.render(messages)
 
 

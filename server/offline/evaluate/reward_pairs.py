@@ -104,7 +104,9 @@ async def evaluate_rewards(
     terms, journal = terms_of(state, rewards), journal or Journal()
     pools = []
     for pair in pairs:
-        answers = (Answer(text, tuple(state.renderer.encode(text))) for text in (pair.chosen, pair.rejected))
+        answers = (
+            Answer(text, tuple(state.renderer.encode(text, plain=True))) for text in (pair.chosen, pair.rejected)
+        )
         prompt = tokens_of(state, pair.messages)
         pools.append(AnswerPool(pair.messages, prompt, tuple(answers), f"the pair of line {pair.line}"))
     for term in terms:  # a reward that needs the engine says so now, before the others are scored

@@ -54,7 +54,7 @@ def answer_tokens(
 
     Raises RequestError if the chat template refuses the messages.
     """
-    answer_ids = renderer.encode(answer)
+    answer_ids = renderer.encode(answer, plain=True)
     ids = [*renderer.render(messages).token_ids, *answer_ids, end]
     return AnswerTokens(tuple(ids[-max_tokens:]), len(answer_ids), max(0, len(ids) - max_tokens))
 

@@ -46,17 +46,23 @@ class LoadedModel:
 
 
 def model_reward(
-    spec: RewardModelSpec, cache: Path, say: Callable[[str], None], share: RewardShare | None = None
+    spec: RewardModelSpec,
+    cache: Path,
+    say: Callable[[str], None],
+    share: RewardShare | None = None,
+    *,
+    plain_completions: bool = False,
 ) -> ModelReward:
     """Return the reward of a spec; its model is loaded when it starts. Raises GuiderailError for a broken reward.json.
 
     share: where it runs and its part of the memory there; None: on the CPU, or alone on the first GPU.
+    plain_completions: see ConversationEncoder.
     """
     if spec.reference is not None:
-        return implicit_reward(spec, spec.reference, cache, say, share)
+        return implicit_reward(spec, spec.reference, cache, say, share, plain_completions=plain_completions)
 
     def conversations(tokenizer: Any) -> ConversationEncoder:
-        return ConversationEncoder(tokenizer, at_end_of_turn=card is not None)
+        return ConversationEncoder(tokenizer, at_end_of_turn=card is not None, plain_completions=plain_completions)
 
     def packed() -> LoadedReward:
         keep_to(share)

@@ -33,7 +33,13 @@ class CausalModel:
 
 
 def implicit_reward(
-    spec: RewardModelSpec, reference: str, cache: Path, say: Callable[[str], None], share: RewardShare | None
+    spec: RewardModelSpec,
+    reference: str,
+    cache: Path,
+    say: Callable[[str], None],
+    share: RewardShare | None,
+    *,
+    plain_completions: bool = False,
 ) -> ImplicitOfModels:
     """Return the reward of a policy, the spec's path, and a reference; the models are loaded when it starts."""
 
@@ -55,7 +61,10 @@ def implicit_reward(
             runner = LogprobRunner(model.decoder, model.lm_head, model.softcap, capacity=capacity)
             runner.warm_up()
             runner.stats = stats
-            return PackedPolicy(runner, ConversationEncoder(model.tokenizer, at_end_of_turn=True))
+            return PackedPolicy(
+                runner,
+                ConversationEncoder(model.tokenizer, at_end_of_turn=True, plain_completions=plain_completions),
+            )
 
         return LoadedPair(running(pair[0]), running(pair[1]), min(reads or capacity, capacity), stats)
 

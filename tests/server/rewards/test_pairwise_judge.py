@@ -131,7 +131,7 @@ async def test_a_model_without_template_completes_reply() -> None:
     class Plain(LetterRenderer):
         has_chat_template = False
 
-        def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
             if text in (" A", " B"):
                 return super().encode(text[1])
             return super().encode("^" * add_special_tokens + text)
@@ -145,7 +145,7 @@ async def test_a_model_without_template_completes_reply() -> None:
 
 async def test_what_cannot_work_is_refused() -> None:
     class Mute(LetterRenderer):
-        def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
             return [7]
 
     with pytest.raises(ValueError, match="same first token"):
