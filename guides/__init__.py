@@ -34,7 +34,7 @@ from guiderail.guides.core.types import (
     TokenLogprob,
     TokenPrompt,
 )
-from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.scoring.pipeline import Pick
 from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.lookahead import Lookahead, Weigh, roll_forward, successors, value

@@ -18,7 +18,7 @@ from pydantic import Field
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.types import Event, Params
-from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.search.lookahead import value
 from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, top_tokens
 

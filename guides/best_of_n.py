@@ -19,7 +19,7 @@ from guiderail.guides.core.guide import Guide, answer_events
 from guiderail.guides.core.seeds import POOL_SIZE
 from guiderail.guides.core.tasks import task_group
 from guiderail.guides.core.types import Candidate, Event, Params, Scored
-from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.sequence import Piece, roll_out
 

@@ -26,7 +26,7 @@ from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.policy import PolicySpec
 from guiderail.guides.core.tasks import together
 from guiderail.guides.core.types import Event, Params
-from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.scoring.transforms import Array
 from guiderail.guides.search.lookahead import Lookahead, roll_forward, successors, value

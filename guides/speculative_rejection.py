@@ -27,7 +27,7 @@ from guiderail.guides.core.errors import DeadlinePassed
 from guiderail.guides.core.guide import Guide, answer_events
 from guiderail.guides.core.interfaces import Rollouts, Services
 from guiderail.guides.core.types import Candidate, Event, Params, Scored
-from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.sequence import Piece
 from guiderail.guides.search.transcript import Transcript

@@ -32,7 +32,7 @@ from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.policy import PolicySpec
 from guiderail.guides.core.types import Event, Params
-from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.lookahead import Lookahead, Weigh, roll_forward, successors, value
 from guiderail.guides.search.sequence import Piece

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from guiderail.guides.core.budget import Spend
+from guiderail.guides.core.metering import Spend
 from guiderail.guides.scoring.selection_report import SelectionReport
 from guiderail.server.engines.engine_stats import RunnerStats
 

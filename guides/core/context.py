@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from guiderail.guides.core.budget import Limits, Spend
 from guiderail.guides.core.dialogue import Dialogue
 from guiderail.guides.core.interfaces import Engine, Rollouts
-from guiderail.guides.core.metered_engine import MeteredEngine
+from guiderail.guides.core.metering import Limits, MeteredEngine, Spend
 from guiderail.guides.core.seeds import Seeds
 from guiderail.guides.core.tasks import Background
 from guiderail.guides.core.types import Candidate, SamplingSpec, TokenPrompt
-from guiderail.guides.scoring.origin import Origin
+from guiderail.guides.scoring.kl import Origin
 from guiderail.guides.scoring.pipeline import Judging, Pick, RewardPipeline, Scorers
 from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.scoring.selection_report import SelectionReport

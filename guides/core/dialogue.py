@@ -8,8 +8,7 @@ from guiderail.guides.core.decoder import Decoder
 from guiderail.guides.core.interfaces import Renderer
 from guiderail.guides.core.reward import begun
 from guiderail.guides.core.types import Answer, Message, Params, SamplingSpec, ScoreGroup, TokenPrompt
-from guiderail.guides.prompters.prompter import Cleaner, Prompter, with_system
-from guiderail.guides.prompters.template import Template
+from guiderail.guides.prompters.prompter import Cleaner, Prompter, Template, with_system
 
 
 @dataclass(frozen=True, slots=True)

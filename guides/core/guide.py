@@ -7,7 +7,7 @@ from typing import ClassVar, Generic
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.types import Candidate, Event, Final, P_co, Params, Token
-from guiderail.guides.scoring.origin import PoolKind
+from guiderail.guides.scoring.kl import PoolKind
 
 
 class Guide(ABC, Generic[P_co]):

@@ -17,8 +17,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from guiderail.guides.core.dialogue import Dialogue
 from guiderail.guides.core.errors import FieldError, GuideField, RequestError
 from guiderail.guides.core.interfaces import Services
-from guiderail.guides.core.named import read_named
-from guiderail.guides.core.types import PROMPT, Params, TokenPrompt
+from guiderail.guides.core.types import PROMPT, Params, TokenPrompt, read_named
 from guiderail.guides.prompters import PROMPTERS
 from guiderail.guides.prompters.prompter import Cleaner, Prompter, with_system
 

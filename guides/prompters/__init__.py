@@ -1,8 +1,7 @@
 """Prompters: from a conversation to the model's prompt, and from its output to the answer. They know no engine."""
 
-from guiderail.guides.prompters.prompter import Cleaner, Prompter, with_system
+from guiderail.guides.prompters.prompter import Cleaner, Prompter, Template, with_system
 from guiderail.guides.prompters.system_message import SystemMessage
-from guiderail.guides.prompters.template import Template
 from guiderail.guides.prompters.urial.styles import Style, load_style
 from guiderail.guides.prompters.urial.urial import Urial, urial_with
 

@@ -1,4 +1,4 @@
-"""The interface of a prompter: messages in, one prompt out, and a filter for the text that comes back."""
+"""Prompters: messages in, one prompt out, and a filter for what comes back. The plainest is the chat template."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -82,3 +82,21 @@ class Prompter(BaseModel, ABC):
     def cleaner(self, continued: str = "") -> Cleaner:
         """Return a filter for one answer. `continued` is the beginning of the answer with which the prompt ends."""
         return Cleaner()
+
+
+class Template(Prompter):
+    """The model's own chat template, unchanged."""
+
+    name: ClassVar[str] = "template"
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        renderer: Renderer,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> TokenPrompt:
+        return renderer.render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from guiderail.guides.core.named import NotNamed, read_named
+from guiderail.guides.core.types import NotNamed, Params, read_named
 from guiderail.guides.scoring.transforms import (
     AnswerRef,
     Array,
@@ -118,6 +118,20 @@ class Chain:
 
 
 IDENTITY = Chain()
+
+
+@dataclass(frozen=True, slots=True)
+class RewardTerm:
+    """A reward and its parameters, the transforms of its values, and its weight in the combination.
+
+    `label` names its values in the response (the reward's name unless the request says otherwise).
+    """
+
+    name: str
+    label: str
+    weight: float
+    params: Params
+    chain: Chain = IDENTITY
 
 
 def parse_chain(spec: object, path: str = "transform") -> Chain:

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from guiderail.guides.scoring.chain import Chain
-from guiderail.guides.scoring.maxmin import maxmin_dual, weighted_sum
-from guiderail.guides.scoring.transforms import Array, Bounded, LogSigmoid, checked
+from guiderail.guides.scoring.maxmin import maxmin_dual
+from guiderail.guides.scoring.transforms import Array, Bounded, LogSigmoid, checked, weighted_sum
 
 
 class Combine(BaseModel, ABC):

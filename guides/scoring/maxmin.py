@@ -8,22 +8,12 @@ The gradient of g is sum_c q_c r_c at q = softmax(r w / beta), so the gap betwee
 w . grad - min(grad): it certifies the solution.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from guiderail.guides.scoring.transforms import Array
+from guiderail.guides.scoring.transforms import Array, weighted_sum
 
 MAX_NEWTON = 50
 MAX_HALVINGS = 40
-
-
-def weighted_sum(values: Array, weights: Array | Sequence[float]) -> Array:
-    """sum_r weights[r] values[:, r], added up in the same order for every row, so that equal rows stay equal."""
-    total = np.zeros(values.shape[0])
-    for column, weight in enumerate(weights):
-        total += weight * values[:, column]
-    return total
 
 
 def maxmin_dual(values: Array, beta: float) -> tuple[Array, float]:

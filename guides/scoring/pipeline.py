@@ -9,18 +9,17 @@ import numpy as np
 from guiderail.guides.core.dialogue import Dialogue
 from guiderail.guides.core.errors import AlignmentField, FieldError
 from guiderail.guides.core.interfaces import Embedder, Judge, Scorer
-from guiderail.guides.core.metered_engine import MeteredEngine
+from guiderail.guides.core.metering import MeteredEngine
 from guiderail.guides.core.seeds import PICK, Seeds
 from guiderail.guides.core.tasks import Background, together
 from guiderail.guides.core.types import Answer, Candidate, SamplingSpec
-from guiderail.guides.scoring.calibration_sample import CalibrationSample, CalibrationSpec, Calibrator
+from guiderail.guides.scoring.calibration import CalibrationSample, CalibrationSpec, Calibrator, Fits
+from guiderail.guides.scoring.chain import RewardTerm
 from guiderail.guides.scoring.combine import Combine
-from guiderail.guides.scoring.fits import Fits
-from guiderail.guides.scoring.origin import Origin
+from guiderail.guides.scoring.kl import Origin
 from guiderail.guides.scoring.scores import Combination, Scores
 from guiderail.guides.scoring.selection.rule import Choice, Pool, Selection
 from guiderail.guides.scoring.selection_report import SelectionReport
-from guiderail.guides.scoring.terms import RewardTerm
 from guiderail.guides.scoring.transforms import Array
 
 

@@ -19,7 +19,7 @@ has the largest reward (they may make ties); they matter once rewards are summed
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
@@ -50,6 +50,14 @@ def checked(values: npt.ArrayLike) -> Array:
     if not (np.abs(array) <= LIMIT).all():
         raise ValueError("rewards must be finite, and at most 1e100 in size")
     return array
+
+
+def weighted_sum(values: Array, weights: Array | Sequence[float]) -> Array:
+    """sum_r weights[r] values[:, r], added up in the same order for every row, so that equal rows stay equal."""
+    total = np.zeros(values.shape[0])
+    for column, weight in enumerate(weights):
+        total += weight * values[:, column]
+    return total
 
 
 class _Model(BaseModel):

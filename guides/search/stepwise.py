@@ -6,7 +6,7 @@ from dataclasses import replace
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.errors import DeadlinePassed
 from guiderail.guides.core.types import Candidate, Event, Scored, TokenLogprob
-from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.scoring.pipeline import Pick
 from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.sequence import Piece, roll_out

@@ -18,8 +18,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from guiderail.guides.core.budget import Spend
 from guiderail.guides.core.errors import DeadlinePassed
+from guiderail.guides.core.metering import Spend
 from guiderail.server.metrics import Metrics
 from guiderail.server.openai_errors import ApiError
 from guiderail.server.requests.clients import NOBODY, Client

@@ -4,9 +4,9 @@ import uuid
 from dataclasses import dataclass
 from functools import partial
 
-from guiderail.guides.core.budget import Limits, Spend
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.dialogue import Dialogue
+from guiderail.guides.core.metering import Limits, Spend
 from guiderail.guides.core.types import PROMPT, Message, TokenPrompt
 from guiderail.guides.prompters import Template
 from guiderail.guides.scoring.pipeline import Judging

@@ -22,7 +22,7 @@ from guiderail.guides.scoring import (
     RewardTerm,
     Selection,
 )
-from guiderail.guides.scoring.calibration_sample import CalibrationSpec
+from guiderail.guides.scoring.calibration import CalibrationSpec
 from guiderail.server.openai_errors import bad_request
 from guiderail.server.requests.specs import (
     AlignmentSpec,

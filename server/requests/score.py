@@ -4,13 +4,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guiderail.guides.core.budget import Limits, Spend
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.dialogue import Dialogue
+from guiderail.guides.core.metering import Limits, Spend
 from guiderail.guides.core.reward import next_turn
 from guiderail.guides.core.tasks import together
 from guiderail.guides.core.types import Candidate, SamplingSpec
-from guiderail.guides.scoring.calibration_sample import CalibrationSpec
+from guiderail.guides.scoring.calibration import CalibrationSpec
 from guiderail.guides.scoring.pipeline import Judging
 from guiderail.guides.scoring.selection.best import Argmax
 from guiderail.server.openai_errors import bad_request

@@ -9,9 +9,9 @@ from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from guiderail.guides.core.named import NotNamed, read_named
+from guiderail.guides.core.types import NotNamed, read_named
 from guiderail.guides.scoring import Chain, ChainError, parse_chain
-from guiderail.guides.scoring.calibration_sample import CalibrationSpec
+from guiderail.guides.scoring.calibration import CalibrationSpec
 from guiderail.server.openai_errors import bad_request, from_validation
 
 T = TypeVar("T")

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from guiderail.guides.core.dialogue import Dialogue
 from guiderail.guides.core.errors import DeadlinePassed, RequestError
 from guiderail.guides.core.interfaces import Scorer, ScoreResult
-from guiderail.guides.core.metered_engine import MeteredEngine
+from guiderail.guides.core.metering import MeteredEngine
 from guiderail.guides.core.seeds import CALIBRATION, Seeds
 from guiderail.guides.core.types import Answer, SamplingSpec
-from guiderail.guides.scoring.calibration_sample import CalibrationSample, CalibrationSpec
-from guiderail.guides.scoring.terms import RewardTerm
+from guiderail.guides.scoring.calibration import CalibrationSample, CalibrationSpec
+from guiderail.guides.scoring.chain import RewardTerm
 from guiderail.guides.search.sequence import Piece
 from guiderail.server.metrics import Metrics
 from guiderail.server.scoring.calibration_file import StoredCalibration, params_key, prompt_key

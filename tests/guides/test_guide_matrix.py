@@ -13,7 +13,7 @@ from tabular_context import Scores, tabular_context
 from tabular_engine import TabularEngine
 
 from guiderail.guides.controlled_decoding import ControlledDecoding
-from guiderail.guides.core.budget import Spend
+from guiderail.guides.core.metering import Spend
 from guiderail.guides.core.types import SamplingSpec, Token, TokenPrompt
 from guiderail.guides.scoring import COMBINES, IDENTITY, SELECTIONS, parse_chain
 from guiderail.guides.scoring.combine import PointwiseMin

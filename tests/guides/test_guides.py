@@ -11,9 +11,9 @@ from fakes import Faulty, ScriptedEngine
 from virtual_time import in_virtual_time
 
 from guiderail.guides.best_of_n import BestOfN
-from guiderail.guides.core.budget import Limits
 from guiderail.guides.core.errors import DeadlinePassed, EngineUnavailable, RewardFailed
 from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.metering import Limits
 from guiderail.guides.core.seeds import Seeds
 from guiderail.guides.core.types import SamplingSpec, Token, TokenPrompt
 from guiderail.guides.sampling import Sampling

@@ -6,7 +6,7 @@ from typing import Any
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.types import TokenPrompt
 from guiderail.guides.scoring import RewardTerm
-from guiderail.guides.scoring.calibration_sample import CalibrationSample
+from guiderail.guides.scoring.calibration import CalibrationSample
 from guiderail.server.metrics import Metrics
 from guiderail.server.scoring import calibration_file as calibration_store
 from guiderail.server.scoring.calibration_file import StoredCalibration, prompt_key

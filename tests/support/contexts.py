@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 from fakes import LastDigit, LetterRenderer
 
-from guiderail.guides.core.budget import Limits, Spend
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.dialogue import Dialogue
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.interfaces import Engine
+from guiderail.guides.core.metering import Limits, Spend
 from guiderail.guides.core.reward import Reward
 from guiderail.guides.core.types import Event, Final, Message, SamplingSpec, TokenPrompt
 from guiderail.guides.scoring import RewardTerm
-from guiderail.guides.scoring.calibration_sample import CalibrationSample, CalibrationSpec
+from guiderail.guides.scoring.calibration import CalibrationSample, CalibrationSpec
 from guiderail.guides.scoring.combine import Sum
 from guiderail.guides.scoring.pipeline import Judging, Scorers
 from guiderail.guides.scoring.selection.best import Argmax

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 from scipy.optimize import brentq
 
-from guiderail.guides.scoring.origin import Origin
+from guiderail.guides.scoring.kl import Origin
 from guiderail.guides.scoring.selection.best import Pool
 
 ANSWERS = Origin("answers")

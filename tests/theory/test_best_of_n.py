@@ -9,8 +9,7 @@ from distributions import U, cdf, integral, kl, pool, win_rate
 from scipy.special import expi
 from scipy.stats import poisson
 
-from guiderail.guides.scoring.kl import best_of_n_kl, best_of_poisson_kl, selection_kl
-from guiderail.guides.scoring.origin import Origin
+from guiderail.guides.scoring.kl import Origin, best_of_n_kl, best_of_poisson_kl, selection_kl
 from guiderail.guides.scoring.selection.best import Argmax, BestOfPoisson, Softmax
 
 BASE = np.array([0.5, 0.3, 0.15, 0.05])  # a base policy over four answers, in ascending order of reward

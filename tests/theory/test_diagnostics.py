@@ -10,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guiderail.guides.core.types import Candidate, TokenLogprob
-from guiderail.guides.scoring.entropy import effective_sample_size, token_entropy
-from guiderail.guides.scoring.gold import best_of_n_curve
-from guiderail.guides.scoring.hedge import distribution, hedge, score
+from guiderail.guides.scoring.hedge import best_of_n_curve, distribution, hedge, score
 from guiderail.guides.scoring.kl import selection_kl
-from guiderail.guides.scoring.over_optimisation import moved_far, over_optimised
-from guiderail.guides.scoring.selection_report import SelectionReport
+from guiderail.guides.scoring.selection_report import (
+    SelectionReport,
+    effective_sample_size,
+    moved_far,
+    over_optimised,
+    token_entropy,
+)
 
 
 def test_effective_sample_size_and_kl_of_weights() -> None:

@@ -14,9 +14,9 @@ from tabular_engine import Clock
 from guiderail.guides.args import Args
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.controlled_decoding import ControlledDecoding
-from guiderail.guides.core.budget import Limits
 from guiderail.guides.core.errors import DeadlinePassed
 from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.metering import Limits
 from guiderail.guides.core.types import SamplingSpec
 from guiderail.guides.deal import Deal
 from guiderail.guides.sampling import Sampling
@@ -125,7 +125,7 @@ async def test_what_is_reported_bounds_the_kl(monkeypatch: pytest.MonkeyPatch, g
 @pytest.mark.parametrize("guide", ["best_of_n", "controlled_decoding", "transfer_q", "transfer_q-blocks", "deal-beams"])
 async def test_what_a_deadline_cuts_off_was_selected_among(monkeypatch: pytest.MonkeyPatch, guide: str) -> None:
     """Finished answers are taken before others, and the longest piece where nothing is whole: both are choices."""
-    monkeypatch.setattr("guiderail.guides.core.metered_engine.time", clock := Clock())
+    monkeypatch.setattr("guiderail.guides.core.metering.time", clock := Clock())
     for deadline in (1.0, 2.0, 3.0):
         try:
             found, reported = await enumerated(

@@ -19,9 +19,9 @@ from guiderail.guides.controlled_decoding import ControlledDecoding
 from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.types import Candidate, SamplingSpec
 from guiderail.guides.scoring import RewardTerm, parse_chain
-from guiderail.guides.scoring.over_optimisation import over_optimised
 from guiderail.guides.scoring.selection.best import SELECTIONS
 from guiderail.guides.scoring.selection.tournament import Tournament
+from guiderail.guides.scoring.selection_report import over_optimised
 from guiderail.server.openai_errors import from_exception
 
 CHAINS = ["calibrated", "exp", "neg_exp", "log", {"name": "clip", "high": 3}, "standardize", {"name": "log_sigmoid"}]

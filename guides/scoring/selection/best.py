@@ -1,4 +1,4 @@
-"""The selection rules by name, and the plain ones: argmax, soft best-of-N, best-of-Poisson.
+"""The selection rules by name, and those that soften argmax: soft best-of-N, best-of-Poisson.
 
 n is the number of candidates, L the tokens of one answer. Costs are those of a whole request, in generated tokens
 and in scores per reward, and what a rule needs beyond them. Which pools a rule is valid for it says in `valid_for`.
@@ -11,31 +11,15 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from guiderail.guides.scoring.kl import best_of_poisson_kl
-from guiderail.guides.scoring.origin import POOL_KINDS, PoolKind
+from guiderail.guides.scoring.kl import PoolKind, best_of_poisson_kl
 from guiderail.guides.scoring.selection.divergence import FDivergence, softmax
 from guiderail.guides.scoring.selection.pessimism import Pessimism
 from guiderail.guides.scoring.selection.regularized import Likelihood, Mbr
-from guiderail.guides.scoring.selection.rule import Choice, Pool, Selection, decided
+from guiderail.guides.scoring.selection.rule import Argmax, Choice, Pool, Selection, decided
 from guiderail.guides.scoring.selection.target import ALMOST, MAX_MU, UNATTAINED, Nats, Target, either, mu_for
 from guiderail.guides.scoring.selection.tournament import Tournament
 
 __all__ = ["SELECTIONS", "Argmax", "BestOfPoisson", "Choice", "Pool", "Selection", "Softmax"]
-
-
-class Argmax(Selection):
-    """The largest combined reward; of equals the largest raw one, then the first. On n draws this is best-of-N.
-
-    Density n u^(n - 1) in the quantile u of a continuous reward: win rate n / (n + 1) against the base policy at a KL
-    of log n - (n - 1) / n (arXiv 2401.01879). As n grows it tends to the reward's maximum, errors of the reward
-    included. Costs n L tokens and n scores.
-    """
-
-    name: Literal["argmax"] = "argmax"
-    valid_for: ClassVar[frozenset[PoolKind]] = frozenset(POOL_KINDS)
-
-    async def pick(self, pool: Pool) -> Choice:
-        return decided(pool, pool.best())
 
 
 class Softmax(Target):

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from guiderail.guides.scoring.origin import PoolKind
+from guiderail.guides.scoring.kl import PoolKind
 from guiderail.guides.scoring.selection.rule import Choice, Pool
 from guiderail.guides.scoring.selection.target import Target
 from guiderail.guides.scoring.transforms import Array

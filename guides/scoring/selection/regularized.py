@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from guiderail.guides.scoring.origin import PoolKind
+from guiderail.guides.scoring.kl import PoolKind
 from guiderail.guides.scoring.selection.rule import Choice, Pool, Selection, decided
 from guiderail.guides.scoring.transforms import Array, Bounded
 

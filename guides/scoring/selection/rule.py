@@ -1,4 +1,4 @@
-"""Selection rules: from a pool of scored candidates to the choice of one.
+"""Selection rules: from a pool of scored candidates to the choice of one; and the plainest of them, argmax.
 
 A rule knows nothing of engines and rewards. It sees combined scores and, where it says that it needs them, texts,
 log-probabilities, embeddings and a judge.
@@ -8,12 +8,12 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from guiderail.guides.scoring.origin import Origin, PoolKind
+from guiderail.guides.scoring.kl import POOL_KINDS, Origin, PoolKind
 from guiderail.guides.scoring.transforms import Array, checked
 
 
@@ -49,7 +49,7 @@ class Pool:
         return int(np.lexsort((np.arange(len(ties)), -ties, -(self.scores if scores is None else scores)))[0])
 
     def kl(self, weights: Array) -> float | None:
-        """Bound of the KL of a draw by `weights` [C] (see origin.py), in nats; None where there is none."""
+        """Bound of the KL of a draw by `weights` [C] (see kl.py), in nats; None where there is none."""
         return None if self.origin is None else self.origin.kl(weights)
 
     def kl_of(self, index: int) -> float | None:
@@ -62,7 +62,7 @@ class Choice:
     """The index of the chosen candidate, and how it came about.
 
     `weights` [C] is the distribution from which a rule that samples drew it, `scores` [C] what a rule that changes
-    scores compared; `kl` bounds in nats the KL of this choice from the policy (origin.py says how), or is None;
+    scores compared; `kl` bounds in nats the KL of this choice from the policy (kl.py says how), or is None;
     `detail` a rule's own metrics, `warnings` what it could not do as asked.
     """
 
@@ -107,3 +107,18 @@ def drawn(pool: Pool, weights: Array, detail: dict[str, float] | None = None) ->
 def decided(pool: Pool, index: int, scores: Array | None = None, detail: dict[str, float] | None = None) -> Choice:
     """A candidate chosen without chance."""
     return Choice(index, pool.kl_of(index), scores=scores, detail=detail or {})
+
+
+class Argmax(Selection):
+    """The largest combined reward; of equals the largest raw one, then the first. On n draws this is best-of-N.
+
+    Density n u^(n - 1) in the quantile u of a continuous reward: win rate n / (n + 1) against the base policy at a KL
+    of log n - (n - 1) / n (arXiv 2401.01879). As n grows it tends to the reward's maximum, errors of the reward
+    included. Costs n L tokens and n scores.
+    """
+
+    name: Literal["argmax"] = "argmax"
+    valid_for: ClassVar[frozenset[PoolKind]] = frozenset(POOL_KINDS)
+
+    async def pick(self, pool: Pool) -> Choice:
+        return decided(pool, pool.best())

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from guiderail.guides.scoring.origin import PoolKind
+from guiderail.guides.scoring.kl import PoolKind
 from guiderail.guides.scoring.selection.rule import Choice, Pool, Selection, decided
 
 ROUND_ROBIN_LIMIT = 64

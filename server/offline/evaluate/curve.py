@@ -125,7 +125,7 @@ def curve_metrics(proxy: "Array", gold: "Array", ns: Sequence[int], seed: int) -
     """Curves over N with 95 % bands, from the values [P, M] of both rewards for P prompts; ns ascending from 1."""
     import numpy as np
 
-    from guiderail.guides.scoring.gold import best_of_n_curve
+    from guiderail.guides.scoring.hedge import best_of_n_curve
     from guiderail.guides.scoring.kl import best_of_n_kl
     from guiderail.server.offline.evaluate.pair_metrics import spearman
 
@@ -162,8 +162,7 @@ def hedges(proxy: "Array", gold: "Array", seed: int) -> dict[str, Any]:
     """
     import numpy as np
 
-    from guiderail.guides.scoring.gold import by_proxy
-    from guiderail.guides.scoring.hedge import Family, hedge
+    from guiderail.guides.scoring.hedge import Family, by_proxy, hedge
 
     picks = np.random.default_rng(seed).integers(len(proxy), size=(HEDGE_RESAMPLES, len(proxy)))
     ranked = np.array([by_proxy(p, g) for p, g in zip(proxy, gold, strict=True)])

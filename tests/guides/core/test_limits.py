@@ -13,9 +13,9 @@ from tabular_engine import Clock, TabularEngine
 
 from guiderail.guides.best_of_n import BestOfN
 from guiderail.guides.controlled_decoding import ControlledDecoding
-from guiderail.guides.core.budget import Limits, Spend
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.errors import DeadlinePassed, EngineUnavailable, RewardFailed
+from guiderail.guides.core.metering import Limits, Spend
 from guiderail.guides.core.types import SamplingSpec, Scored, Token
 from guiderail.guides.deal import Deal
 from guiderail.guides.sampling import Sampling
@@ -28,7 +28,7 @@ ROWS = 24  # more than any of the guides has in the engine at once
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time that guides see: one second a step of the engine."""
     clock = Clock()
-    monkeypatch.setattr("guiderail.guides.core.metered_engine.time", clock)
+    monkeypatch.setattr("guiderail.guides.core.metering.time", clock)
     return clock
 
 

@@ -12,12 +12,12 @@ from calibrations import PROMPT, calibrator, write
 from contexts import DIGIT, context
 from fakes import Faulty, ScriptedEngine, make_state
 
-from guiderail.guides.core.budget import Limits
 from guiderail.guides.core.errors import DeadlinePassed, EngineUnavailable, RequestError, RewardFailed
+from guiderail.guides.core.metering import Limits
 from guiderail.guides.core.seeds import CALIBRATION, DRAW, PICK, Seeds
 from guiderail.guides.core.types import SamplingSpec, TokenPrompt
 from guiderail.guides.prompters import Template, Urial
-from guiderail.guides.scoring.calibration_sample import CalibrationSpec
+from guiderail.guides.scoring.calibration import CalibrationSpec
 from guiderail.server.models.model_fingerprint import fingerprint
 from guiderail.server.requests.resolve import Alignment, Resolver
 from guiderail.server.requests.specs import read_alignment

@@ -14,7 +14,7 @@ from guiderail.guides.core.reward import TextReward
 from guiderail.guides.core.types import Candidate, Delta, Message, SamplingSpec, TokenPrompt
 from guiderail.guides.prompters import SystemMessage, Urial
 from guiderail.guides.scoring import RewardTerm, parse_chain
-from guiderail.guides.scoring.calibration_sample import CalibrationSpec
+from guiderail.guides.scoring.calibration import CalibrationSpec
 from guiderail.server.scoring import calibration_file as calibration_store
 
 DIGIT_CALIBRATED = RewardTerm("last_digit", "last_digit", 1.0, None, parse_chain("calibrated"))
