@@ -87,6 +87,7 @@ async def draw_scored(ctx: Context, n: int) -> Drawn:
 
     Answers cut off by deadline or budget come back unscored, as do those whose score the deadline overtook.
     """
+    drawn: dict[int, Candidate] = {}
     scored: dict[int, Scores] = {}
     async with task_group() as scoring:
 
@@ -96,18 +97,18 @@ async def draw_scored(ctx: Context, n: int) -> Drawn:
                     scored[index] = await ctx.score([answer])
 
         def finished(index: int, piece: Piece) -> None:
-            answer = piece.candidate(index)
+            answer = drawn[index] = piece.candidate(index)
             if answer.finished:
                 scoring.create_task(score(index, answer))
 
         sampling = replace(ctx.sampling, stream=False)
-        pieces = await roll_out(ctx, [ctx.prompt] * n, sampling, ctx.seeds.stream(n), finished)
-    drawn = tuple(piece.candidate(index) for index, piece in enumerate(pieces))
+        await roll_out(ctx, [ctx.prompt] * n, sampling, ctx.seeds.stream(n), finished)
+    answers = tuple([drawn[index] for index in range(n)])
     tables = [scored[index] for index in sorted(scored) if scored[index].raw]
     if not tables:
-        return Drawn(drawn, None)
+        return Drawn(answers, None)
     scores = Scores.join(tables)
-    return Drawn(in_place(drawn, scores.candidates), scores)
+    return Drawn(in_place(answers, scores.candidates), scores)
 
 
 def in_place(candidates: Iterable[Candidate], scored: Iterable[Candidate]) -> tuple[Candidate, ...]:

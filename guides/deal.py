@@ -25,7 +25,7 @@ from guiderail.guides.core.context import Context
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.policy import PolicySpec
 from guiderail.guides.core.tasks import together
-from guiderail.guides.core.types import Event, Params
+from guiderail.guides.core.types import Candidate, Event, Params
 from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.scoring.transforms import Array
@@ -39,14 +39,14 @@ from guiderail.guides.search.transcript import Transcript
 class Beam:
     """A partial answer that the search keeps, or one that it considers: `transcript` with `piece` behind it.
 
-    scores: of it alone, with the means of its rollouts `tails`.
+    tails: its rollouts. scores: of it alone, with their means, once it is kept.
     """
 
     transcript: Transcript
     log_p: float = 0.0
     piece: Piece = field(default_factory=Piece)
-    scores: Scores | None = None
     tails: Sequence[Piece] = ()
+    scores: Scores | None = None
 
     @property
     def finished(self) -> bool:
@@ -59,7 +59,7 @@ class Beam:
         if self.piece.token_ids:
             transcript = transcript.fork()
             transcript.commit(self.piece)
-        return Beam(transcript, self.log_p, Piece(), scores, self.tails)
+        return Beam(transcript, self.log_p, Piece(), self.tails, scores)
 
 
 class DealParams(Params):
@@ -109,11 +109,13 @@ class Deal(Guide[DealParams]):
         while steps.go_on(len(beams)):
             open_ = [beam for beam in beams if not beam.finished]
             found = await together(self._expand(ctx, beam, steps.count, i) for i, beam in enumerate(open_))
-            likeliest = [] if steps.count else [found[0][0].piece]
-            if steps.cut_short([tail for new in found for beam in new for tail in beam.tails], likeliest):
+            new = [beam for expanded, _ in found for beam in expanded]
+            if steps.cut_short([tail for beam in new for tail in beam.tails], [] if steps.count else [new[0].piece]):
                 break
-            considered = [*(beam for beam in beams if beam.finished), *(new for each in found for new in each)]
-            h, scores = self._score(considered)
+            whole = [beam for beam in beams if beam.finished]
+            considered = [*whole, *new]
+            tables = [*(beam.scores for beam in whole if beam.scores is not None), *(scores for _, scores in found)]
+            h, scores = self._score(considered, tables)
             rows = await self._keep(ctx, considered, h, scores)
             beams = [considered[row].kept(scores.take([row])) for row in rows]
             if all(beam.finished for beam in beams):
@@ -130,8 +132,8 @@ class Deal(Guide[DealParams]):
         async for event in steps.end():
             yield event
 
-    async def _expand(self, ctx: Context, beam: Beam, step: int, number: int) -> list[Beam]:
-        """The beam's successors, scored: its top-k tokens, each with a lookahead."""
+    async def _expand(self, ctx: Context, beam: Beam, step: int, number: int) -> tuple[list[Beam], Scores]:
+        """The beam's successors, its top-k tokens, each with a lookahead; and their scores."""
         p, transcript = self.params, beam.transcript
         ahead = Lookahead(ctx.prompt, 0 if p.lookahead == 0 else 1, p.lookahead or None, None if p.sampled else 0.0)
         pieces = await top_tokens(ctx, transcript, p.top_k)
@@ -139,19 +141,24 @@ class Deal(Guide[DealParams]):
         reused = [known.get(tuple(piece.token_ids), []) for piece in pieces]
         tails = await roll_forward(ctx, transcript, pieces, ahead, step, reused, f"beam {number}")
         scores = await value(ctx, transcript, pieces, tails)
-        return [
-            Beam(transcript, beam.log_p + piece.logprobs[0].logprob, piece, scores.take([i]), tail)
-            for i, (piece, tail) in enumerate(zip(pieces, tails, strict=True))
+        expanded = [
+            Beam(transcript, beam.log_p + piece.logprobs[0].logprob, piece, tail)
+            for piece, tail in zip(pieces, tails, strict=True)
         ]
+        return expanded, scores
 
-    def _score(self, considered: list[Beam]) -> tuple[Array, Scores]:
-        """The heuristic h [C] of all that is considered, and scores c = log P + lambda h."""
+    def _score(self, considered: list[Beam], tables: list[Scores]) -> tuple[Array, Scores]:
+        """The heuristic h [C] of all that is considered, whose rewards are in the tables, and c = log P + lambda h."""
         p = self.params
-        scores = Scores.join([beam.scores for beam in considered if beam.scores is not None])
+        scores = Scores.join(tables)
         lengths = [len(beam.transcript.token_ids) + len(beam.piece.token_ids) for beam in considered]
         log_p = np.array([beam.log_p / n**p.length_penalty for beam, n in zip(considered, lengths, strict=True)])
-        numbered = tuple(c if c.index == i else replace(c, index=i) for i, c in enumerate(scores.plain))
-        return scores.combined, replace(scores.with_combined(log_p + p.weight * scores.combined), plain=numbered)
+        numbered = [
+            Candidate(i, c.text, c.token_ids, c.finish_reason, c.stop_reason, c.logprobs)
+            for i, c in enumerate(scores.plain)
+        ]
+        c = scores.with_combined(log_p + p.weight * scores.combined)
+        return scores.combined, replace(c, plain=tuple(numbered))
 
     async def _keep(self, ctx: Context, considered: list[Beam], h: Array, scores: Scores) -> list[int]:
         """The rows that go on, the best first."""
@@ -162,10 +169,13 @@ class Deal(Guide[DealParams]):
         pool = self._within(h)
         if p.beams == 1:
             log_prior = [considered[row].piece.logprobs[0].logprob for row in pool]
-            pick = await ctx.select(scores.take(pool), Origin("tokens", log_prior=log_prior))
+            within = scores if len(pool) == len(h) else scores.take(pool)
+            pick = await ctx.select(within, Origin("tokens", log_prior=log_prior))
             return [pool[pick.row]]
-        best = sorted(scores.order, key=lambda row: -h[row]) if none_keeps else [r for r in scores.order if r in pool]
-        return best[: p.beams]
+        if none_keeps:
+            return sorted(scores.order, key=lambda row: -h[row])[: p.beams]
+        allowed = set(pool)
+        return [row for row in scores.order if row in allowed][: p.beams]
 
     async def _best(self, ctx: Context, beams: list[Beam], h: Array, scores: Scores) -> int:
         """The row of the answer among whole ones."""

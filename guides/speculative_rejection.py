@@ -125,7 +125,7 @@ class _Pool:
         self._ctx = ctx
         self._rollouts = rollouts
         self._transcript = Transcript(ctx)
-        self._known: dict[int, Scores] = {}  # of finished answers, as they were last compared
+        self._known: dict[int, tuple[Scores, int]] = {}  # table and row of finished answers, as they were last compared
         self.pieces = [Piece() for _ in range(n)]
         self.alive = set(range(n))
 
@@ -134,11 +134,13 @@ class _Pool:
 
         Which sequence is faster makes no difference: one that ended further on, while others lag, was going on here.
         """
-        pieces = [self.pieces[i] for i in self.alive]
-        if any(piece.cut_short for piece in pieces):
-            return False
-        beyond = [piece for piece in pieces if not piece.finish_reason or len(piece.token_ids) > checkpoint]
-        return bool(beyond) and all(len(piece.token_ids) >= checkpoint for piece in beyond)
+        beyond = False
+        for i in self.alive:
+            piece = self.pieces[i]
+            if piece.cut_short or (not piece.finish_reason and len(piece.token_ids) < checkpoint):
+                return False
+            beyond |= not piece.finish_reason or len(piece.token_ids) > checkpoint
+        return beyond
 
     async def ranked(self, checkpoint: int) -> list[int]:
         """Numbers of the living by falling reward of what they had at the checkpoint, or of their whole answer."""
@@ -156,16 +158,16 @@ class _Pool:
         """Scores of candidates as a group; a finished answer is scored once."""
         new = [candidate for candidate in candidates if candidate.index not in self._known]
         found = await self._ctx.score(new)
-        rows = {candidate.index: found.take([row]) for row, candidate in enumerate(new)}
-        scores = Scores.join([self._known.get(c.index) or rows[c.index] for c in candidates])
+        places = self._known | {candidate.index: (found, row) for row, candidate in enumerate(new)}
+        scores = Scores.gather([places[candidate.index] for candidate in candidates])
         for row, candidate in enumerate(candidates):
             if candidate.finished and self.pieces[candidate.index].finish_reason:
-                self._known[candidate.index] = scores.take([row])
+                self._known[candidate.index] = scores, row
         return scores
 
     def answers(self) -> tuple[Candidate, ...]:
         """All answers, those that were compared with their scores."""
-        scored = [scores.candidates[0] for scores in self._known.values()]
+        scored = [scores.candidates[row] for scores, row in self._known.values()]
         return in_place([piece.candidate(i) for i, piece in enumerate(self.pieces)], scored)
 
     async def drop(self, numbers: Sequence[int]) -> None:

@@ -20,8 +20,11 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
 
 async def together(work: Iterable[Coroutine[None, None, T]]) -> list[T]:
     """Results of all coroutines, run concurrently, in their order."""
+    coroutines = list(work)
+    if len(coroutines) == 1:  # as of one reward: no task to start
+        return [await coroutines[0]]
     async with task_group() as group:
-        tasks = [group.create_task(each) for each in work]
+        tasks = [group.create_task(each) for each in coroutines]
     return [task.result() for task in tasks]
 
 

@@ -6,7 +6,7 @@ nothing but their rank (InfAlign-CTRL, arXiv 2412.19792). Where the samples come
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -69,56 +69,65 @@ class Calibrator(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
 class Fits:
-    """The fitted transforms of rewards.
+    """The fitted transforms of rewards: once for whole answers, once for each length of partial ones.
 
-    sample: gives what calibrates a reward, of answers cut after so many tokens (None: of whole ones). values: scores
-    answers with a reward. renderer: gives the tokens of reference answers.
+    by_length: True if partial answers have transforms of their own.
     """
 
-    terms: Sequence[RewardTerm]
-    sample: Callable[[RewardTerm, int | None], Awaitable[CalibrationSample]]
-    values: Callable[[RewardTerm, tuple[Answer, ...]], Awaitable[tuple[float, ...]]]
-    renderer: Renderer
-    background: Background
-    _tasks: "dict[int | None, asyncio.Task[Transforms]]" = field(default_factory=dict)
+    def __init__(
+        self,
+        terms: Sequence[RewardTerm],
+        sample: Callable[[RewardTerm, int | None], Awaitable[CalibrationSample]],
+        values: Callable[[RewardTerm, tuple[Answer, ...]], Awaitable[tuple[float, ...]]],
+        renderer: Renderer,
+        background: Background,
+    ) -> None:
+        """sample: gives what calibrates a reward, of answers cut after so many tokens (None: of whole ones).
+
+        values: scores answers with a reward. renderer: gives the tokens of reference answers.
+        """
+        self._terms = terms
+        self._sample = sample
+        self._values = values
+        self._renderer = renderer
+        self._background = background
+        self._tasks: dict[int | None, asyncio.Task[Transforms]] = {}
+        self.by_length = any(term.chain.needs_sample for term in terms)
+        self._has_work = self.by_length or any(term.chain.reference_answers for term in terms)
 
     def begin(self) -> None:
         """Start to draw what the transforms are fitted on, beside the guide's own work."""
-        if any(term.chain.needs_sample or term.chain.reference_answers for term in self.terms):
+        if self._has_work:
             self._task(None)
-
-    def depends_on_length(self) -> bool:
-        """True if partial answers have transforms of their own."""
-        return any(term.chain.needs_sample for term in self.terms)
 
     async def transforms(self, length: int | None) -> Transforms:
         """The fitted transforms by label. Concurrent callers share one fit, which none of them can cancel.
 
         length: of the partial answers that they are for, in tokens; None for whole ones.
         """
-        return await asyncio.shield(self._task(length))
+        task = self._task(length)
+        return task.result() if task.done() else await asyncio.shield(task)
 
     def _task(self, length: int | None) -> "asyncio.Task[Transforms]":
         if length not in self._tasks:
-            self._tasks[length] = self.background.start(self._fit(length))
+            self._tasks[length] = self._background.start(self._fit(length))
         return self._tasks[length]
 
     async def _fit(self, length: int | None) -> Transforms:
         whole = {} if length is None else await self.transforms(None)
-        terms = [term for term in self.terms if length is None or term.chain.needs_sample]
+        terms = [term for term in self._terms if length is None or term.chain.needs_sample]
         fitted = await together(self._fit_term(term, length) for term in terms)
         return {**whole, **dict(zip((term.label for term in terms), fitted, strict=True))}
 
     async def _fit_term(self, term: RewardTerm, length: int | None) -> Fitted:
         chain, sample = term.chain, None
         if chain.needs_sample:
-            sample = np.array((await self.sample(term, length)).values)
+            sample = np.array((await self._sample(term, length)).values)
         references: dict[str, float] = {}
         if chain.reference_answers:
             answers = tuple(
-                Answer(text, tuple(self.renderer.encode(text, plain=True))) for text in chain.reference_answers
+                Answer(text, tuple(self._renderer.encode(text, plain=True))) for text in chain.reference_answers
             )
-            references = dict(zip(chain.reference_answers, await self.values(term, answers), strict=True))
+            references = dict(zip(chain.reference_answers, await self._values(term, answers), strict=True))
         return chain.fit(sample, references)

@@ -18,7 +18,7 @@ from guiderail.guides.scoring.chain import RewardTerm
 from guiderail.guides.scoring.combine import Combine
 from guiderail.guides.scoring.kl import Origin
 from guiderail.guides.scoring.scores import Combination, Scores
-from guiderail.guides.scoring.selection.rule import Choice, Pool, Selection
+from guiderail.guides.scoring.selection.rule import Pool, Selection
 from guiderail.guides.scoring.selection_report import SelectionReport
 from guiderail.guides.scoring.transforms import Array
 
@@ -128,15 +128,16 @@ class RewardPipeline:
             spend = self._engine.spend
             with spend.scoring.span(), spend.working.span():
                 results = await together(self._raw(term, answers) for term in terms)
-                lengths = [self._calibrated_at(candidate) for candidate in candidates]
-                distinct = list(dict.fromkeys(lengths))
-                fits = dict(zip(distinct, await together(map(self._fits.transforms, distinct)), strict=True))
+                groups = self._by_length(candidates)
+                fits = await together(map(self._fits.transforms, groups))
             for term, values in zip(terms, results, strict=True):
-                raw[term.label] = np.array(values, dtype=np.float64)
+                column = raw[term.label] = np.array(values, dtype=np.float64)
+                if len(fits) == 1:
+                    transformed[term.label] = fits[0][term.label](column)
+                    continue
                 transformed[term.label] = np.empty(len(candidates))
-                for length, fitted in fits.items():
-                    group = [i for i, each in enumerate(lengths) if each == length]
-                    transformed[term.label][group] = fitted[term.label](raw[term.label][group])
+                for group, fitted in zip(groups.values(), fits, strict=True):
+                    transformed[term.label][group] = fitted[term.label](column[group])
         return self.table(candidates, raw, transformed)
 
     def table(
@@ -152,7 +153,8 @@ class RewardPipeline:
         """
         combined, dialogue, candidates = scores.combined, self.dialogue, scores.plain
         (seed,) = self._seeds.stream(1, PICK, next(self._picks))
-        texts = [dialogue.begun + dialogue.clean(candidate.text) for candidate in candidates]
+        begun = dialogue.begun
+        texts = [begun + dialogue.clean(candidate.text) for candidate in candidates]
         tokens = origin is not None and origin.kind == "tokens"
         rule = self.asked.selection
         rule = rule.at(dialogue.sampling.temperature) if tokens else rule
@@ -172,9 +174,10 @@ class RewardPipeline:
             choice = await rule.pick(pool)
         except ValueError as error:
             raise FieldError(AlignmentField("select"), f": {error}") from error
-        judged = _judged(scores.candidates, choice)
-        self._report.picked(judged, choice, self._combination.weights)
-        return Pick(choice.index, judged, scores)
+        self._report.picked(scores, choice)
+        if choice.weights is None and choice.scores is None:
+            return Pick(choice.index, scores.candidates, scores)
+        return Pick(choice.index, scores.judged(choice.weights, choice.scores), scores)
 
     async def _raw(self, term: RewardTerm, answers: tuple[Answer, ...]) -> tuple[float, ...]:
         result = await self._scorers.scorer.score(term.name, self.dialogue.group(answers, term.params), self._owner)
@@ -196,16 +199,11 @@ class RewardPipeline:
         for warning in warnings:
             self._report.warn(f"reward '{term.label}': {warning}")
 
-    def _calibrated_at(self, candidate: Candidate) -> int | None:
-        """The length of the answers on which a candidate's transforms are fitted, in tokens; None for whole ones."""
-        whole = candidate.finished or not self._fits.depends_on_length()
-        return None if whole else len(candidate.token_ids)
-
-
-def _judged(candidates: tuple[Candidate, ...], choice: Choice) -> tuple[Candidate, ...]:
-    """The candidates with what a selection rule made of their scores."""
-    weights = [None] * len(candidates) if choice.weights is None else choice.weights.tolist()
-    adjusted = [None] * len(candidates) if choice.scores is None else choice.scores.tolist()
-    if choice.weights is None and choice.scores is None:
-        return candidates
-    return tuple(replace(c, weight=w, adjusted=a) for c, w, a in zip(candidates, weights, adjusted, strict=True))
+    def _by_length(self, candidates: Sequence[Candidate]) -> dict[int | None, list[int]]:
+        """Places of the candidates by the length in tokens of the answers that calibrate them; None: of whole ones."""
+        if not self._fits.by_length:
+            return {None: list(range(len(candidates)))}
+        groups: dict[int | None, list[int]] = {}
+        for place, candidate in enumerate(candidates):
+            groups.setdefault(None if candidate.finished else len(candidate.token_ids), []).append(place)
+        return groups

@@ -1,13 +1,14 @@
 """The report of an answer's selections: KL bound, how concentrated the choices were, signs of over-optimisation."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from guiderail.guides.core.types import Candidate, TokenLogprob
+from guiderail.guides.core.types import TokenLogprob
 from guiderail.guides.scoring.calibration import CalibrationSample
+from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.scoring.selection.rule import Choice
 from guiderail.guides.scoring.transforms import Array
 
@@ -62,15 +63,15 @@ class SelectionReport:
         """Note the smallest value so far of a metric of the guide's own."""
         self.detail[name] = min(value, self.detail.get(name, value))
 
-    def picked(self, candidates: Sequence[Candidate], choice: Choice, weights: Mapping[str, float]) -> None:
-        """Note a selection. `weights`: rewards' by label."""
+    def picked(self, scores: Scores, choice: Choice) -> None:
+        """Note a selection among scored candidates."""
         self.picks += 1
         self.moved(choice.kl)
         self.detail |= choice.detail
         if choice.weights is not None:
             size = effective_sample_size(choice.weights)
             self.effective_sample_size = min(size, self.effective_sample_size or size)
-        for warning in (*choice.warnings, *over_optimised(candidates, choice.index, weights)):
+        for warning in (*choice.warnings, *over_optimised(scores, choice.index)):
             self.warn(warning)
 
 
@@ -110,29 +111,26 @@ def moved_far(kl: float | None) -> str | None:
     return f"the selection moved up to {kl:.2f} nats from the base policy, more than {KL_LIMIT:g}"
 
 
-def over_optimised(
-    candidates: Sequence[Candidate], index: int, weights: Mapping[str, float] | None = None
-) -> list[str]:
+def over_optimised(scores: Scores, index: int) -> list[str]:
     """Signs that the choice of candidate `index` went for a reward's errors and not what it measures; none is proof.
 
     - The chosen one's combined score is more than 6 robust standard deviations (1.4826 x the median absolute
       deviation) above the median: such scores are more often mistakes than gems. Only of at least 8 different scores,
       and each counted once: where many answers are equal, as short ones are, their scores are no measure of spread.
     - The chosen one is among the best tenth of at least 8 candidates under one reward and among the worst tenth
-      under another. `weights` by label tell which rewards are to be small (negative) or ignored (0).
+      under another. Rewards of negative weight are to be small, those of weight 0 are ignored.
     """
     warnings: list[str] = []
-    scores = [c.combined for c in candidates if c.combined is not None]
-    if len(candidates) < MIN_POOL or len(scores) < len(candidates):
+    if len(scores.plain) < MIN_POOL:
         return warnings
-    z = _robust_z(np.array(scores), index)
+    z = _robust_z(scores.combined, index)
     if z > OUTLIER_LIMIT:
         warnings.append(f"the chosen score is an outlier, {z:.1f} robust standard deviations above the median")
     ranks = {}
-    for label in candidates[index].transformed:
-        weight = 1.0 if weights is None else weights[label]
+    for label, column in scores.transformed.items():
+        weight = scores.combination.weights[label]
         if weight != 0:
-            values = math.copysign(1.0, weight) * np.array([c.transformed[label] for c in candidates])
+            values = math.copysign(1.0, weight) * column
             own = values[index]
             ranks[label] = float(((values < own).sum() + (values <= own).sum()) / (2 * len(values)))
     if ranks and max(ranks.values()) >= HIGH and min(ranks.values()) <= LOW:
@@ -147,9 +145,15 @@ def _robust_z(scores: Array, index: int) -> float:
     Scores that differ by rounding alone count as one: equal answers may have them.
     """
     different = np.unique(scores)
-    rounding = SAME * float(np.median(np.abs(different)))
+    rounding = SAME * _median(np.abs(different))
     different = different[np.append(True, np.diff(different) > rounding)]
     if len(different) < MIN_POOL or 2 * len(different) < len(scores):
         return 0.0
-    median = np.median(different)
-    return float(scores[index] - median) / (1.4826 * float(np.median(np.abs(different - median))))
+    median = _median(different)
+    return float(scores[index] - median) / (1.4826 * _median(np.abs(different - median)))
+
+
+def _median(values: Array) -> float:
+    """The median of a few finite values, for which np.median takes ten times as long."""
+    ordered, middle = np.sort(values), len(values) // 2
+    return float(ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2)

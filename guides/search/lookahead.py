@@ -117,30 +117,23 @@ async def value(
     every = await ctx.score([*alone, *(rollout for group in groups for rollout in group)])
     if not any(groups):
         return every
-    raw: dict[str, Array] = {label: np.empty(len(pieces)) for label in every.raw}
-    transformed: dict[str, Array] = {label: np.empty(len(pieces)) for label in every.raw}
-    means: dict[int, float] = {}
-    left, start = iter(range(len(alone))), len(alone)
-    for index, group in enumerate(groups):
-        if not group:
-            row = next(left)
-            for label in raw:
-                raw[label][index], transformed[label][index] = every.raw[label][row], every.transformed[label][row]
-            continue
-        rolled = every.group(range(start, start + len(group)))
-        start += len(group)
-        weights = [1.0] * len(group) if weigh is None else list(weigh(rolled))
-        for label in raw:
-            raw[label][index] = _mean(rolled.raw[label], weights)
-            transformed[label][index] = _mean(rolled.transformed[label], weights)
-        if every.combination.rule.pointwise:
-            means[index] = _mean(rolled.combined, weights)
-    scores = ctx.pipeline.table(candidates, raw, transformed)
-    if not means:
-        return scores
-    combined = scores.combined.copy()
-    combined[list(means)] = list(means.values())
-    return scores.with_combined(combined)
+    rows: list[range] = []  # of each piece among all that was scored: its own, or its rollouts'
+    own, rolled = 0, len(alone)
+    for group in groups:
+        rows.append(range(rolled, rolled + len(group)) if group else range(own, own + 1))
+        own, rolled = own + (not group), rolled + len(group)
+    shares = [
+        weigh(every.group(at)) if weigh is not None and group else [1.0] * len(at)
+        for at, group in zip(rows, groups, strict=True)
+    ]
+
+    def means(column: Array) -> Array:
+        values = column.tolist()
+        return np.array([_mean(values[at.start : at.stop], w) for at, w in zip(rows, shares, strict=True)])
+
+    raw = {label: means(column) for label, column in every.raw.items()}
+    scores = ctx.pipeline.table(candidates, raw, {label: means(c) for label, c in every.transformed.items()})
+    return scores.with_combined(means(every.combined)) if every.combination.rule.pointwise else scores
 
 
 def _rolled(
@@ -159,9 +152,10 @@ def _rolled(
     )
 
 
-def _mean(values: Array, weights: Sequence[float]) -> float:
-    total: float = sum(w * v for w, v in zip(weights, values.tolist(), strict=True))
-    return total / sum(weights)
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    if len(values) == 1:
+        return values[0]
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
 
 
 def successors(tails: Sequence[Piece]) -> dict[tuple[int, ...], list[Piece]]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guiderail.guides.core.types import Candidate, TokenLogprob
+from guiderail.guides.scoring.combine import Sum
 from guiderail.guides.scoring.hedge import best_of_n_curve, distribution, hedge, score
 from guiderail.guides.scoring.kl import selection_kl
+from guiderail.guides.scoring.scores import Combination, Scores
 from guiderail.guides.scoring.selection_report import (
     SelectionReport,
     effective_sample_size,
@@ -52,26 +55,25 @@ def test_token_entropy_is_none_without_alternatives() -> None:
         assert token_entropy(nothing) == {"token_entropy": None, "top_mass": None}
 
 
-def candidates(*columns: np.ndarray) -> list[Candidate]:
-    made = []
-    for i, row in enumerate(np.stack(columns, axis=1)):
-        values = {f"r{j}": float(x) for j, x in enumerate(row)}
-        made.append(Candidate(i, "", (), "stop", rewards=values, transformed=values, combined=float(row.sum())))
-    return made
+def scores_of(*columns: np.ndarray, weights: Sequence[float] = ()) -> Scores:
+    """Scores of candidates by their rewards r0, r1, ...; by their sum, unless there are weights."""
+    rewards = {f"r{i}": column for i, column in enumerate(columns)}
+    combination = Combination(Sum(), dict(zip(rewards, weights or [1.0] * len(columns), strict=True)))
+    return Scores(tuple(Candidate(i, "", (), "stop") for i in range(len(columns[0]))), rewards, rewards, combination)
 
 
 def test_warnings_say_what_is_odd() -> None:
     calm = np.linspace(0, 1, 10)
-    assert over_optimised(candidates(calm), 9) == []
+    assert over_optimised(scores_of(calm), 9) == []
     assert moved_far(3.0) is moved_far(None) is None
     assert "3.10 nats" in (moved_far(3.1) or "")
-    (outlier,) = over_optimised(candidates(np.append(calm, 9.0)), 10)
+    (outlier,) = over_optimised(scores_of(np.append(calm, 9.0)), 10)
     assert "outlier" in outlier
     loved, hated = np.append(calm, 1.2), np.append(-calm / 10, -0.2)
-    (split,) = over_optimised(candidates(loved, hated), 10)
+    (split,) = over_optimised(scores_of(loved, hated), 10)
     assert "best by 'r0', the worst by 'r1'" in split
-    assert over_optimised(candidates(loved, hated), 10, {"r0": 1.0, "r1": -1.0}) == []
-    assert over_optimised(candidates(loved, hated), 10, {"r0": 1.0, "r1": 0.0}) == []
+    assert over_optimised(scores_of(loved, hated, weights=[1.0, -1.0]), 10) == []
+    assert over_optimised(scores_of(loved, hated, weights=[1.0, 0.0]), 10) == []
 
 
 def test_many_small_steps_are_warned_of_as_one_long_way() -> None:
@@ -89,10 +91,8 @@ def test_many_small_steps_are_warned_of_as_one_long_way() -> None:
 
 def test_warnings_keep_quiet_where_there_is_nothing_to_measure_by() -> None:
     few = np.array([0.0, 0.1, 0.2, 99.0])
-    assert over_optimised(candidates(few, -few), 3) == []
-    assert over_optimised(candidates(np.append(np.zeros(20), 1.0)), 20) == []  # most are equal
-    unscored = [Candidate(i, "", (), "stop") for i in range(10)]
-    assert over_optimised(unscored, 3) == []
+    assert over_optimised(scores_of(few, -few), 3) == []
+    assert over_optimised(scores_of(np.append(np.zeros(20), 1.0)), 20) == []  # most are equal
 
 
 @pytest.mark.parametrize("n", [8, 16, 64])
@@ -101,7 +101,7 @@ def test_honest_pools_seldom_look_like_outliers(n: int) -> None:
     alarms = 0
     for _ in range(1000):
         scores = rng.normal(size=n)
-        alarms += bool(over_optimised(candidates(scores), int(scores.argmax())))
+        alarms += bool(over_optimised(scores_of(scores), int(scores.argmax())))
     assert alarms / 1000 < 0.05
 
 

@@ -19,6 +19,9 @@ from guiderail.guides.controlled_decoding import ControlledDecoding
 from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.types import Candidate, SamplingSpec
 from guiderail.guides.scoring import RewardTerm, parse_chain
+from guiderail.guides.scoring.combine import Sum
+from guiderail.guides.scoring.scores import Combination
+from guiderail.guides.scoring.scores import Scores as Table
 from guiderail.guides.scoring.selection.best import SELECTIONS
 from guiderail.guides.scoring.selection.tournament import Tournament
 from guiderail.guides.scoring.selection_report import over_optimised
@@ -116,8 +119,9 @@ async def test_the_seed_deals_the_byes() -> None:
     assert all(abs(passed[i] - 400 / 3) < 4 * np.sqrt(400 * 2 / 9) for i in range(3))
 
 
-def scored(scores: Sequence[float]) -> list[Candidate]:
-    return [Candidate(i, "", (), "stop", combined=float(s), transformed={}) for i, s in enumerate(scores)]
+def scored(scores: Sequence[float]) -> Table:
+    plain = tuple(Candidate(i, "", (), "stop") for i in range(len(scores)))
+    return Table(plain, {}, {}, Combination(Sum(), {}), np.array(scores, dtype=float))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Read answers, streamed and whole, into a record: arrival times, tokens, and the alignment object.
 
-`alignment` is Guiderail's (its shape is in server/api/responses.py and guides/core/metering.py); other servers send none,
-and the fields stay empty. Errors inside a 200 are OpenAI's: an object `error`, or an event of that name.
+`alignment` is Guiderail's (its shape is in server/api/responses.py and guides/core/metering.py); other servers send
+none, and the fields stay empty. Errors inside a 200 are OpenAI's: an object `error`, or an event of that name.
 """
 
 import json
