@@ -29,10 +29,13 @@ class ApiError(Exception):
         code: str | None = None,
         type: str = "invalid_request_error",
         retry_after_s: int | None = None,
+        close: bool = False,
     ) -> None:
+        """close: end the connection with the answer."""
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+        self.close = close
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
@@ -103,8 +106,3 @@ def path(prefix: str, loc: Sequence[int | str]) -> str:
 
 def _plain(message: str) -> str:
     return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
-
-
-def openai_body(status: int, message: str) -> dict[str, dict[str, str | None]]:
-    """The body for errors that the framework raises itself (404, 405)."""
-    return ApiError(status, message, code={404: "not_found", 405: "method_not_allowed"}.get(status)).body

@@ -1,21 +1,17 @@
 """`guiderail serve`: starts the engine and the rewards, serves, and leaves no process behind.
 
-SIGTERM and Ctrl-C are honoured at every stage. While the engine is starting its processes are ended
+SIGTERM and Ctrl-C are honoured at every stage (ending.py). While the engine is starting its processes are ended
 directly; once it serves, requests in flight get the drain time and the engine is shut down in order.
 """
 
 import asyncio
 import gc
-import logging
-import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
 from dataclasses import fields
 from pathlib import Path
-
-import psutil
 
 from guiderail.guides.core.errors import EngineUnavailable, PluginError
 from guiderail.guides.core.guide import Guide
@@ -26,7 +22,9 @@ from guiderail.guides.prompters import PROMPTERS, load_style, urial_with
 from guiderail.guides.scoring.pipeline import Scorers
 from guiderail.server.announce import example, say, steps
 from guiderail.server.api.app import create_app
-from guiderail.server.api.listener import Listener
+from guiderail.server.api.listener import Listener, raise_open_files
+from guiderail.server.api.request_log import start_logging
+from guiderail.server.ending import Ending, end_processes
 from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.null import NoEngine
 from guiderail.server.engines.remote_policy import RemotePolicy
@@ -56,10 +54,13 @@ from guiderail.server.scoring.calibrator import Calibrator
 from guiderail.server.settings import Settings, SettingsError
 from guiderail.server.state import ServerState
 
+END_S = 15.0  # of the shutdown, after the time that requests get: engines need some seconds
+
 
 def serve(settings: Settings) -> int:
     """Serve until told to stop. Raises GuiderailError if the server cannot start."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    start_logging()
+    raise_open_files()
     import uvloop
 
     try:
@@ -71,8 +72,9 @@ def serve(settings: Settings) -> int:
 async def _serve(settings: Settings) -> int:
     stop = asyncio.Event()
     began = time.monotonic()
-    with signals(stop), closing(Listener(settings.host, settings.port)) as listener:
-        async with running(settings, stop) as state:
+    ending = Ending(stop, settings.drain_timeout_s + END_S)
+    with ending, closing(Listener(settings.host, settings.port)) as listener:
+        async with running(settings, ending) as state:
             app = create_app(state)
             if settings.api_key_file is not None:
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.keys.reload)
@@ -80,34 +82,19 @@ async def _serve(settings: Settings) -> int:
             gc.freeze()  # a full collection walks all that was imported and holds up every stream meanwhile
             say(f"ready after {time.monotonic() - began:.0f} s on {listener.url}")
             say(f"try: {example(settings, listener.url, chat=state.renderer.has_chat_template)}")
-            await listener.run(app, stop, settings.drain_timeout_s, say)
+            await listener.run(app, state, stop, say)
             gc.unfreeze()  # else the interpreter's exit leaves extension modules' objects, and nanobind lists them
     say("stopped")
     return 0
 
 
-@contextmanager
-def signals(stop: asyncio.Event) -> Iterator[None]:
-    """Set `stop` on SIGTERM and Ctrl-C for the time of the block."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-
-
 @asynccontextmanager
-async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = True) -> AsyncIterator[ServerState]:
+async def running(settings: Settings, ending: Ending, *, engine: bool = True) -> AsyncIterator[ServerState]:
     """The server's state with everything started; on leaving all of it is ended, processes included.
 
-    `engine=False` leaves the engine out (server/engines/null.py). Child processes that were there before
-    are left alone. If `stop` is set during the start this process ends at once, with status 130. Raises
+    `engine=False` leaves the engine out (server/engines/null.py). Signals are orderly once it has started. Raises
     GuiderailError if something does not start.
     """
-    before = frozenset(_children())
     for name, spec in settings.reward.items():
         check_source(name, spec)
     if engine and not settings.batch_invariant:  # whose environment vLLM reads when it is imported
@@ -129,22 +116,15 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
         if engine
         else NoEngine()
     )
-    starting = asyncio.create_task(_prepare(settings, path, plan, served, metrics, remote, step))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():
-        say("stopped while starting")
-        _end(_children() - before)
-        os._exit(130)  # the thread that builds the engine cannot be interrupted
     state: ServerState | None = None
     try:
-        state = await starting
+        state = await _prepare(settings, path, plan, served, metrics, remote, step)
+        ending.orderly = True
         yield state
     finally:
-        stopping.cancel()
         if engine:
             say("ending the engine")
-        processes = _children() - before
+        processes = ending.children()
         for reward in state.rewards.values() if state is not None else ():
             await reward.close()
         await served.close()
@@ -152,7 +132,7 @@ async def running(settings: Settings, stop: asyncio.Event, *, engine: bool = Tru
             await policy.close()
         if engine:
             forkserver.end_preload()
-        _end(processes)
+        end_processes(processes)
 
 
 async def _build(settings: Settings, path: str, share: EngineShare | None, step: Callable[[str], None]) -> LocalEngine:
@@ -280,18 +260,3 @@ def assemble(
         settings, engine, renderer, guides, rewards, resolver, scorer, scorers, admission,
         metrics, Keys(settings.api_key, settings.api_key_file), int(time.time()),
     )  # fmt: skip
-
-
-def _children() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
-
-
-def _end(processes: Collection[psutil.Process]) -> None:
-    """End what is left of these processes (vLLM's, listed while they still were our descendants)."""
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=5)
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()

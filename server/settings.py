@@ -6,6 +6,7 @@ The only reader of the environment, but for the key of a remote server, which is
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,14 @@ class Settings(BaseSettings):
         [], description="require this bearer key (process lists show it: see --api-key-file)"
     )
     api_key_file: Path | None = Field(None, description="file of keys, lines `name: key`; read again on SIGHUP")
+    allowed_origin: Annotated[list[str], NoDecode, Repeated("ORIGIN")] = Field(
+        [], description="let pages of this origin ask from browsers, as https://host[:port], or * for all"
+    )
+    header_timeout_s: float = Field(20.0, gt=0, description="seconds in which a request's headers must arrive")
+    body_timeout_s: float = Field(60.0, gt=0, description="seconds in which a request's body must arrive")
+    idle_timeout_s: float = Field(75.0, gt=0, description="seconds that a connection may wait for its next request")
+    write_timeout_s: float = Field(30.0, gt=0, description="seconds that a client may leave its answer unread")
+    max_connections: int = Field(1000, ge=1, description="connections open at once")
     cache_dir: Path = Field(
         Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "guiderail",
         description="folder for converted models (~/.cache/guiderail)",
@@ -146,7 +155,15 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, env_settings)
 
-    @field_validator("api_key", "guides", "rewards", "calibration", mode="before")
+    @field_validator("allowed_origin")
+    @classmethod
+    def _origins(cls, value: list[str]) -> list[str]:
+        for each in value:
+            if each not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", each):
+                raise ValueError(f"'{each}' is no origin: write scheme://host[:port], or *")
+        return value
+
+    @field_validator("api_key", "allowed_origin", "guides", "rewards", "calibration", mode="before")
     @classmethod
     def _comma_separated(cls, value: object) -> object:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value

@@ -1,7 +1,7 @@
 """The parts of a running server. One frozen object, handed to the routes; there are no globals."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -16,6 +16,7 @@ from guiderail.server.requests.admission import Admission
 from guiderail.server.requests.resolve import Resolver
 from guiderail.server.scoring.batcher import BatchingScorer
 from guiderail.server.settings import Settings
+from guiderail.server.shutdown import Shutdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,25 @@ class ServerState:
     metrics: Metrics
     keys: Keys
     created: int
+    shutdown: Shutdown = field(default_factory=Shutdown)
+
+    @property
+    def lack(self) -> str:
+        """What keeps the server from serving requests, or "" if nothing does."""
+        if self.shutdown.begun:
+            return "shutting down"
+        if not self.engine.up:
+            return "the engine is down, and being started again"
+        if not self.engine.answers:
+            return "the engine does not answer"
+        down = [name for name, reward in self.rewards.items() if not reward.up]
+        return f"down: reward {', '.join(down)}" if down else ""
+
+    @property
+    def model_names(self) -> list[str]:
+        """What requests may name as their model: model and adapters, and each of them with every profile."""
+        bases = [self.settings.model_name, *self.settings.lora]
+        return bases + [f"{base}@{profile}" for base in bases for profile in self.resolver.profile_names]
 
     @property
     def system_fingerprint(self) -> str:

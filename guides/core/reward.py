@@ -33,6 +33,11 @@ class Reward(ABC, Generic[P_co]):
         """Load what the reward needs. Called once before serving; raising stops the server's start."""
         return
 
+    @property
+    def up(self) -> bool:
+        """False once it can score no more; the server then says that it is not ready."""
+        return True
+
     def check(self, params: P_co, services: Services) -> None:  # type: ignore[misc]  # none but its own are given
         """Refuse parameters that are well-formed but cannot work here, by raising ValueError."""
         return

@@ -7,27 +7,58 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from guiderail.server.api.cors import Cors
+from guiderail.server.api.draining import Draining
+from guiderail.server.api.methods import PlainPaths, allowed_methods
+from guiderail.server.api.openapi import describe
+from guiderail.server.api.reception import Reception
+from guiderail.server.api.request_log import HUNG_UP, RequestLog
 from guiderail.server.api.routes import build_router
-from guiderail.server.api.transport import error_response, json_response
+from guiderail.server.api.transport import ClientGone, error_response
 from guiderail.server.keys import Keys
-from guiderail.server.openai_errors import ApiError, openai_body
+from guiderail.server.openai_errors import ApiError, from_exception
 from guiderail.server.requests.clients import NOBODY, Client, at_address
 from guiderail.server.state import ServerState
 
-OPEN_PATHS = frozenset({"/health", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 
 
 def create_app(state: ServerState) -> FastAPI:
     """The application over a ready state."""
+    settings = state.settings
     app = FastAPI(title="Guiderail", version=version("guiderail"), description="Decoding-time alignment server.")
     app.include_router(build_router(state))
+    describe(app, keys=bool(state.keys))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return json_response(openai_body(error.status_code, str(error.detail)), error.status_code)
+        if error.status_code == 404:
+            return error_response(ApiError(404, f"there is no '{request.url.path[:200]}' here", code="not_found"))
+        if error.status_code != 405:
+            return error_response(ApiError(error.status_code, str(error.detail)))
+        allowed = ", ".join(allowed_methods(app, request.scope["path"]))
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"Allow": allowed})
+        refused = ApiError(405, f"{request.method} is not allowed here; {allowed} are", code="method_not_allowed")
+        return error_response(refused, {"Allow": allowed})
 
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: Exception) -> Response:
+        return error_response(from_exception(error))
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=HUNG_UP)  # nobody reads it
+
+    # The first of these is the innermost.
+    app.add_middleware(Draining, shutdown=state.shutdown)
+    app.add_middleware(Reception, timeout_s=settings.body_timeout_s)
     app.add_middleware(Identity, keys=state.keys)
+    app.add_middleware(PlainPaths)
+    if settings.allowed_origin:
+        app.add_middleware(Cors, origins=settings.allowed_origin)
+    app.add_middleware(RequestLog)
     return app
 
 
@@ -42,15 +73,14 @@ class Identity:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            client = self._client(scope)
-            if client is None and scope["path"] not in OPEN_PATHS:
-                refused = ApiError(
-                    401, "missing or wrong API key: send 'Authorization: Bearer KEY'", code="invalid_api_key"
-                )
-                await error_response(refused)(scope, receive, send)
-                return
-            scope.setdefault("state", {})["client"] = client or NOBODY
+        client = self._client(scope)
+        if client is None and scope["path"] not in OPEN_PATHS:
+            refused = ApiError(
+                401, "missing or wrong API key: send 'Authorization: Bearer KEY'", code="invalid_api_key"
+            )
+            await error_response(refused)(scope, receive, send)
+            return
+        scope["state"]["client"] = client or NOBODY
         await self._app(scope, receive, send)
 
     def _client(self, scope: Scope) -> Client | None:

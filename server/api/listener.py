@@ -5,12 +5,18 @@ A port already in use is reported immediately, and no process that the engine st
 """
 
 import asyncio
+import resource
 import socket
 from collections.abc import Callable
 
 import uvicorn
+from fastapi import FastAPI
 
 from guiderail.guides.core.errors import GuiderailError
+from guiderail.server.api.connection import uvicorn_config
+from guiderail.server.state import ServerState
+
+OPEN_FILES = 65_536
 
 
 class Listener:
@@ -38,23 +44,16 @@ class Listener:
         """Where clients find it."""
         return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self.port}"
 
-    async def run(self, app: object, stop: asyncio.Event, drain_timeout_s: float, say: Callable[[str], None]) -> None:
+    async def run(self, app: FastAPI, state: ServerState, stop: asyncio.Event, say: Callable[[str], None]) -> None:
         """Serve until `stop` is set; requests in flight then get the drain time. Raises GuiderailError."""
-        config = uvicorn.Config(
-            app,  # type: ignore[arg-type]
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=int(drain_timeout_s),
-            timeout_keep_alive=75,  # longer than clients and proxies keep idle connections, so that they close them
-            lifespan="off",
-        )
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(uvicorn_config(app, state.settings))
         serving = asyncio.create_task(server._serve(self._sockets))  # `serve` would take the signals
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if stop.is_set():
             say("finishing requests in flight")
+            await state.shutdown.drain(state.settings.drain_timeout_s)
         server.should_exit = True
         try:
             await serving
@@ -68,3 +67,11 @@ class Listener:
 
     def _refusal(self, error: OSError) -> GuiderailError:
         return GuiderailError(f"cannot listen on {self.url}: {error.strerror}; choose with --host and --port")
+
+
+def raise_open_files() -> None:
+    """Let this process open as many files as it may: a connection is one, and the soft limit is often 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.guides.core.registry import describe
 from guiderail.server.api.bodies import Body, ChatBody, Json, TextBody
+from guiderail.server.api.openapi import ERRORS, EVENTS, body_of
 from guiderail.server.api.responses import stream, whole
 from guiderail.server.api.transport import (
     ClientGone,
@@ -36,14 +37,14 @@ log = logging.getLogger("guiderail.server")
 
 def build_router(state: ServerState) -> APIRouter:
     """All routes over one server state."""
-    router = APIRouter()
+    router = APIRouter(responses=ERRORS)
 
-    @router.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
+    @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=EVENTS)
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completion, steered by the `alignment` object."""
         return await _complete(state, request, ChatRequest)
 
-    @router.post("/v1/completions", openapi_extra=_body(CompletionRequest))
+    @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=EVENTS)
     async def completions(request: Request) -> Response:
         """OpenAI's text completion, steered by the `alignment` object."""
         return await _complete(state, request, CompletionRequest)
@@ -51,21 +52,19 @@ def build_router(state: ServerState) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> Response:
         """The served model, its adapters, and each of them with every profile."""
-        bases = [state.settings.model_name, *state.settings.lora]
-        names = bases + [f"{base}@{profile}" for base in bases for profile in state.resolver.profile_names]
-        data = [
-            {
-                "id": name,
-                "object": "model",
-                "created": state.created,
-                "owned_by": "guiderail",
-                "root": state.settings.model,
-                "parent": name.partition("@")[0] if "@" in name else None,
-                "max_model_len": state.engine.max_model_len,
-            }
-            for name in names
-        ]
-        return json_response({"object": "list", "data": data})
+        return json_response({"object": "list", "data": [_model(state, name) for name in state.model_names]})
+
+    @router.get("/v1/models/{model:path}")
+    async def one_model(model: str) -> Response:
+        """One of these models by its id, slashes included."""
+        if model not in state.model_names:
+            known = ", ".join(f"'{name}'" for name in state.model_names)
+            refusal = ApiError(
+                404, f"the model '{model[:200]}' is not served; there are {known}", param="model",
+                code="model_not_found",
+            )  # fmt: skip
+            return error_response(refusal)
+        return json_response(_model(state, model))
 
     @router.get("/v1/guides")
     async def guides() -> Response:
@@ -90,20 +89,26 @@ def build_router(state: ServerState) -> APIRouter:
         ]
         return json_response({"object": "list", "data": data})
 
-    @router.post("/v1/rewards/score", openapi_extra=_body(ScoreRequest))
+    @router.post("/v1/rewards/score", openapi_extra=body_of(ScoreRequest))
     async def score_answers(request: Request) -> Response:
         """Score given answers to given messages: raw values by reward, and combined."""
         try:
             work = scoring(state, parse(ScoreRequest, await read_object(request)), request.state.client)
         except (ApiError, GuiderailError) as error:
             return _rejected(state, error)
+        request.state.spend = work.spend
         return await _answered(work.label, _whole(request, score(state, work)))
 
     @router.get("/health")
     async def health() -> Response:
-        """200 while the engine serves, 503 while it is being restarted."""
-        up = state.engine.up
-        return json_response({"status": "ok" if up else "engine down, restarting"}, 200 if up else 503)
+        """200 while the process lives. Whether it can serve says /ready."""
+        return json_response({"status": "ok"})
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        """200 while requests are served; 503, with the reason, while engine or rewards are down and at the end."""
+        lack = state.lack
+        return json_response({"status": lack or "ready"}, 503 if lack else 200)
 
     @router.get("/version")
     async def server_version() -> Response:
@@ -134,6 +139,18 @@ def build_router(state: ServerState) -> APIRouter:
     return router
 
 
+def _model(state: ServerState, name: str) -> Json:
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "guiderail",
+        "root": state.settings.model,
+        "parent": name.partition("@")[0] if "@" in name else None,
+        "max_model_len": state.engine.max_model_len,
+    }
+
+
 async def _complete(
     state: ServerState, request: Request, schema: type[ChatRequest] | type[CompletionRequest]
 ) -> Response:
@@ -147,6 +164,7 @@ async def _complete(
             body = TextBody(build.completion(state, parsed, arrived, request.state.client), state.renderer)
     except (ApiError, GuiderailError) as error:
         return _rejected(state, error)
+    request.state.spend = body.request.spend
     if not parsed.stream:
         return await _answered(body.request.label, _whole(request, whole(state, body)))
     usage = parsed.stream_options is not None and parsed.stream_options.include_usage
@@ -191,8 +209,3 @@ def parse(model: type[S], body: Json) -> S:
         raise from_validation(
             error, allowed=list(model.model_fields) if len(error.errors()[0]["loc"]) == 1 else ()
         ) from error
-
-
-def _body(model: type[BaseModel]) -> Json:
-    schema = model.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

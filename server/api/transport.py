@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from pydantic_core import to_json
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -26,12 +26,15 @@ class ClientGone(Exception):
 
 
 async def read_object(request: Request) -> dict[str, object]:
-    """The request's JSON object, null fields left out. Raises ApiError (400, 413)."""
+    """The request's JSON object, null fields left out. Raises ApiError (400, 413), and ClientGone."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body exceeds {MAX_BODY_BYTES} bytes", code="body_too_large")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise body_too_large()
+    except ClientDisconnect as error:
+        raise ClientGone from error
     try:
         value = json.loads(body)
     except ValueError as error:
@@ -39,6 +42,11 @@ async def read_object(request: Request) -> dict[str, object]:
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return {key: item for key, item in value.items() if item is not None}
+
+
+def body_too_large() -> ApiError:
+    """The refusal of a body beyond MAX_BODY_BYTES."""
+    return ApiError(413, f"the body exceeds {MAX_BODY_BYTES} bytes", code="body_too_large")
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[object, None, T]) -> T:
@@ -66,9 +74,13 @@ def json_response(value: object, status: int = 200, headers: dict[str, str] | No
     return Response(to_json(value), status, headers, media_type="application/json")
 
 
-def error_response(error: ApiError) -> Response:
+def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Response:
     """The HTTP form of an error."""
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    headers = dict(headers or {})
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    if error.close:
+        headers["Connection"] = "close"
     return json_response(error.body, error.status, headers)
 
 

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 import uvloop
 
 from guiderail.server.announce import say
-from guiderail.server.runtime import running, signals
+from guiderail.server.ending import Ending
+from guiderail.server.runtime import running
 from guiderail.server.settings import Settings
 from guiderail.server.state import ServerState
 
@@ -29,8 +30,8 @@ async def offline(settings: Settings, *, engine: bool = True) -> AsyncIterator[S
         await stop.wait()
         task.cancel()
 
-    with signals(stop):
-        async with running(settings, stop, engine=engine) as state:
+    with Ending(stop) as ending:
+        async with running(settings, ending, engine=engine) as state:
             state.scorer.timeout_s = None
             watch = asyncio.create_task(cancel())
             try:

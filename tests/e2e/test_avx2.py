@@ -64,7 +64,7 @@ def test_a_wider_processor_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_with_a_reward_model(model_path: str, tmp_path: Path) -> None:
     server = Serve(tmp_path / "log", "--reward", f"harmless={HEAD}", env={"PYTHONPATH": HOLD})
     try:
-        server.wait(lambda: server.health() == 200, START_S)
+        server.wait(lambda: server.ready() == 200, START_S)
         said = server.log.read_text()
         assert "(avx2): dtype auto is float32 on it" in said
         assert "the engine computes in float32" in said

@@ -83,7 +83,7 @@ def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
 ) -> None:
     # scikit-learn sets the second one in every process that imports it, such as that of other tests.
     server = started(env={"PYTHONPATH": sour_engine(tmp_path), "KMP_INIT_AT_FORK": "FALSE"})
-    server.wait(lambda: server.health() == 200, START_S)
+    server.wait(lambda: server.ready() == 200, START_S)
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
     assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).status_code == 200
 
@@ -91,7 +91,7 @@ def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
     assert refused.status_code == 503
     assert "the engine process died: RuntimeError: sour milk; " in refused.json()["error"]["message"]
     server.wait(lambda: "the engine died: RuntimeError: sour milk; starting it again" in server.log.read_text(), 60)
-    server.wait(lambda: server.health() == 200, START_S)
+    server.wait(lambda: server.ready() == 200, START_S)
 
     (core,) = server.engines()
     assert not [p for p in server.family() if "Worker" in "".join(p.cmdline())], "the model is in the scheduler's"
@@ -102,11 +102,11 @@ def test_a_server_survives_its_engine_and_leaves_nothing_on_sigterm(
         # The KV cache at least; where memory is in pieces Linux gives them later.
         server.wait(lambda: huge_bytes(core) > 0.25 * 2**30, 300)
     core.kill()
-    server.wait(lambda: server.health() == 503, 60)
+    server.wait(lambda: server.ready() == 503, 60)
     refused = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
     server.wait(lambda: "the engine died: killed by SIGKILL (out of memory?)" in server.log.read_text(), 60)
-    server.wait(lambda: server.health() == 200, START_S)
+    server.wait(lambda: server.ready() == 200, START_S)
     assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).status_code == 200
     assert "guiderail:engine_restarts_total" in (metrics := httpx.get(f"{server.url}/metrics").text)
     assert 'engine_restarts_total{model_name="smollm2-135m-instruct"} 2.0' in metrics
@@ -121,7 +121,7 @@ def test_a_killed_server_takes_its_engines_with_it(
     started: Callable[..., Serve], model_path: str, reward_head: str
 ) -> None:
     server = started("--reward", f"head={reward_head},backend=vllm")
-    server.wait(lambda: server.health() == 200, START_S)
+    server.wait(lambda: server.ready() == 200, START_S)
     family = server.family()
     assert sum("EngineCore" in "".join(p.cmdline()) for p in family) == 2
     server.process.kill()

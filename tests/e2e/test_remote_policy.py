@@ -27,7 +27,7 @@ def test_a_baseline_on_another_server_is_the_same_policy_here(model_path: str, t
     try:
         with vllm_server(model_path, *FLOAT32, "--served-model-name", "twin", log=tmp_path / "vllm.log") as url:
             server = Serve(tmp_path / "serve.log", *FLOAT32, "--policy", f"aligned={url}", "--rewards", "sentiment")
-            server.wait(lambda: server is not None and server.health() == 200, 120)
+            server.wait(lambda: server is not None and server.ready() == 200, 120)
             aligned = {"system": "You love music and say so."}
             here, there = (ask(server.url, {**aligned, **more}).json() for more in ({}, {"model": "aligned"}))
             assert there["choices"][0]["message"] == here["choices"][0]["message"]

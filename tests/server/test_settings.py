@@ -75,7 +75,8 @@ SERVE_FLAGS = """
 --max-model-len --kv-cache-gb --allow-control-tokens --plain-completions
 --gpu-memory-utilization --max-num-seqs --max-num-batched-tokens --tensor-parallel-size --compile --enforce-eager
 --batch-invariant --lora --max-lora-rank --policy --guides --rewards --reward --calibration --encoder --urial
---cache-dir --drain-timeout-s
+--cache-dir --drain-timeout-s --allowed-origin --header-timeout-s --body-timeout-s --idle-timeout-s --write-timeout-s
+--max-connections
 """
 OFFLINE_FLAGS = """
 --config --model --chat-template --dtype --max-model-len --kv-cache-gb --gpu-memory-utilization --max-num-seqs
@@ -116,6 +117,8 @@ def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
         "guides": ("sampling,args", ["sampling", "args"]), "rewards": ("length", ["length"]),
         "calibration": (["f", "g"], [Path("f"), Path("g")]), "encoder": ("e", "e"),
         "cache_dir": (str(tmp_path), tmp_path), "drain_timeout_s": ("2.5", 2.5),
+        "header_timeout_s": ("1", 1), "body_timeout_s": ("2", 2), "idle_timeout_s": ("3", 3), "write_timeout_s": ("4", 4),
+        "max_connections": ("5", 5), "allowed_origin": (["https://a.b", "*"], ["https://a.b", "*"]),
     }  # fmt: skip
     words = ["serve"]
     for name, (text, _) in said.items():

@@ -16,6 +16,7 @@ from guiderail.guides.core.interfaces import Services
 from guiderail.server import cli
 from guiderail.server import runtime as serve
 from guiderail.server.announce import example, steps
+from guiderail.server.ending import Ending
 from guiderail.server.rewards.models.loading import check_source
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
 from guiderail.server.rewards.rules import Length
@@ -117,8 +118,10 @@ async def test_a_start_says_what_it_waits_for_and_takes_the_rewards_first(
     monkeypatch.setattr(serve.forkserver, "start_preload", lambda: order.append("imports"))
     monkeypatch.setattr(Length, "start", started)
     settings = Settings(guides=["sampling"], rewards=["length"])
-    async with serve.running(settings, asyncio.Event()) as state:
-        assert state.engine.up
+    with Ending(asyncio.Event()) as ending:
+        async with serve.running(settings, ending) as state:
+            assert state.engine.up
+            assert ending.orderly
     assert order == ["imports", "reward", "engine"]
     said = capsys.readouterr().err
     assert [line.split(" s  ")[1] for line in said.splitlines() if " s  " in line] == [

@@ -70,9 +70,10 @@ class Serve:
             self.family()
             time.sleep(0.1)
 
-    def health(self) -> int:
+    def ready(self) -> int:
+        """The status of /ready; 0 if nobody answers."""
         try:
-            return httpx.get(f"{self.url}/health", timeout=2).status_code
+            return httpx.get(f"{self.url}/ready", timeout=2).status_code
         except httpx.TransportError:
             return 0
 

@@ -8,6 +8,7 @@ import torch
 import uvicorn
 
 from guiderail.server.api.app import create_app
+from guiderail.server.api.connection import uvicorn_config
 from guiderail.server.state import ServerState
 
 
@@ -32,9 +33,7 @@ class serving:
     """Serves a state with uvicorn on a free port of 127.0.0.1 for the time of the block; gives the URL."""
 
     def __init__(self, state: ServerState) -> None:
-        self._server = uvicorn.Server(
-            uvicorn.Config(create_app(state), log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
-        )
+        self._server = uvicorn.Server(uvicorn_config(create_app(state), state.settings))
 
     async def __aenter__(self) -> str:
         self._socket = socket.socket()

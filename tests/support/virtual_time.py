@@ -45,11 +45,11 @@ def in_virtual_time(test: Callable[..., Awaitable[None]]) -> Callable[..., None]
     """
 
     @functools.wraps(test)
-    def timed(**fixtures: Any) -> None:
+    def timed(*self: Any, **fixtures: Any) -> None:
         loop = VirtualTime()
         try:
             with patch("time.perf_counter", loop.time), patch("time.monotonic", loop.time):
-                loop.run_until_complete(test(**fixtures))
+                loop.run_until_complete(test(*self, **fixtures))
         finally:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()

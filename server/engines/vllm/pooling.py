@@ -61,6 +61,11 @@ class VllmPooler:
         self.longest: int = llm.model_config.max_model_len
         self.stats = RunnerStats()
 
+    @property
+    def up(self) -> bool:
+        """False once its process has died: it is not started again."""
+        return self._llm is not None and not self._llm.errored
+
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return raw values [S][heads]. Raises RuntimeError if the engine is lost."""
         return await asyncio.gather(*(self._one(tokens) for tokens in sequences))

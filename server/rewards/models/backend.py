@@ -19,6 +19,11 @@ class Backend(Protocol):
     heads: int
     stats: RunnerStats
 
+    @property
+    def up(self) -> bool:
+        """False once it can score no more. Asks no other server."""
+        ...
+
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return [S][heads] raw values after the last token of each sequence."""
         ...

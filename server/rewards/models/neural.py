@@ -87,6 +87,10 @@ class NeuralReward(ModelReward[NeuralRewardParams]):
         """Counts of the backend, once it is loaded."""
         return self._backend.stats if self._backend is not None else None
 
+    @property
+    def up(self) -> bool:
+        return self._backend is not None and self._backend.up
+
     def check(self, params: NeuralRewardParams, services: Services) -> None:
         if params.heads is not None and self._backend is not None and len(params.heads) != self._backend.heads:
             raise ValueError(f"'heads' has {len(params.heads)} weights; the model has {self._backend.heads} heads")

@@ -108,6 +108,11 @@ class PackedBackend:
         self.heads = heads
         self.stats = runner.stats
 
+    @property
+    def up(self) -> bool:
+        """True until it is closed."""
+        return self._runner is not None
+
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return [S][heads] raw values after the last token of each sequence."""
         runner = self._runner

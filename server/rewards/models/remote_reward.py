@@ -82,6 +82,11 @@ class RemotePooler:
         self._turns = asyncio.Semaphore(IN_FLIGHT)
         self._remote = RemoteClient(key, IN_FLIGHT, READ_S)
 
+    @property
+    def up(self) -> bool:
+        """True: whether its servers are there, only a request finds out."""
+        return True
+
     async def check(self, url: str, probe: Sequence[int], model: str | None, heads: int | None) -> None:
         """Ask a server for its model, score `probe`, and set heads and longest input. Raises RemoteError."""
         found = await self._remote.model(url, model)

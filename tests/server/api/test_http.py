@@ -116,7 +116,7 @@ async def test_an_error_before_the_first_event_has_a_status(stream: bool) -> Non
         assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unavailable")
         assert int(response.headers["retry-after"]) > 0
         engine.up = False
-        assert (await client.get("/health")).status_code == 503
+        assert (await client.get("/ready")).status_code == 503
 
 
 async def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,8 @@ async def test_api_keys() -> None:
             assert (await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})).status_code == 200
         refused = await client.get("/v1/models", headers={"Authorization": "Bearer three"})
         assert refused.json()["error"]["code"] == "invalid_api_key"
-        assert (await client.get("/health")).status_code == 200
+        for path in ("/health", "/ready", "/version", "/health/"):
+            assert (await client.get(path)).status_code == 200
 
 
 async def test_a_body_that_is_too_large_is_refused() -> None:

@@ -5,6 +5,7 @@ import socket
 
 import httpx
 import pytest
+from fakes import ScriptedEngine, make_state
 
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.api.listener import Listener
@@ -24,7 +25,7 @@ async def test_it_holds_the_address_and_refuses_connections_until_it_serves() ->
         other.bind(("127.0.0.1", listener.port))
 
     stop, said = asyncio.Event(), []
-    serving = asyncio.create_task(listener.run(app, stop, 1, said.append))
+    serving = asyncio.create_task(listener.run(app, make_state(ScriptedEngine()), stop, said.append))
     async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(retries=5)) as client:
         assert (await client.get(listener.url)).text == "here"
     stop.set()
@@ -61,10 +62,10 @@ async def test_who_listens_first_keeps_a_port_that_two_have_bound() -> None:
     first = Listener("127.0.0.1", 0)
     second = Listener("127.0.0.1", first.port)  # Linux allows it while neither listens
     stop = asyncio.Event()
-    serving = asyncio.create_task(first.run(app, stop, 1, print))
+    serving = asyncio.create_task(first.run(app, make_state(ScriptedEngine()), stop, print))
     await asyncio.sleep(0.1)
     with pytest.raises(GuiderailError, match="in use"):
-        await second.run(app, stop, 1, print)
+        await second.run(app, make_state(ScriptedEngine()), stop, print)
     stop.set()
     await serving
     second.close()

@@ -15,6 +15,7 @@ from waiting import until
 
 from guiderail.guides.core.types import SamplingSpec, TokenPrompt
 from guiderail.server import runtime as serve
+from guiderail.server.ending import Ending
 from guiderail.server.engines.engine_stats import EngineStats
 from guiderail.server.engines.vllm.engine_args import EngineSettings
 from guiderail.server.memory.devices import Gpu, gpus
@@ -40,8 +41,9 @@ class Dying(ScriptedEngine):
 
 @asynccontextmanager
 async def started(settings: Settings) -> AsyncIterator[ServerState]:
-    async with serve.running(settings, asyncio.Event()) as state:
-        yield state
+    with Ending(asyncio.Event()) as ending:
+        async with serve.running(settings, ending) as state:
+            yield state
 
 
 @pytest.fixture
