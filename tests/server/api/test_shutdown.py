@@ -130,14 +130,14 @@ async def test_ready_says_what_is_missing() -> None:
 
         up = False
 
-    engine = ScriptedEngine()
     rewards: dict[str, Any] = {"fine": Faulty()}
-    state = make_state(engine, rewards)
-    broken = make_state(engine, {"gone": Gone()})
-    for served, up, words in (
-        (state, True, "ready"), (state, False, "the engine is down"), (broken, True, "down: reward gone"),
-    ):  # fmt: skip
-        engine.up = up
+    for engine, more, words in (
+        (ScriptedEngine(), {}, "ready"),
+        (ScriptedEngine(up=False), {}, "the engine is down"),
+        (ScriptedEngine(silent=True), {}, "the engine does not answer"),
+        (ScriptedEngine(), {"gone": Gone()}, "down: reward gone"),
+    ):
+        served = make_state(engine, rewards | more)
         transport = httpx.ASGITransport(create_app(served))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             ready = await client.get("/ready")
