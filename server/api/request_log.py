@@ -8,7 +8,7 @@ from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from guiderail.guides.core.budget import Spend
+from guiderail.guides.core.metering import Spend
 from guiderail.server.api.transport import error_response
 from guiderail.server.openai_errors import ApiError, from_exception
 
