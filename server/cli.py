@@ -21,6 +21,7 @@ TASKS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status. Errors that Guiderail knows are one line on stderr."""
     _leave_source_folder()
+    _open_standard_streams()
     args = _parser().parse_args(argv)
     from guiderail.guides.core.errors import GuiderailError
     from guiderail.server.serve_flags import given
@@ -54,6 +55,15 @@ def _leave_source_folder() -> None:
     """Take the project's root off sys.path (where `python -m` puts it): transformers would import kernels/ from it."""
     root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != root]
+
+
+def _open_standard_streams() -> None:
+    """Open what of 0, 1 and 2 the shell closed (`>&-`): a connection would take its number, and uvloop abort at it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,6 @@
 """The flags of `guiderail loadtest`. Names and meanings are those of `vllm bench serve` where it has them."""
 
 import argparse
-import json
 import math
 import os
 import uuid
@@ -84,7 +83,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ignore-eos", action="store_true", help="ask for answers of full length")
     add(
         "--extra-body",
-        type=json.loads,
+        type=_json,
         default={},
         metavar="JSON",
         help='extra fields, such as {"alignment": "upbeat"}',
@@ -107,11 +106,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--label", help="name of the run (default: that of the backend)")
     add("--metadata", metavar="KEY=VALUE", nargs="*", default=[], help="pairs to keep in the result")
     add("--save-result", action="store_true", help="save the result as JSON")
-    add("--save-detailed", action="store_true", help="save the result with lists of every request's metrics and texts")
+    add("--save-detailed", action="store_true", help="save the JSON with lists of every request's metrics and texts")
     add("--save-requests", action="store_true", help="save a .jsonl with one line per request")
     add("--save-report", action="store_true", help="save an .html report with plots")
     add("--result-dir", metavar="DIR", help="folder to save in (the current folder)")
-    add("--result-filename", metavar="NAME", help="name of the JSON; the others are named after it")
+    add("--result-filename", metavar="NAME", help="name of the JSON; the others have its name too")
     add("--disable-tqdm", action="store_true", help="no progress display")
 
 
@@ -229,6 +228,15 @@ def _cancellation(args: argparse.Namespace) -> Any:
         (max(1, int(low)), int(high)) if chunks else None,
         _range(seconds, "--cancel-after-s") if seconds else None,
     )
+
+
+def _json(text: str) -> object:
+    from guiderail.loadtest.load.text_file import parse_json
+
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
 
 
 def _range(text: str, flag: str) -> tuple[float, float]:

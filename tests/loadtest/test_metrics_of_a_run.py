@@ -11,7 +11,8 @@ from guiderail.loadtest.load.arrivals import Ramp
 from guiderail.loadtest.load.runner import Load
 from guiderail.loadtest.report import metrics_of_a_run
 from guiderail.loadtest.report.records import Outcome, Record
-from guiderail.loadtest.report.result import Reporting, result_path, save_json, save_requests
+from guiderail.loadtest.report.result import Reporting
+from guiderail.loadtest.report.saving import json_text, requests_text, result_path, save
 
 # Keys of vllm bench serve 0.32 for a chat endpoint, --save-result --save-detailed --percentile-metrics
 # ttft,tpot,itl,e2el --metric-percentiles 99,99.9. Without --save-detailed the lists are gone.
@@ -133,9 +134,9 @@ async def test_the_json_has_vllms_keys_and_survives_a_round_trip(server: Scripte
     assert result["total_input_tokens"] == 12 * 7
     path = result_path(str(tmp_path / "new"), None, about, result)
     assert path.name == f"openai-chat-100.0qps-scripted-{result['date']}.json"
-    save_json(path, result)
+    save(path, json_text(result))
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
-    save_requests(path.with_suffix(".jsonl"), runs)
+    save(path.with_suffix(".jsonl"), requests_text(runs))
     lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(12))
     one, kept = lines[3], runs[0].records[3]

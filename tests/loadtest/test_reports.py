@@ -15,7 +15,8 @@ from guiderail.loadtest.load.sweep import FRACTIONS, Sweep, sweep_result
 from guiderail.loadtest.loadtest_error import LoadtestError
 from guiderail.loadtest.report import compare, table
 from guiderail.loadtest.report import page as report
-from guiderail.loadtest.report.result import Reporting, save_json
+from guiderail.loadtest.report.result import Reporting
+from guiderail.loadtest.report.saving import json_text, save
 
 RUN_PLOTS = {"latency-time", "latency-curve", "reward-latency", "outcomes-time", "spend"}
 SWEEP_PLOTS = {
@@ -125,7 +126,7 @@ async def test_compare_gives_ratios_with_both_values(server: Scripted, tmp_path:
     for name, ttft in (("a", 0.02), ("b", 0.06)):
         mixed = [kind("plain", ttft=ttft), kind("guided", ttft=0.01, score=0.5 if name == "a" else 0.75)]
         result, _ = await load_test(server, mixed, Load(200.0, count=40, max_concurrency=30 if name == "a" else 40))
-        save_json(tmp_path / f"{name}.json", result)
+        save(tmp_path / f"{name}.json", json_text(result))
     a, b = (compare.load(tmp_path / f"{name}.json") for name in "ab")
     rows = {name: (x, y) for name, x, y in compare.rows(a, b)}
     assert rows["plain: ttft p50 (ms)"] == tuple(r["classes"]["plain"]["latency_ms"]["ttft"]["median"] for r in (a, b))

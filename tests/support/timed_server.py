@@ -1,7 +1,7 @@
 """A server with known timing, faults included, that notes when it really sent what. Served in the test's own loop.
 
 Behaviour is asked for in the request's body, under "script": {"ttft": s, "itl": s, "tokens": n, "fault": name,
-"after": n, "score": x, ...}; a class of traffic puts it there.
+"after": n, "score": x, ...}; a class of traffic puts it there. "raw" is the whole body of an answer as it is sent.
 """
 
 import asyncio
@@ -36,6 +36,7 @@ class Scripted:
         self.default = script or {}
         self.gate: Callable[[int], Any] | None = None
         self.url = ""
+        self.retry_after = "0.05"
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Scripted"]:
@@ -66,13 +67,15 @@ class Scripted:
         if self.gate is not None:
             await self.gate(number)
         if isinstance(fault, int):
-            headers = {"Retry-After": "0.05"} if fault == 429 else {}
+            headers = {"Retry-After": self.retry_after} if fault == 429 else {}
             error = {"error": {"message": f"scripted {fault}", "code": None}}
             return web.json_response(error, status=fault, headers=headers)
         if fault == "drop":
             request.transport.close()
             return web.Response()
         await asyncio.sleep(script.get("ttft", 0.0))
+        if "raw" in script and not served.body.get("stream"):
+            return web.Response(text=script["raw"], content_type="application/json")
         if not served.body.get("stream"):
             await asyncio.sleep(script.get("itl", 0.0) * (script.get("tokens", 1) - 1))
             response = web.json_response(self.whole(script, served.body))
@@ -87,6 +90,9 @@ class Scripted:
     async def stream(self, request: web.Request, served: Served, script: dict[str, Any]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        if "raw" in script:
+            await response.write(script["raw"].encode())
+            return response
         chat = "messages" in served.body
         fault, after = script.get("fault"), script.get("after", 1)
 

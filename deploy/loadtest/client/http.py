@@ -1,7 +1,7 @@
 """Send one request over HTTP and time what comes back into its record."""
 
 import asyncio
-import json
+import math
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -12,6 +12,7 @@ import aiohttp
 from guiderail.loadtest.client.answer import AnswerReader, error_text
 from guiderail.loadtest.client.event_stream import SseParser
 from guiderail.loadtest.load.plan import Call
+from guiderail.loadtest.load.text_file import parse_json
 from guiderail.loadtest.report.records import Outcome, Record
 
 # Less than the 5 s after which uvicorn closes an idle connection: reusing one at that moment would look like a
@@ -73,6 +74,8 @@ class Client:
         except asyncio.CancelledError:
             reader.end(Outcome.CANCELLED, time.perf_counter(), "the run was interrupted")
             raise
+        except Exception as error:  # whatever a server sends is that request's outcome and not the end of the run
+            reader.end(Outcome.STREAM_ERROR, time.perf_counter(), f"{type(error).__name__}: {error}")
 
     async def _exchange(self, call: Call, record: Record, reader: AnswerReader) -> None:
         headers = {"X-Request-Id": call.request_id}
@@ -98,7 +101,10 @@ async def _stream(response: aiohttp.ClientResponse, call: Call, record: Record, 
             reader.end(Outcome.CANCELLED, now)
             response.close()
             return
-    reader.end(Outcome.STREAM_ERROR, time.perf_counter(), "the stream ended without [DONE]")
+    now = time.perf_counter()
+    for name, data in parser.close():
+        reader.event(name, data, now)
+    reader.end_of_stream(now)
 
 
 async def _refused(response: aiohttp.ClientResponse, record: Record, reader: AnswerReader) -> None:
@@ -107,11 +113,12 @@ async def _refused(response: aiohttp.ClientResponse, record: Record, reader: Ans
     except aiohttp.ClientError:  # the status is what matters; its reason was cut off
         body = b""
     try:
-        record.retry_after_s = float(response.headers["Retry-After"])
+        seconds = float(response.headers["Retry-After"])
     except (KeyError, ValueError):  # a date instead of seconds is allowed too
-        record.retry_after_s = None
+        seconds = math.nan
+    record.retry_after_s = seconds if 0 <= seconds < math.inf else None
     try:
-        fault = json.loads(body)
+        fault: Any = parse_json(body.decode("utf-8-sig"))
         message = error_text(fault.get("error") or fault)
     except (ValueError, AttributeError):
         message = body[:300].decode(errors="replace")

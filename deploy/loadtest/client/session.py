@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -21,6 +21,7 @@ from guiderail.loadtest.report.result import Reporting, result_of
 # Warm-up requests come from a plan of their own, so that measured requests do not depend on how many there were.
 WARM_UP_SEED = 2**31
 
+T = TypeVar("T")
 Watch = Callable[[str, Load], Watcher]
 
 
@@ -47,16 +48,17 @@ async def measure(
 ) -> tuple[dict[str, Any], list[Run]]:
     """Run a load test; return its result (result.py, sweep.py) and its runs; the one that finds saturation comes first.
 
-    `stop` ends it early with the result so far. Raises LoadtestError if the server cannot be reached at all.
+    `stop` ends it early with the result so far, that of the saturation alone if it comes then. Raises LoadtestError if
+    the server cannot be reached at all, or `stop` comes before the load.
     """
     client = Client(options.headers, timeout_s=options.timeout_s, insecure=options.insecure, keep_text=options.detailed)
     stop = stop or asyncio.Event()
     async with client:
-        model = await _model(client, options)
+        model = await _unless(stop, _model(client, options))
         requests = replace(options.requests, model=model)
         plan = Plan(options.classes, requests, options.seed)
         about = replace(options.about, model=model, prompts=_about_prompts(plan, options))
-        await _warm_up(client, Plan(options.classes, requests, options.seed + WARM_UP_SEED), options)
+        await _unless(stop, _warm_up(client, Plan(options.classes, requests, options.seed + WARM_UP_SEED), options))
 
         async def one(title: str, load: Load) -> Run:
             with closing(watch(title, load)) as watcher:
@@ -76,6 +78,8 @@ async def _sweep(
     if (first := sweep.first(options.load)) is not None:
         runs.append(await one("saturation", first))
         saturation = result_of(runs[0], about, detailed=options.detailed)
+        if stop.is_set():
+            return saturation, runs
         if not saturation["completed"]:
             raise LoadtestError(f"no request completed at saturation: {_first_error(runs[0])}")
     stages: list[dict[str, Any]] = []
@@ -85,6 +89,20 @@ async def _sweep(
         runs.append(await one(f"{load.offered_rps:g} req/s", load))
         stages.append(result_of(runs[-1], about, detailed=options.detailed))
     return sweep_result(stages, saturation, sweep, about), runs
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[None, None, T]) -> T:
+    """The result of work that comes before the load. Raises LoadtestError if it is stopped before that is there."""
+    task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise LoadtestError("stopped before the load began; there is no result")
+        return task.result()
+    finally:
+        for each in (task, stopping):
+            each.cancel()
+        await asyncio.gather(task, stopping, return_exceptions=True)
 
 
 async def _model(client: Client, options: Options) -> str:
@@ -100,7 +118,7 @@ async def _model(client: Client, options: Options) -> str:
             if time.monotonic() >= deadline:
                 raise LoadtestError(f"{url}: {error or type(error).__name__}") from error
             await asyncio.sleep(0.5)
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, RecursionError) as error:
             raise LoadtestError(f"{url}: no model is listed; name one with --model") from error
 
 

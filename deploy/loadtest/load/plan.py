@@ -86,7 +86,7 @@ class Plan:
             **as_body(self._prompt(which), is_chat(endpoint), self._prefix(index)),
             "max_tokens": kind.max_tokens or common.max_tokens,
             "stream": kind.stream,
-            **({"stream_options": {"include_usage": True}} if kind.stream else {}),
+            **({"stream_options": {"include_usage": True}} if _streams(kind, common) else {}),
             **common.body,
             **({"alignment": kind.alignment} if kind.alignment is not None else {}),
             **({"priority": kind.priority} if kind.priority is not None else {}),
@@ -132,10 +132,15 @@ def is_chat(endpoint: str) -> bool:
     raise LoadtestError(f"endpoint '{endpoint}' is neither .../chat/completions nor .../completions")
 
 
+def _streams(kind: TrafficClass, common: Requests) -> bool:
+    """True if the answers of a class come as streams: its body and --extra-body may say so too."""
+    return bool({"stream": kind.stream, **common.body, **kind.body}["stream"])
+
+
 def _check(kind: TrafficClass, common: Requests, own: Sequence[Prompt]) -> None:
     chat = is_chat(kind.endpoint or common.endpoint)
     for prompt in own:
         as_body(prompt, chat, "x" if common.unique_prompts else "")
     rate = common.cancellation.rate if kind.cancellation_rate is None else kind.cancellation_rate
-    if rate > 0 and not kind.stream and common.cancellation.seconds is None:
+    if rate > 0 and not _streams(kind, common) and common.cancellation.seconds is None:
         raise LoadtestError(f"class '{kind.name}' does not stream: to cancel its requests give --cancel-after-s")

@@ -52,4 +52,4 @@ class Line:
 
 def watcher(title: str, load: Load, enabled: bool) -> Watcher:
     """The display of a load; silent if disabled or if standard error is not a terminal."""
-    return Line(title, load) if enabled and sys.stderr.isatty() else Unwatched()
+    return Line(title, load) if enabled and sys.stderr is not None and sys.stderr.isatty() else Unwatched()

@@ -1,10 +1,10 @@
 """Prompts to send: the short built-in list, or a file of the user's."""
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from guiderail.loadtest.load.text_file import lines_of, parse_json, read_text
 from guiderail.loadtest.loadtest_error import LoadtestError
 
 Prompt = str | list[dict[str, Any]]
@@ -12,16 +12,14 @@ Prompt = str | list[dict[str, Any]]
 
 def shipped() -> list[Prompt]:
     """The prompts that come with the package: plain questions and small writing tasks, 5 to 20 words each."""
-    return [*(files("guiderail.loadtest.load") / "prompts.txt").read_text().splitlines()]
+    text = (files("guiderail.loadtest.load") / "prompts.txt").read_text("utf-8")
+    return [line for line in lines_of(text) if line]
 
 
 def load(path: Path) -> list[Prompt]:
     """The prompts of a file, in order. `.jsonl`: a string, {"prompt": text} or {"messages": [...]} per line;
     anything else: one prompt per line. Blank lines are skipped. Raises LoadtestError with the line at fault."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadtestError(f"prompts {path}: {error}") from error
+    lines = lines_of(read_text(path, "prompts"))
     parse = _json_prompt if path.suffix == ".jsonl" else lambda line, where: line
     prompts = [parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
@@ -31,7 +29,7 @@ def load(path: Path) -> list[Prompt]:
 
 def _json_prompt(line: str, where: str) -> Prompt:
     try:
-        value = json.loads(line)
+        value: Any = parse_json(line)
     except ValueError as error:
         raise LoadtestError(f"{where}: {error}") from error
     if isinstance(value, dict):

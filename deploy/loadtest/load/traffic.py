@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from guiderail.loadtest.load.text_file import read_text
 from guiderail.loadtest.loadtest_error import LoadtestError
 
 
@@ -59,8 +60,8 @@ class Traffic(BaseModel):
 def load(path: Path) -> list[TrafficClass]:
     """The classes of a YAML file. Raises LoadtestError that names the field at fault."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(read_text(path, "--traffic"))
+    except (yaml.YAMLError, RecursionError) as error:
         raise LoadtestError(f"--traffic {path}: {error}") from error
     if not isinstance(content, dict):
         raise LoadtestError(f"--traffic {path}: expected a mapping with the key 'classes'")

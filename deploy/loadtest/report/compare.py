@@ -1,12 +1,12 @@
 """`guiderail loadtest compare a.json b.json`: b as a multiple of a."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from guiderail.loadtest.load.text_file import parse_json, read_text
 from guiderail.loadtest.loadtest_error import LoadtestError
-from guiderail.loadtest.report.table import as_table, number, terminal
+from guiderail.loadtest.report.table import number, print_table, terminal
 
 SETTINGS = (
     "model_id", "base_url", "endpoint", "seed", "num_prompts", "request_rate", "burstiness", "max_concurrency",
@@ -28,8 +28,8 @@ Row = tuple[str, float | None, float | None]
 def load(path: Path) -> dict[str, Any]:
     """A saved result. Raises LoadtestError if the file is not one."""
     try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        result: Any = parse_json(read_text(path, "result"))
+    except ValueError as error:
         raise LoadtestError(f"{path}: {error}") from error
     if not isinstance(result, dict) or result.get("kind") not in ("run", "sweep"):
         raise LoadtestError(f"{path}: not a result of guiderail loadtest")
@@ -114,13 +114,16 @@ def compare(a: Path, b: Path, html: Path | None) -> None:
     """Print the comparison of two saved results, and write it to `html` if that is given."""
     results = load(a), load(b)
     found = rows(*results)
-    console = terminal()
-    console.print(f"a: {a}\nb: {b}", markup=False)
-    for line in differences(*results):
-        console.print(f"differs in {line}", markup=False)
-    console.print(as_table("Comparison", *as_rows(found)))
+    saved = None
     if html is not None:
         from guiderail.loadtest.report.page import comparison_page
+        from guiderail.loadtest.report.saving import save
 
-        html.write_text(comparison_page((a.name, b.name), differences(*results), as_rows(found)))
-        console.print(f"saved {html}", markup=False)
+        saved = save(html, comparison_page((a.name, b.name), differences(*results), as_rows(found)))
+    console = terminal()
+    console.print(f"a: {a}\nb: {b}", markup=False, soft_wrap=True)
+    for line in differences(*results):
+        console.print(f"differs in {line}", markup=False, soft_wrap=True)
+    print_table(console, "Comparison", *as_rows(found))
+    if saved is not None:
+        console.print(f"saved {saved}", markup=False, soft_wrap=True)

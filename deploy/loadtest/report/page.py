@@ -70,7 +70,7 @@ def comparison_page(
 
 
 def _fill(**parts: str) -> str:
-    template = Template((files("guiderail.loadtest.report") / "page.html").read_text())
+    template = Template((files("guiderail.loadtest.report") / "page.html").read_text("utf-8"))
     return template.substitute(parts | {key: escape(parts[key]) for key in ("title", "about")})
 
 

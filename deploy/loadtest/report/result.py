@@ -1,13 +1,11 @@
-"""The JSON of a run: the keys of `vllm bench serve`, then ours; and the files it is saved in.
+"""The JSON of a run: the keys of `vllm bench serve`, then ours.
 
 vLLM's names keep vLLM's meaning, but latencies count from the scheduled send (records.py). A metric without
 values is null, not 0.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from guiderail.loadtest.load.arrivals import Ramp
@@ -114,33 +112,3 @@ def _lists(records: Sequence[Record]) -> dict[str, list[Any]]:
         "generated_texts": [r.text for r in records],
         "errors": [r.error for r in records],
     }
-
-
-def result_path(directory: str | None, filename: str | None, about: Reporting, result: dict[str, Any]) -> Path:
-    """Path to save to, named as vLLM does; makes the folder."""
-    cap = result.get("max_concurrency")
-    if result["kind"] == "sweep":
-        load = "sweep"
-    elif "ramp_up_strategy" in result:
-        start, end = result["ramp_up_start_rps"], result["ramp_up_end_rps"]
-        load = f"ramp-up-{result['ramp_up_strategy']}-{start:g}qps-{end:g}qps"
-    else:
-        load = f"{result['request_rate']}qps"
-    model = about.model.rpartition("/")[2]
-    name = f"{about.label}-{load}{f'-concurrency{cap}' if cap else ''}-{model}-{result['date']}.json"
-    folder = Path(directory or ".").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / (filename or name)
-
-
-def save_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a result."""
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-
-
-def save_requests(path: Path, runs: Sequence[Run]) -> None:
-    """Write a line of JSON for every request of every run; `stage` counts the runs from 0."""
-    with path.open("w") as file:
-        for stage, run in enumerate(runs):
-            for record in run.records:
-                file.write(json.dumps({"stage": stage, **record.row(run.start)}, allow_nan=False) + "\n")

@@ -3,11 +3,14 @@
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from io import StringIO, TextIOWrapper
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 NAMES = {
     "ttft": "TTFT (ms)",
@@ -21,6 +24,8 @@ NAMES = {
     "rejection": "Time to a 429 (ms)",
 }
 ERRORS = ("http_error", "connection_error", "stream_error", "timeout")
+WIDTH = 80  # columns, where the output is no terminal that says how many it has
+WIDEST = (36, 16)  # a table's first column, and each other one; what is longer is folded
 LATE_MS = 10.0  # later than this, the client itself is the bottleneck
 
 
@@ -129,7 +134,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
             lines.insert(0, f"At saturation the server completes {number(result['saturation_rps'])} req/s.")
         if objectives:
             capacity = result["capacity_rps"]
-            reached = "at no load" if capacity is None else f"up to {capacity:g} req/s"
+            reached = "at none of these loads" if capacity is None else f"up to {capacity:g} req/s"
             lines.append(f"At least {100 * result['wanted_attainment']:g}% of requests are good {reached}.")
         return lines
     lines = [
@@ -147,27 +152,45 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
     """Print a result."""
     console = console or terminal()
     for line in summary_lines(result):
-        console.print(line)
+        console.print(line, markup=False, soft_wrap=True)
     if result["kind"] == "run":
-        console.print(as_table("Latency", *latency_rows(result)))
+        print_table(console, "Latency", *latency_rows(result))
     title = "Loads" if result["kind"] == "sweep" else "Traffic"
     head, rows = class_rows(stage_groups(result))
     # Transposed: there are fewer groups than metrics, and a terminal is narrow.
-    console.print(as_table(title, ["", *(row[0] for row in rows)], list(zip(head, *rows, strict=True))[1:]))
+    print_table(console, title, ["", *(row[0] for row in rows)], list(zip(head, *rows, strict=True))[1:])
     for note in notes(result):
-        console.print(note, markup=False)
+        console.print(note, markup=False, soft_wrap=True)
 
 
 def terminal() -> Console:
-    """Console on standard output; wide if that is a file or a pipe."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    """Console on standard output, which replaces what its encoding lacks."""
+    out = sys.stdout
+    if isinstance(out, TextIOWrapper):
+        out.reconfigure(errors="replace")
+    return Console(file=out or StringIO(), highlight=False, width=None if out and out.isatty() else WIDTH)
 
 
-def as_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A rich table with its numbers right-aligned."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+def print_table(console: Console, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, in parts below each other if it is too wide: each has the first column and some of the others."""
+    widths = [
+        min(WIDEST[min(i, 1)], max(map(cell_len, column))) + 2 for i, column in enumerate(zip(head, *rows, strict=True))
+    ]
+    start = 1
+    while start == 1 or start < len(head):
+        end = start + 1
+        while end < len(head) and widths[0] + sum(widths[start : end + 1]) <= console.width - 2:
+            end += 1
+        columns = [0, *range(start, min(end, len(head)))]
+        console.print(_table(title, [[row[i] for i in columns] for row in (head, *rows)]))
+        title, start = "", end
+
+
+def _table(title: str, lines: Sequence[Sequence[str]]) -> Table:
+    """A rich table, its first line being the head, with numbers right-aligned. Cells are text and not rich's markup."""
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, name in enumerate(lines[0]):
+        table.add_column(Text(name), justify="right" if i else "left", overflow="fold", max_width=WIDEST[min(i, 1)])
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
     return table
