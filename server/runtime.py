@@ -97,6 +97,9 @@ async def running(settings: Settings, ending: Ending, *, engine: bool = True) ->
     """
     for name, spec in settings.reward.items():
         check_source(name, spec)
+    guides, plugins = load_guides(settings.guides), load_rewards(settings.rewards)
+    for name in settings.reward.keys() & plugins.keys():
+        raise SettingsError(f"--reward {name}: there is already a reward of this name")
     if engine and not settings.batch_invariant:  # whose environment vLLM reads when it is imported
         forkserver.start_preload()
     step = steps()
@@ -118,7 +121,7 @@ async def running(settings: Settings, ending: Ending, *, engine: bool = True) ->
     )
     state: ServerState | None = None
     try:
-        state = await _prepare(settings, path, plan, served, metrics, remote, step)
+        state = await _prepare(settings, guides, plugins, path, plan, served, metrics, remote, step)
         ending.orderly = True
         yield state
     finally:
@@ -152,6 +155,8 @@ async def _build(settings: Settings, path: str, share: EngineShare | None, step:
 
 async def _prepare(
     settings: Settings,
+    guides: Mapping[str, type[Guide]],
+    plugins: Mapping[str, type[Reward]],
     path: str,
     plan: Plan,
     engine: SupervisedEngine | NoEngine,
@@ -160,11 +165,8 @@ async def _prepare(
     step: Callable[[str], None],
 ) -> ServerState:
     # What can be wrong in the configuration is found before the engine takes its time.
-    guides = load_guides(settings.guides)
-    rewards: dict[str, Reward] = {name: cls() for name, cls in load_rewards(settings.rewards).items()}
+    rewards = {name: _made(name, cls) for name, cls in plugins.items()}
     for name, spec in settings.reward.items():
-        if name in rewards:
-            raise SettingsError(f"--reward {name}: there is already a reward of this name")
         rewards[name] = model_reward(
             spec, settings.cache, say, plan.rewards.get(name), plain_completions=settings.plain_completions
         )
@@ -202,6 +204,16 @@ async def _prepare(
             reward = rewards.get(each.reward)
             calibration_store.check(each, file, revision, None if reward is None else reward.revision())
     return state
+
+
+def _made(name: str, cls: type[Reward]) -> Reward:
+    """A reward of a class. Raises PluginError naming it."""
+    try:
+        return cls()
+    except Exception as error:
+        raise PluginError(
+            f"reward '{name}' cannot be made: {error!r}; fix it, or leave it out with --rewards"
+        ) from error
 
 
 async def start_rewards(
@@ -247,7 +259,7 @@ def assemble(
         raise SettingsError(f"--urial: {error}") from error
     except ApiError as error:
         raise SettingsError(f"the configured alignment, profiles or limits are wrong: {error}") from error
-    scorer = BatchingScorer(rewards, metrics)
+    scorer = BatchingScorer(rewards, metrics, debug=settings.debug)
     scorers = Scorers(
         scorer,
         Calibrator(stored, metrics),

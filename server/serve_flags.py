@@ -1,7 +1,7 @@
 """Command-line flags, derived from the settings: one for each field that has a description."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import NoneType
 from typing import get_args, get_origin
 
@@ -42,12 +42,21 @@ def given(args: argparse.Namespace, names: Iterable[str] = FIELDS) -> dict[str, 
         value = found[name] = getattr(args, name)
         repeated = _repeated(FIELDS[name])
         if repeated is not None and repeated.read is not None:
-            found[name] = dict(map(repeated.read, value))
+            found[name] = _by_name(name, [repeated.read(item) for item in value])
         elif repeated is not None and _kind(FIELDS[name]) is dict:
             pairs = [item.partition("=") for item in value]
             if not all(key and path for key, _, path in pairs):
                 raise SettingsError(f"{flag_of(name)} takes {repeated.metavar}")
-            found[name] = {key: path for key, _, path in pairs}
+            found[name] = _by_name(name, [(key, path) for key, _, path in pairs])
+    return found
+
+
+def _by_name(name: str, items: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """The items of a repeated flag by their names. Raises SettingsError for a name that is given twice."""
+    found = dict(items)
+    for key in found:
+        if sum(key == other for other, _ in items) > 1:
+            raise SettingsError(f"{flag_of(name)} {key}: this name is given twice")
     return found
 
 

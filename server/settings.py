@@ -138,6 +138,7 @@ class Settings(BaseSettings):
         None, description="sentence encoder for mbr selection: folder or Hub id (the embedded all-MiniLM-L6-v2)"
     )
     urial: Annotated[dict[str, str], Repeated("NAME=FILE.md")] = Field({}, description="a style for prompter urial")
+    debug: bool = Field(False, description="say where in its code a guide or reward failed, to clients too")
     drain_timeout_s: float = Field(10.0, ge=0, description="seconds that requests in flight get at shutdown")
 
     alignment: dict[str, JsonValue] = {}

@@ -1,6 +1,9 @@
 """Errors that guides, rewards and engines raise. The server turns them into HTTP bodies."""
 
+import sys
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class GuiderailError(Exception):
@@ -69,3 +72,22 @@ class DeadlinePassed(GuiderailError):
 
 class PluginError(GuiderailError):
     """A guide or reward that is configured cannot be loaded."""
+
+
+def told(error: BaseException) -> str:
+    """The kind of an error of a plugin's and what it says."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # whatever its __str__ does
+        return type(error).__name__
+
+
+def raised_at(error: BaseException, by: type) -> str:
+    """Where an error was raised, to be put behind what it says: the last place in the files of a class, or of all.
+
+    "" if it has no traceback.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    files = {getattr(sys.modules.get(each.__module__), "__file__", None) for each in by.__mro__}
+    own = [frame for frame in frames if frame.filename in files] or frames
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno}, in {own[-1].name})" if own else ""

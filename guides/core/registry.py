@@ -5,7 +5,7 @@ configured and cannot be loaded is an error; nothing is skipped silently.
 """
 
 from collections.abc import Collection
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from guiderail.guides.core.errors import PluginError
@@ -31,13 +31,17 @@ def describe(cls: type[Guide] | type[Reward]) -> str:
 
 
 def _load(group: str, kind: type[T], only: Collection[str] | None) -> dict[str, type[T]]:
-    found = {point.name: point for point in entry_points(group=group)}
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=group):
+        other = found.setdefault(point.name, point)
+        if other.value != point.value and (only is None or point.name in only):
+            raise PluginError(f"{group} '{point.name}' is in two packages: {_source(other)} and {_source(point)}")
     names = sorted(found) if only is None else list(only)
     loaded: dict[str, type[T]] = {}
     for name in names:
-        point = found.get(name)
-        if point is None:
+        if name not in found:
             raise PluginError(f"no entry point '{name}' in group {group}; installed: {', '.join(sorted(found))}")
+        point = found[name]
         try:
             cls = point.load()
         except Exception as error:
@@ -48,7 +52,15 @@ def _load(group: str, kind: type[T], only: Collection[str] | None) -> dict[str, 
             raise PluginError(f"{group} '{name}' ({point.value}) has no docstring to describe it")
         try:
             cls.Params()
+            cls.Params.model_json_schema()
         except ValueError as error:
             raise PluginError(f"{group} '{name}': every parameter needs a default: {error}") from error
+        except Exception as error:
+            raise PluginError(f"{group} '{name}': its parameters have no JSON schema: {error}") from error
         loaded[name] = cls
     return loaded
+
+
+def _source(point: EntryPoint) -> str:
+    """The package that an entry point comes from, and what it names."""
+    return f"{point.dist.name if point.dist is not None else 'unknown'} ({point.value})"

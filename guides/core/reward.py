@@ -9,12 +9,13 @@ Values are raw, without a hidden sigmoid or normalisation. Most rewards need no 
             return float(answer.count("!"))
 """
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import ClassVar, Generic
 
 from guiderail.guides.core.interfaces import Renderer, ScoreResult, Services
+from guiderail.guides.core.tasks import Threads
 from guiderail.guides.core.types import PROMPT, Message, P_co, Params, ScoreGroup, TokenPrompt
 
 
@@ -68,7 +69,12 @@ class TextReward(Reward[P_co]):
         ...
 
     async def score(self, groups: Sequence[ScoreGroup[P_co]]) -> list[ScoreResult]:
-        return await asyncio.to_thread(self._score, groups)
+        return await self._threads.run(partial(self._score, groups))
+
+    @cached_property
+    def _threads(self) -> Threads:
+        """Threads of its own: one that never returns is waited for by nobody else."""
+        return Threads()
 
     def _score(self, groups: Sequence[ScoreGroup[P_co]]) -> list[ScoreResult]:
         return [

@@ -1,11 +1,15 @@
 """Small helpers for concurrent work: the first error cancels the rest and is raised as itself."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from queue import SimpleQueue
 from typing import TypeVar
 
 T = TypeVar("T")
+MOST_THREADS = 8  # of one `Threads`; calls beyond wait for one that is free
 
 
 @asynccontextmanager
@@ -45,3 +49,48 @@ class Background:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class Threads:
+    """Threads of one owner for calls that compute, kept for the next ones.
+
+    Unlike those of the event loop's executor nobody else waits for them, and a call that never returns keeps neither
+    others' calls nor the process from their end.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._count = self._pending = 0
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Return what a function returns, or raise what it raises: as a RuntimeError what no task can raise."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def settle(give: Callable[[], object]) -> None:
+            self._pending -= 1
+            if not future.done():
+                give()
+
+        def call() -> None:
+            give: Callable[[], object] = future.cancel
+            if not future.done():  # else it was given up while it waited
+                try:
+                    give = partial(future.set_result, function())
+                except BaseException as error:
+                    raised = isinstance(error, Exception) and not isinstance(error, StopIteration)
+                    failure = error if raised else RuntimeError(f"{type(error).__name__}: {error}")
+                    give = partial(future.set_exception, failure)
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, give)
+
+        self._pending += 1
+        if self._count < min(self._pending, MOST_THREADS):
+            self._count += 1
+            threading.Thread(target=self._work, name="guiderail-call", daemon=True).start()
+        self._calls.put(call)
+        return await future
+
+    def _work(self) -> None:
+        while True:
+            self._calls.get()()

@@ -1,5 +1,6 @@
 """The reward pipeline of one answer: scores candidates, transforms and combines their rewards, and selects."""
 
+import asyncio
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from guiderail.guides.core.dialogue import Dialogue
-from guiderail.guides.core.errors import AlignmentField, FieldError
+from guiderail.guides.core.errors import AlignmentField, DeadlinePassed, FieldError
 from guiderail.guides.core.interfaces import Embedder, Judge, Scorer
 from guiderail.guides.core.metering import MeteredEngine
 from guiderail.guides.core.seeds import PICK, Seeds
@@ -21,6 +22,8 @@ from guiderail.guides.scoring.scores import Combination, Scores
 from guiderail.guides.scoring.selection.rule import Pool, Selection
 from guiderail.guides.scoring.selection_report import SelectionReport
 from guiderail.guides.scoring.transforms import Array
+
+LATE_S = 5.0  # how far beyond the deadline answers that are there may be scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +183,14 @@ class RewardPipeline:
         return Pick(choice.index, scores.judged(choice.weights, choice.scores), scores)
 
     async def _raw(self, term: RewardTerm, answers: tuple[Answer, ...]) -> tuple[float, ...]:
-        result = await self._scorers.scorer.score(term.name, self.dialogue.group(answers, term.params), self._owner)
+        left = self._engine.remaining()
+        try:
+            async with asyncio.timeout(None if left is None else left + LATE_S):
+                result = await self._scorers.scorer.score(
+                    term.name, self.dialogue.group(answers, term.params), self._owner
+                )
+        except TimeoutError:
+            raise DeadlinePassed(f"reward '{term.name}' had no scores {LATE_S:g} s after the deadline") from None
         self._warn(term, result.warnings)
         self._engine.spend.reward_calls += 1
         self._engine.spend.reward_tokens += result.tokens

@@ -18,6 +18,7 @@ from guiderail.guides.scoring import (
     IDENTITY,
     POOL_KINDS,
     SELECTIONS,
+    Chain,
     Combine,
     RewardTerm,
     Selection,
@@ -113,7 +114,8 @@ class Resolver:
             raise bad_request(f"the model name says profile '{suffix}', alignment says '{asked.profile}'", "alignment")
         spec = asked.over(self._profile(asked.profile or suffix).over(self._default))
         guide_name, guide = self._guide(spec)
-        terms, combine = self.pipeline(spec.rewards, spec.combine, guide.candidates(), "alignment.rewards")
+        own = "rewards" in asked.given
+        terms, combine = self.pipeline(spec.rewards, spec.combine, guide.candidates(), "alignment.rewards", own=own)
         if self._required and not guide.steers:
             names = ", ".join(term.name for term, _ in self._required)
             raise bad_request(
@@ -152,19 +154,37 @@ class Resolver:
         return named.name, guide
 
     def pipeline(
-        self, specs: Sequence[RewardSpec], combine: NamedSpec, candidates: int, where: str = "rewards"
+        self,
+        specs: Sequence[RewardSpec],
+        combine: NamedSpec,
+        candidates: int,
+        where: str = "rewards",
+        *,
+        own: bool = True,
     ) -> tuple[tuple[RewardTerm, ...], Combine]:
         """Return the rewards asked for with those that the operator requires, and how they are combined.
 
-        where: the path of the rewards. candidates: fills transforms' defaults that depend on it. Raises ApiError.
+        where: the path of the rewards. candidates: fills transforms' defaults that depend on it. own: the request names
+        the rewards itself, so that one under the name of a required one must be the same; a profile's gives way. Raises
+        ApiError.
         """
         rule = combine.build(COMBINES)
-        asked = [(self._term(spec), spec.chain) for spec in specs]
-        required = {term.name for term, _ in self._required}
-        every = (*self._required, *((term, chain) for term, chain in asked if term.name not in required))
-        terms = tuple(
-            replace(term, chain=(chain or rule.default_chain or IDENTITY).resolved(candidates)) for term, chain in every
-        )
+
+        def complete(term: RewardTerm, chain: Chain | None) -> RewardTerm:
+            return replace(term, chain=(chain or rule.default_chain or IDENTITY).resolved(candidates))
+
+        required = {term.name: complete(term, chain) for term, chain in self._required}
+        terms = tuple(required.values())
+        for spec in specs:
+            term = complete(self._term(spec), spec.chain)
+            if term.name not in required:
+                terms += (term,)
+            elif own and term != required[term.name]:  # the same one is an echo of ours
+                raise bad_request(
+                    f"'{spec.where}': this server requires the reward '{term.name}' with a label, weight, "
+                    "transform and parameters of its operator's; leave it out",
+                    spec.where,
+                )
         labels = [term.label for term in terms]
         for i, label in enumerate(labels):
             if label in labels[:i]:

@@ -52,17 +52,18 @@ async def running(state: ServerState, request: Request) -> AsyncIterator[AsyncIt
 
     Raises what `admitted` raises, and what guides, rewards and the engine do.
     """
-    merged = _answer(request, 0) if len(request.contexts) == 1 else _merged(request)
+    debug = state.settings.debug
+    merged = _answer(request, 0, debug) if len(request.contexts) == 1 else _merged(request, debug)
     async with admitted(state, request), aclosing(merged) as events:
         yield events
 
 
-async def _merged(request: Request) -> AsyncGenerator[tuple[int, Event], None]:
+async def _merged(request: Request, debug: bool) -> AsyncGenerator[tuple[int, Event], None]:
     queue: asyncio.Queue[tuple[int, Event] | BaseException | None] = asyncio.Queue()
 
     async def pump(index: int) -> None:
         try:
-            async with aclosing(_answer(request, index)) as events:
+            async with aclosing(_answer(request, index, debug)) as events:
                 async for item in events:
                     queue.put_nowait(item)
             queue.put_nowait(None)
@@ -82,12 +83,12 @@ async def _merged(request: Request) -> AsyncGenerator[tuple[int, Event], None]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _answer(request: Request, index: int) -> AsyncGenerator[tuple[int, Event], None]:
+async def _answer(request: Request, index: int, debug: bool) -> AsyncGenerator[tuple[int, Event], None]:
     """One answer's events: the guide's, held to its contract, with clean text. Its Final comes once it has ended."""
     ctx, accepted = request.contexts[index], 0
     cleaner = ctx.dialogue.cleaner()
     delivered = None if ctx.sampling.logprobs is None else Delivered(ctx.dialogue.decoder())
-    contract = Contract(request.alignment.guide_name)
+    contract = Contract(request.alignment.guide_name, debug=debug)
     async with ctx, contract.events(request.alignment.guide, ctx) as events:
         async for event in events:
             if contract.holds_back(event):

@@ -7,18 +7,24 @@ fails its own request, by the reward's name, and no other; a refusal of a reward
 """
 
 import asyncio
+import logging
 import textwrap
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
-from guiderail.guides.core.errors import EngineUnavailable, RequestError, RewardFailed
+from guiderail.guides.core.errors import EngineUnavailable, RequestError, RewardFailed, raised_at, told
 from guiderail.guides.core.interfaces import ScoreResult
 from guiderail.guides.core.reward import Reward
 from guiderail.guides.core.types import ScoreGroup
 from guiderail.guides.scoring.transforms import LIMIT
 from guiderail.server.metrics import Metrics
+
+log = logging.getLogger("guiderail.server")
+MOST_TOKENS = 2**53  # that a result may say it has cost
+END_S = 1.0  # for a reward that was told to end
 
 
 @dataclass(slots=True)
@@ -45,17 +51,20 @@ class BatchingScorer:
         timeout_s: float | None = 60.0,
         max_tokens: int = 16384,
         wait_s: float = 0.002,
+        debug: bool = False,
     ) -> None:
         """timeout_s: seconds for one batch of one reward; None: no limit (server/offline/offline_state.py).
 
         max_tokens: size of a batch (a larger group goes alone).
         wait_s: seconds that the first call of an idle reward waits for company.
+        debug: errors say where a reward raised them.
         """
         self._rewards = rewards
         self._metrics = metrics
         self.timeout_s = timeout_s
         self._max_tokens = max_tokens
         self._wait_s = wait_s
+        self._debug = debug
         self._pending: dict[str, list[_Call]] = {name: [] for name in rewards}
         self._drains: dict[str, asyncio.Task[None]] = {}
 
@@ -78,6 +87,7 @@ class BatchingScorer:
 
     async def _drain(self, name: str) -> None:
         batch: list[_Call] = []
+        cause = ""
         try:
             await asyncio.sleep(self._wait_s)
             while batch := self._take(name):
@@ -85,12 +95,15 @@ class BatchingScorer:
                 for call in batch:
                     self._metrics.score_wait(name, time.monotonic() - call.queued)
                 await self._run(name, batch)
+        except Exception as error:
+            log.exception("the queue of reward '%s' failed", name)
+            cause = f" by {told(error)}"
         finally:
             del self._drains[name]
             left, self._pending[name] = [*batch, *self._pending[name]], []
             for call in left:  # none, unless this was cut off: then nobody is left waiting
                 if not call.future.done():
-                    call.future.set_exception(RewardFailed(name, "its queue was cut off"))
+                    call.future.set_exception(RewardFailed(name, f"its queue was cut off{cause}"))
 
     def _take(self, name: str) -> list[_Call]:
         """Take the next batch: calls still wanted, one of each owner in turn, up to max_tokens."""
@@ -115,13 +128,13 @@ class BatchingScorer:
 
     async def _run(self, name: str, batch: Sequence[_Call]) -> None:
         try:
-            results = await self._score(name, [call.group for call in batch])
+            results = await self._score(name, [call.group for call in batch], [call.future for call in batch])
         except (RewardFailed, RequestError, EngineUnavailable) as failure:
-            if len(batch) == 1:
+            if len(batch) == 1 and not batch[0].future.done():  # else it was given up
                 if not isinstance(failure, RequestError):
                     self._metrics.score_failed(name)
-                if not batch[0].future.done():
-                    batch[0].future.set_exception(failure)
+                batch[0].future.set_exception(failure)
+            if len(batch) == 1:
                 return
             for call in batch:  # find out whose fault it is, so that the others get their scores
                 if not call.future.done():
@@ -131,23 +144,42 @@ class BatchingScorer:
             if not call.future.done():
                 call.future.set_result(result)
 
-    async def _score(self, name: str, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
+    async def _score(
+        self, name: str, groups: Sequence[ScoreGroup], wanted: Sequence[asyncio.Future[ScoreResult]] = ()
+    ) -> list[ScoreResult]:
+        """Score groups. wanted: who waits for them; once nobody does any more, the reward is told to end."""
+        # A task of its own: one that ends is no end of ours, and one that takes no notice of its end is left behind.
+        task = asyncio.create_task(self._asked(name, groups))
+
+        def given_up(caller: asyncio.Future[ScoreResult]) -> None:
+            if all(each.done() for each in wanted):
+                task.cancel()
+
+        for each in wanted:
+            each.add_done_callback(given_up)
         try:
-            results = await asyncio.wait_for(self._rewards[name].score(groups), self.timeout_s)
-            return _checked(name, results, groups)
-        except TimeoutError:
-            raise RewardFailed(name, f"no scores within {self.timeout_s:g} s") from None
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise RewardFailed(name, "it was cancelled by itself") from None
+            await asyncio.wait({task}, timeout=self.timeout_s)
+            if not task.done():
+                raise RewardFailed(name, f"no scores within {self.timeout_s:g} s")
+            if task.cancelled():
+                raise RewardFailed(name, "it was cancelled by itself")
+            return _checked(name, task.result(), groups)
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=END_S)
+
+    async def _asked(self, name: str, groups: Sequence[ScoreGroup]) -> object:
+        """What the reward returns. Whatever it raises is its own fault, a refusal or the engine's."""
+        try:
+            return await self._rewards[name].score(groups)
         except (EngineUnavailable, RewardFailed):
             raise
         except RequestError as error:
             raise RequestError(f"reward '{name}': {error}", error.param) from error
-        except Exception as error:
-            raise RewardFailed(name, f"{type(error).__name__}: {error}") from error
+        except (Exception, GeneratorExit, SystemExit) as error:  # the last would end the event loop
+            place = raised_at(error, type(self._rewards[name])) if self._debug else ""
+            raise RewardFailed(name, f"{told(error)}{place}") from error
 
 
 def _checked(name: str, results: object, groups: Sequence[ScoreGroup]) -> list[ScoreResult]:
@@ -156,24 +188,34 @@ def _checked(name: str, results: object, groups: Sequence[ScoreGroup]) -> list[S
         raise RewardFailed(name, f"it returned {_shown(results)} where one result for each of {len(groups)} was due")
     checked = []
     for result, group in zip(results, groups, strict=True):
-        if not isinstance(result, ScoreResult) or not isinstance(result.tokens, int):
+        if not isinstance(result, ScoreResult) or not (_is_count(result.tokens) and _are_texts(result.warnings)):
             raise RewardFailed(name, f"it returned {_shown(result)} for a ScoreResult")
+        due = len(group.answers)
         try:
-            values = tuple(result.values)
-        except TypeError:
+            values = tuple(islice(result.values, due + 1))
+        except Exception:
             raise RewardFailed(name, f"it returned {_shown(result.values)} for a tuple of values") from None
-        if len(values) != len(group.answers):
-            raise RewardFailed(name, f"it returned a wrong number of values: {len(values)} for {len(group.answers)}")
+        if len(values) != due:
+            given = len(values) if len(values) < due else "more"
+            raise RewardFailed(name, f"it returned a wrong number of values: {given} for {due}")
         checked.append(replace(result, values=tuple(_number(name, value) for value in values)))
     return checked
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+
+
 def _number(name: str, value: object) -> float:
     try:
-        if isinstance(value, str | bytes):
+        if isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", 0) != 0:
             raise TypeError
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:
         raise RewardFailed(name, f"it returned {_shown(value)}, which is no number") from None
     if not abs(number) <= LIMIT:
         raise RewardFailed(name, f"it returned {number}; values must be finite, and at most {LIMIT:g} in size")
@@ -181,4 +223,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _shown(value: object) -> str:
-    return textwrap.shorten(repr(value), 80, placeholder=" ...")
+    try:
+        return textwrap.shorten(repr(value), 80, placeholder=" ...")
+    except Exception:
+        return f"a value of type {type(value).__name__}"

@@ -29,6 +29,36 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
         load_guides(["nope"])
 
 
+def install(folder: Path, name: str, entries: str, source: str = "") -> None:
+    """A package of one module, as pip would leave it."""
+    (folder / f"{name}.py").write_text(source)
+    info = folder / f"{name}-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(entries)
+
+
+FINE = (
+    "from guiderail import guides\nclass Thing(guides.TextReward):\n  'D.'\n  def score_text(self, p, a, q): return 1.0"
+)
+
+
+def test_a_name_that_two_packages_give_is_refused_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(
+        tmp_path,
+        "usurper",
+        "[guiderail.rewards]\nlength = usurper:Thing\n[guiderail.guides]\nsampling = usurper:G\n",
+        FINE,
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(PluginError, match=r"'length' is in two packages: .*guiderail.*") as failure:
+        load_rewards()
+    assert "usurper (usurper:Thing)" in str(failure.value)
+    with pytest.raises(PluginError, match="'sampling' is in two packages"):
+        load_guides(["sampling"])
+    assert list(load_rewards(["sentiment"])) == ["sentiment"]  # what is not asked for does not matter
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -40,17 +70,18 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
             "  class Params(guides.Params):\n    needed: int",
             "needs a default",
         ),
+        (
+            "from typing import Callable\nfrom guiderail import guides\nclass Thing(guides.TextReward):\n  'D.'\n"
+            "  class Params(guides.Params):\n    call: Callable[[], int] | None = None",
+            "no JSON schema",
+        ),
     ],
 )
 def test_a_broken_plugin_is_an_error_by_its_name(
     source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = f"broken_{abs(hash(source))}"
-    (tmp_path / f"{module}.py").write_text(source)
-    info = tmp_path / f"{module}-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(f"[guiderail.rewards]\nbroken = {module}:Thing\n")
+    install(tmp_path, module, f"[guiderail.rewards]\nbroken = {module}:Thing\n", source)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(PluginError, match=message) as failure:
         load_rewards()

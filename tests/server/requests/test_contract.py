@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -56,10 +59,10 @@ def played(*events: Any) -> type[Guide]:
     return type("Played", (Played,), {"__doc__": "As told.", "play": staticmethod(lambda: list(events))})
 
 
-async def ask(guide: type[Guide], **more: Any) -> tuple[int, Any]:
+async def ask(guide: type[Guide], debug: bool = False, **more: Any) -> tuple[int, Any]:
     """(status, body), or of a stream (status, its data lines)."""
     engine = ScriptedEngine()
-    state = make_state(engine)
+    state = make_state(engine, debug=debug)
     state.resolver._guides["broken"] = guide
     transport = httpx.ASGITransport(create_app(state))
     body = {"messages": [{"role": "user", "content": "q"}], "alignment": {"guide": "broken", "rewards": ["last_digit"]}}
@@ -71,6 +74,7 @@ async def ask(guide: type[Guide], **more: Any) -> tuple[int, Any]:
     return answer.status_code, answer.json()
 
 
+LINES = Path(__file__).read_text().splitlines()
 BROKEN: list[tuple[type[Guide], str]] = [
     (played(TOKEN, TypeError("a bad day")), "TypeError: a bad day"),
     (played(KeyError("no_such")), "KeyError: 'no_such'"),
@@ -86,6 +90,18 @@ BROKEN: list[tuple[type[Guide], str]] = [
     (played("hello", FINAL), "it yielded a value of type str, which is no event"),
     (played(None), "it yielded a value of type NoneType"),
     (played(Token(None, (1,)), FINAL), "which is no event"),  # type: ignore[arg-type]
+    (played(SystemExit(3)), "SystemExit: 3"),
+    (played(Token("half \ud83d", (1,)), FINAL), "which is no event"),
+    (played(Token("hello", None), FINAL), "which is no event"),  # type: ignore[arg-type]
+    (played(Token(b"hello", (1,)), FINAL), "which is no event"),  # type: ignore[arg-type]
+    (played(TOKEN, Final("stop", None, None, 0, None)), "TypeError"),  # type: ignore[arg-type]
+    (played(TOKEN, Final("stop", None, None, 0, (3,))), "AttributeError"),  # type: ignore[arg-type]
+    (played(TOKEN, Final(3, None, None, 0, (ANSWER,))), "its Final holds"),  # type: ignore[arg-type]
+    (played(TOKEN, Final("stop", object(), None, 0, (ANSWER,))), "its Final holds"),  # type: ignore[arg-type]
+    (played(TOKEN, Final("stop", None, object(), 0, (ANSWER,))), "its Final holds"),  # type: ignore[arg-type]
+    (played(TOKEN, Final("stop", None, None, 0, (replace(ANSWER, combined=object()),))), "its Final holds"),  # type: ignore[arg-type]
+    (played(TOKEN, Final("stop", None, None, 0, (replace(ANSWER, text="\ud83d"),))), "its Final holds"),
+    (played(object()), "which is no event"),
     (NoGenerator, "'run' gave a value of type coroutine and not an async generator"),
     (Divides, "ZeroDivisionError"),
 ]
@@ -115,3 +131,29 @@ async def test_a_broken_guide_is_named_in_a_stream(guide: type[Guide], reason: s
 async def test_a_guide_that_keeps_the_contract_is_served() -> None:
     status, body = await ask(played(TOKEN, Scored((ANSWER,)), FINAL))
     assert (status, body["choices"][0]["message"]["content"]) == (200, "hello")
+
+
+@pytest.mark.parametrize("debug", [True, False])
+@pytest.mark.parametrize(
+    "guide", [played(TOKEN, TypeError("a bad day")), played(FINAL, TOKEN), Divides], ids=["raises", "goes on", "deep"]
+)
+async def test_under_debug_an_error_says_where_in_the_guide_it_comes_from(guide: type[Guide], debug: bool) -> None:
+    _, body = await ask(guide, debug)
+    found = re.search(r" \(test_contract\.py:(\d+), in run\)$", body["error"]["message"])
+    assert (found is not None) == debug
+    if found is not None:
+        assert any(words in LINES[int(found[1]) - 1] for words in ("raise event", "yield event", "drawn[1 // 0]"))
+
+
+async def test_beside_a_broken_guide_others_are_served() -> None:
+    """In one server, at one time."""
+    engine = ScriptedEngine(step_s=0.01)
+    state = make_state(engine)
+    state.resolver._guides["broken"] = Divides
+    body = {"messages": [{"role": "user", "content": "q"}], "seed": 10}
+    broken = body | {"alignment": {"guide": "broken", "rewards": ["last_digit"]}}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(state)), base_url="http://test") as client:
+        async with asyncio.timeout(60):
+            answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=b) for b in (broken, body) * 5))
+    assert [answer.status_code for answer in answers] == [500, 200] * 5
+    assert engine.num_running() == state.admission.waiting == 0

@@ -69,10 +69,17 @@ def test_required_rewards_win_over_the_request() -> None:
         limits=OperatorLimits(required_rewards=[{"name": "length", "target": 7, "weight": 3}]),
         alignment={"guide": "best_of_n"},
     )
-    found = resolve(rules, {"rewards": [{"name": "keywords"}, {"name": "length", "target": 9, "weight": 0}]})
+    found = resolve(rules, {"rewards": [{"name": "keywords"}]})
     assert names(found) == ["length", "keywords"]
     assert (found.rewards[0].params.target, found.rewards[0].weight) == (7, 3.0)
     assert names(resolve(rules, {"rewards": []})) == ["length"]
+    echo = found.echo()
+    assert resolve(rules, echo).echo() == echo
+    for own in ({"name": "length", "target": 7, "weight": 0}, {"name": "length", "target": 9, "weight": 3}, "length",
+                {"name": "length", "target": 7, "weight": 3, "label": "mine"}):  # fmt: skip
+        with pytest.raises(ApiError, match="this server requires the reward 'length'") as failure:
+            resolve(rules, {"rewards": [{"name": "keywords"}, own]})
+        assert failure.value.body["error"]["param"] == "alignment.rewards[1]"
     with pytest.raises(ApiError, match="requires the rewards length") as failure:
         resolve(rules, {"guide": "sampling"})
     assert failure.value.body["error"]["param"] == "alignment.guide.name"

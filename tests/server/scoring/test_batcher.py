@@ -1,7 +1,10 @@
 """The BatchingScorer: batching across requests, isolation of failures, cancellation, time limit."""
 
 import asyncio
+import itertools
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -10,10 +13,14 @@ import pytest
 from fakes import Faulty, ScriptedEngine, make_state
 
 from guiderail.guides import Reward, ScoreResult, TextReward
+from guiderail.guides.controlled_decoding import ControlledDecoding
 from guiderail.guides.core.errors import EngineUnavailable, RewardFailed
+from guiderail.guides.core.tasks import MOST_THREADS
 from guiderail.guides.core.types import Answer, Message, ScoreGroup, TokenPrompt
+from guiderail.guides.scoring import pipeline
 from guiderail.server.api.app import create_app
 from guiderail.server.metrics import Metrics
+from guiderail.server.scoring import batcher
 from guiderail.server.scoring.batcher import BatchingScorer
 
 
@@ -78,6 +85,22 @@ async def test_work_of_a_cancelled_caller_is_dropped() -> None:
     assert reward.batches == [1]
 
 
+async def test_a_batch_that_nobody_waits_for_any_more_is_ended() -> None:
+    """So that it does not keep the calls behind it for as long as a reward may take."""
+    reward = Faulty("hang")
+    queue = scorer(reward, timeout_s=3000)
+    tasks = [asyncio.create_task(queue.score("r", group())) for _ in range(2)]
+    while not reward.batches:
+        await asyncio.sleep(0.001)
+    tasks[0].cancel()
+    await asyncio.sleep(0.01)
+    assert reward.batches == [2]
+    reward.fault = ""
+    tasks[1].cancel()
+    async with asyncio.timeout(60):
+        assert (await queue.score("r", group())).values == (1.0,)
+
+
 async def test_a_reward_that_hangs_fails_by_name_and_the_queue_goes_on() -> None:
     reward = Faulty("hang")
     queue = scorer(reward, timeout_s=0.05)
@@ -110,12 +133,39 @@ class Returns(Reward):
             return [ScoreResult((1.0,) * len(group.answers)) for group in groups]
         if isinstance(self.what, BaseException):
             raise self.what
+        if self.what == "deaf":
+            await deaf()
         if callable(self.what):
             return self.what(groups)
         return [ScoreResult(self.what) for _ in groups]
 
 
+async def deaf() -> None:
+    """Never return, whoever asks, for a minute."""
+    end = asyncio.get_running_loop().time() + 60
+    while (left := end - asyncio.get_running_loop().time()) > 0:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(left)
+
+
+class Unspeakable(Exception):
+    """Has no text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("not even that")
+
+    __repr__ = __str__
+
+    def __float__(self) -> float:
+        raise KeyError("odd")
+
+
 WRONG: list[Any] = [
+    (np.array([1.0]),), (np.ones((1, 1)),), np.ones((1, 1)), (np.array("high"),), (bytearray(b"1"),), (Unspeakable(),),
+    (np.nan,), itertools.count(), Unspeakable(), SystemExit(3),
+    lambda groups: [ScoreResult((1.0,), -1)] * len(groups), lambda groups: [ScoreResult((1.0,), 10**400)] * len(groups),
+    lambda groups: [ScoreResult((1.0,), 1, None)] * len(groups), lambda groups: [ScoreResult((1.0,), 1, "text")] * len(groups),
+    lambda groups: [ScoreResult((1.0,), 1, (3,))] * len(groups), lambda groups: Unspeakable(),
     ("high",), ("1.0",), (None,), (b"1",), (1j,), ([1.0],), (object(),), (float("nan"),), (float("inf"),), (1e101,),
     (-(10**400),), (), (1.0, 2.0), None, 3.0, "x" * 2,
     lambda groups: None, lambda groups: 1.0, lambda groups: [], lambda groups: [1.0] * len(groups),
@@ -127,10 +177,8 @@ WRONG: list[Any] = [
 
 
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "alone"])
-@pytest.mark.parametrize("what", WRONG, ids=lambda what: repr(what)[:40])
+@pytest.mark.parametrize("what", WRONG, ids=[type(what).__name__ for what in WRONG])
 async def test_whatever_a_reward_returns_or_raises_fails_its_own_request_by_name(what: Any, batched: bool) -> None:
-    if isinstance(what, GeneratorExit) and not batched:
-        pytest.skip("ends the caller's own coroutine")
     queue = BatchingScorer({"r": Returns(what, batched=batched)}, Metrics("fake"), timeout_s=30)
     async with asyncio.timeout(10):
         bad, good = await asyncio.gather(
@@ -138,8 +186,7 @@ async def test_whatever_a_reward_returns_or_raises_fails_its_own_request_by_name
         )
     assert isinstance(bad, RewardFailed)
     assert "'r'" in str(bad)
-    if not isinstance(what, GeneratorExit):  # which takes the queue down with it
-        assert isinstance(good, ScoreResult)
+    assert isinstance(good, ScoreResult)
     async with asyncio.timeout(10):
         assert (await queue.score("r", group("good"))).values == (1.0,)
 
@@ -187,3 +234,85 @@ async def test_without_a_limit_a_slow_reward_is_waited_for() -> None:
         await queue.score("r", group())
     queue.timeout_s = None
     assert (await queue.score("r", group())).values == (1.0,)
+
+
+async def test_a_reward_that_takes_no_notice_of_its_end_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher, "END_S", 0.01)
+    queue = BatchingScorer({"r": Returns("deaf")}, Metrics("fake"), timeout_s=0.05)
+    async with asyncio.timeout(30):
+        with pytest.raises(RewardFailed, match=r"'r'.*0\.05 s"):
+            await queue.score("r", group("bad"))
+        assert (await queue.score("r", group("good"))).values == (1.0,)
+
+
+async def test_an_error_of_the_queue_itself_reaches_everybody_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = scorer(Faulty())
+
+    def broken(name: str) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(queue, "_take", broken)
+    async with asyncio.timeout(30):
+        results = await asyncio.gather(*(queue.score("r", group()) for _ in range(3)), return_exceptions=True)
+    assert [str(result) for result in results] == [
+        "reward 'r' failed: its queue was cut off by ZeroDivisionError: a fault of ours"
+    ] * 3
+    monkeypatch.undo()
+    assert (await queue.score("r", group())).values == (1.0,)
+
+
+@pytest.mark.parametrize("debug", [True, False])
+async def test_under_debug_an_error_says_where_it_was_raised(debug: bool) -> None:
+    queue = BatchingScorer({"r": Faulty("raise")}, Metrics("fake"), debug=debug)
+    with pytest.raises(RewardFailed) as failure:
+        await queue.score("r", group())
+    assert str(failure.value).startswith("reward 'r' failed: RuntimeError: broken on purpose")
+    assert ("(fakes.py:" in str(failure.value)) == debug
+
+
+class Sleeps(TextReward):
+    """Never returns where the answer is "bad", until it is let go."""
+
+    def __init__(self) -> None:
+        self.let_go = threading.Event()
+
+    def score_text(self, prompt: str, answer: str, params: Any) -> float:
+        if answer == "bad":
+            self.let_go.wait(60)
+        return 1.0
+
+
+async def test_a_text_reward_that_never_returns_keeps_neither_its_queue_nor_other_threads() -> None:
+    reward = Sleeps()
+    queue = BatchingScorer({"r": reward}, Metrics("fake"), timeout_s=0.05)
+    try:
+        async with asyncio.timeout(50):
+            for _ in range(MOST_THREADS - 1):
+                with pytest.raises(RewardFailed, match=r"0\.05 s"):
+                    await queue.score("r", group("bad"))
+            queue.timeout_s = 40
+            assert (await queue.score("r", group("good"))).values == (1.0,)
+            assert await asyncio.to_thread(lambda: 3) == 3
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name == "guiderail-call")
+    finally:
+        reward.let_go.set()
+
+
+async def test_a_reward_that_never_returns_is_bounded_by_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in guides that wait for the scores of each step."""
+    monkeypatch.setattr(pipeline, "LATE_S", 0.05)
+    state = make_state(ScriptedEngine(), {"hangs": Faulty("hang")})
+    state.resolver._guides["controlled_decoding"] = ControlledDecoding
+    alignment = {"guide": {"name": "controlled_decoding", "k": 2}, "rewards": ["hangs"], "budget": {"deadline_s": 0.5}}
+    chat = {"messages": [{"role": "user", "content": "q"}], "alignment": alignment}
+    scored = {"inputs": [{"messages": chat["messages"], "answers": ["a"]}], "rewards": ["hangs"]}
+    async with (
+        httpx.AsyncClient(transport=httpx.ASGITransport(create_app(state)), base_url="http://test") as client,
+        asyncio.timeout(55),
+    ):
+        answer = await client.post("/v1/chat/completions", json=chat)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert "reward 'hangs'" in answer.json()["error"]["message"]
+        state.scorer.timeout_s = 0.05
+        answer = await client.post("/v1/rewards/score", json=scored)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (500, "hangs")
