@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup serve test explore test-avx2 check fix bench bench-dtype bench-numerics bench-scoring bench-transforms bench-infalign bench-guides bench-quality bench-load bench-commits bench-kernels-compile clean
+.PHONY: setup serve test explore fuzz test-avx2 check fix bench bench-dtype bench-numerics bench-scoring bench-transforms bench-infalign bench-guides bench-quality bench-load bench-commits bench-hostile bench-kernels-compile clean
 
 setup: $(READY)
 	@$(BIN)/guiderail models smollm2-135m-instruct >/dev/null
@@ -28,6 +28,10 @@ test: setup
 # Property tests with new random examples each time; what they find becomes an @example of its test.
 explore: setup
 	@HYPOTHESIS_PROFILE=explore $(BIN)/pytest -p no:cacheprovider $(or $(ARGS),tests/theory tests/guides)
+
+# Asks every route of a scripted server 20,000 things; ARGS="-n 2000 --real" asks one with its engine.
+fuzz: setup
+	@$(BIN)/python -P tests/bench/fuzz_routes.py $(ARGS)
 
 # The same tests as on a processor without AVX-512, whatever this one is: see tests/support/avx2/sitecustomize.py.
 test-avx2: setup
@@ -75,6 +79,9 @@ bench-load: setup
 
 bench-commits: setup
 	@$(BIN)/python -P tests/bench/bench_commits.py $(ARGS)
+
+bench-hostile: setup
+	@$(BIN)/python -P tests/bench/bench_hostile.py $(ARGS)
 
 bench-kernels-compile: setup
 	@$(BIN)/python -P tests/bench/bench_kernels_compile.py $(ARGS)
