@@ -16,7 +16,7 @@ from pathlib import Path
 from guiderail.guides.core.errors import EngineUnavailable, PluginError
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.interfaces import Services
-from guiderail.guides.core.registry import load_guides, load_rewards
+from guiderail.guides.core.registry import load_guides, load_rewards, make_rewards
 from guiderail.guides.core.reward import Reward
 from guiderail.guides.prompters import PROMPTERS, load_style, urial_with
 from guiderail.guides.scoring.pipeline import Scorers
@@ -165,7 +165,7 @@ async def _prepare(
     step: Callable[[str], None],
 ) -> ServerState:
     # What can be wrong in the configuration is found before the engine takes its time.
-    rewards = {name: _made(name, cls) for name, cls in plugins.items()}
+    rewards = make_rewards(plugins)
     for name, spec in settings.reward.items():
         rewards[name] = model_reward(
             spec, settings.cache, say, plan.rewards.get(name), plain_completions=settings.plain_completions
@@ -204,16 +204,6 @@ async def _prepare(
             reward = rewards.get(each.reward)
             calibration_store.check(each, file, revision, None if reward is None else reward.revision())
     return state
-
-
-def _made(name: str, cls: type[Reward]) -> Reward:
-    """A reward of a class. Raises PluginError naming it."""
-    try:
-        return cls()
-    except Exception as error:
-        raise PluginError(
-            f"reward '{name}' cannot be made: {error!r}; fix it, or leave it out with --rewards"
-        ) from error
 
 
 async def start_rewards(

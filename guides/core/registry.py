@@ -4,7 +4,7 @@ Groups: `guiderail.guides` (classes derived from Guide) and `guiderail.rewards` 
 configured and cannot be loaded is an error; nothing is skipped silently.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
@@ -23,6 +23,17 @@ def load_guides(only: Collection[str] | None = None) -> dict[str, type[Guide]]:
 def load_rewards(only: Collection[str] | None = None) -> dict[str, type[Reward]]:
     """Load all installed reward classes, or just those named. Raises PluginError."""
     return _load("guiderail.rewards", Reward, only)  # type: ignore[type-abstract]
+
+
+def make_rewards(classes: Mapping[str, type[Reward]]) -> dict[str, Reward]:
+    """One reward of each class. Raises PluginError naming the one that cannot be made."""
+    made: dict[str, Reward] = {}
+    for name, cls in classes.items():
+        try:
+            made[name] = cls()
+        except Exception as error:
+            raise PluginError(f"reward '{name}' cannot be made: {error!r}; leave it out with --rewards") from error
+    return made
 
 
 def describe(cls: type[Guide] | type[Reward]) -> str:

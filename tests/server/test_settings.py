@@ -75,7 +75,7 @@ SERVE_FLAGS = """
 --max-model-len --kv-cache-gb --allow-control-tokens --plain-completions
 --gpu-memory-utilization --max-num-seqs --max-num-batched-tokens --tensor-parallel-size --compile --enforce-eager
 --batch-invariant --lora --max-lora-rank --policy --guides --rewards --reward --calibration --encoder --urial
---cache-dir --drain-timeout-s --allowed-origin --header-timeout-s --body-timeout-s --idle-timeout-s --write-timeout-s
+--cache-dir --debug --drain-timeout-s --allowed-origin --header-timeout-s --body-timeout-s --idle-timeout-s --write-timeout-s
 --max-connections
 """
 OFFLINE_FLAGS = """
@@ -116,9 +116,13 @@ def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
         "lora": (["a=/x", "b=/y=z"], {"a": "/x", "b": "/y=z"}), "urial": (["s=f.md"], {"s": "f.md"}),
         "guides": ("sampling,args", ["sampling", "args"]), "rewards": ("length", ["length"]),
         "calibration": (["f", "g"], [Path("f"), Path("g")]), "encoder": ("e", "e"),
+<<<<<<< HEAD
         "cache_dir": (str(tmp_path), tmp_path), "drain_timeout_s": ("2.5", 2.5),
         "header_timeout_s": ("1", 1), "body_timeout_s": ("2", 2), "idle_timeout_s": ("3", 3), "write_timeout_s": ("4", 4),
         "max_connections": ("5", 5), "allowed_origin": (["https://a.b", "*"], ["https://a.b", "*"]),
+=======
+        "cache_dir": (str(tmp_path), tmp_path), "debug": (None, True), "drain_timeout_s": ("2.5", 2.5),
+>>>>>>> 9ac3836 (Rewards are made in one place; tests of plugins before the start, and of names given twice)
     }  # fmt: skip
     words = ["serve"]
     for name, (text, _) in said.items():
@@ -130,6 +134,12 @@ def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
         assert getattr(found, name) == value, name
     assert (found.reward["r"].path, found.reward["r"].head) == ("p", 1)
     assert (found.policy["q"].url, found.policy["q"].model) == ("http://h:1", "m")
+
+
+@pytest.mark.parametrize("flag", ["--lora", "--urial", "--reward", "--policy"])
+def test_a_name_given_twice_is_refused_and_no_flag_is_dropped(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", flag, "mine=http://h:1", flag, "other=http://h:2", flag, "mine=http://h:3"]) == 1
+    assert capsys.readouterr().err == f"guiderail: {flag} mine: this name is given twice\n"
 
 
 @pytest.mark.parametrize("flag", ["--lora", "--urial"])

@@ -32,6 +32,38 @@ class TestFaults:
         assert run.stderr.startswith("guiderail: --reward help: /nope: not an embedded model")
         assert run.stderr.count("\n") == 1, "nothing else was begun"
 
+    @pytest.mark.parametrize(
+        ("flags", "says"),
+        [
+            (["--rewards", "length,nope"], "no entry point 'nope' in group guiderail.rewards"),
+            (["--guides", "nope"], "no entry point 'nope' in group guiderail.guides"),
+            (["--reward", "length=owner/name"], "--reward length: there is already a reward of this name"),
+        ],
+        ids=["reward", "guide", "taken"],
+    )
+    def test_plugins_are_looked_at_before_anything_takes_its_time(
+        self, flags: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def too_early(*given: object) -> None:
+            raise AssertionError("a model is prepared before the plugins are looked at")
+
+        monkeypatch.setattr(serve.catalogue, "resolve", too_early)
+        monkeypatch.setattr(serve.forkserver, "start_preload", too_early)
+        assert cli.main(["serve", "--port", "0", *flags]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"guiderail: {says}")
+        assert said.count("\n") == 1
+
+    async def test_a_reward_that_cannot_be_made_is_named(self) -> None:
+        class Broken(Faulty):
+            """Cannot be made."""
+
+            def __init__(self) -> None:
+                raise KeyError("no such thing")
+
+        with pytest.raises(PluginError, match=r"reward 'broken' cannot be made: KeyError\('no such thing'\)"):
+            serve.make_rewards({"fine": Length, "broken": Broken})
+
     @pytest.mark.parametrize("lack", ["config.json", "safetensors", "base", "head.safetensors"])
     def test_a_folder_that_lacks_something_is_named(self, lack: str, tmp_path: Path) -> None:
         if lack == "safetensors":
