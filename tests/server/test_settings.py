@@ -116,13 +116,9 @@ def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
         "lora": (["a=/x", "b=/y=z"], {"a": "/x", "b": "/y=z"}), "urial": (["s=f.md"], {"s": "f.md"}),
         "guides": ("sampling,args", ["sampling", "args"]), "rewards": ("length", ["length"]),
         "calibration": (["f", "g"], [Path("f"), Path("g")]), "encoder": ("e", "e"),
-<<<<<<< HEAD
-        "cache_dir": (str(tmp_path), tmp_path), "drain_timeout_s": ("2.5", 2.5),
+        "cache_dir": (str(tmp_path), tmp_path), "debug": (None, True), "drain_timeout_s": ("2.5", 2.5),
         "header_timeout_s": ("1", 1), "body_timeout_s": ("2", 2), "idle_timeout_s": ("3", 3), "write_timeout_s": ("4", 4),
         "max_connections": ("5", 5), "allowed_origin": (["https://a.b", "*"], ["https://a.b", "*"]),
-=======
-        "cache_dir": (str(tmp_path), tmp_path), "debug": (None, True), "drain_timeout_s": ("2.5", 2.5),
->>>>>>> 9ac3836 (Rewards are made in one place; tests of plugins before the start, and of names given twice)
     }  # fmt: skip
     words = ["serve"]
     for name, (text, _) in said.items():
