@@ -17,7 +17,7 @@ from pydantic import Field
 
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.guide import Guide
-from guiderail.guides.core.types import Event, Params
+from guiderail.guides.core.types import Event, Factor, Params
 from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.search.lookahead import value
 from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, top_tokens
@@ -25,7 +25,7 @@ from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, top_token
 
 class ArgsParams(Params):
     top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, description="Tokens considered at each step.")
-    w: float = Field(default=1.5, ge=0, description="Weight of the reward against log-probabilities.")
+    w: Factor = Field(default=1.5, description="Weight of the reward against log-probabilities.")
 
 
 class Args(Guide[ArgsParams]):

@@ -25,10 +25,10 @@ from guiderail.guides.core.context import Context
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.policy import PolicySpec
 from guiderail.guides.core.tasks import together
-from guiderail.guides.core.types import Candidate, Event, Params
+from guiderail.guides.core.types import Candidate, Event, Factor, Params
 from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.scoring.scores import Scores
-from guiderail.guides.scoring.transforms import Array
+from guiderail.guides.scoring.transforms import Array, Bounded
 from guiderail.guides.search.lookahead import Lookahead, roll_forward, successors, value
 from guiderail.guides.search.sequence import Piece
 from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, top_tokens
@@ -67,8 +67,8 @@ class DealParams(Params):
     top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, description="Tokens by which each beam is expanded.")
     lookahead: int | None = Field(default=20, ge=0, description="Tokens of the lookahead; null: to the end.")
     sampled: bool = Field(default=False, description="Sample the lookahead instead of decoding it greedily.")
-    weight: float = Field(default=1.0, ge=0, description="lambda: weight of the heuristic against log P.")
-    threshold: float | None = Field(
+    weight: Factor = Field(default=1.0, description="lambda: weight of the heuristic against log P.")
+    threshold: Bounded | None = Field(
         default=None, description="Hard constraint: a candidate whose combined reward is below it is dropped."
     )
     length_penalty: float = Field(default=0.0, ge=0, le=2, description="log P is divided by tokens ** this.")

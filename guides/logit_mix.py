@@ -16,12 +16,14 @@ Costs L tokens, and for each of them a forward pass of each mixed policy (`spend
 """
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field, StrictInt
 
 from guiderail.guides.core.context import Context
+from guiderail.guides.core.errors import FieldError, GuideField, RequestError
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.interfaces import Renderer, Services
 from guiderail.guides.core.policy import PolicySpec
@@ -38,10 +40,13 @@ class WeightedPolicy(PolicySpec):
     weight: float = Field(default=1.0, ge=-10, le=10, description="Negative: steer away from it.")
 
 
+TokenId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
+
+
 class TokenTilt(Params):
     """A value that is added to one token's log-probability."""
 
-    token: StrictInt | str = Field(default="", description="The token's id, or a text that is one token.")
+    token: TokenId | str = Field(default="", description="The token's id, or a text that is one token.")
     value: float = Field(default=0.0, ge=-LARGEST_TILT, le=LARGEST_TILT)
 
 
@@ -89,7 +94,7 @@ class LogitMix(Guide[LogitMixParams]):
         for token, value in self._tilts(ctx.dialogue.renderer).items():
             bias[token] = max(-LARGEST_TILT, min(LARGEST_TILT, bias.get(token, 0.0) + value))
         prompt = replace(ctx.prompt, mix=tuple(mix), plausibility=self._floor)
-        return sampled(ctx.with_policy(prompt, replace(ctx.sampling, logit_bias=bias)))
+        return _tilted(sampled(ctx.with_policy(prompt, replace(ctx.sampling, logit_bias=bias))))
 
     @property
     def _floor(self) -> float:
@@ -106,3 +111,15 @@ class LogitMix(Guide[LogitMixParams]):
                 raise ValueError(f"'tilt': {each.token!r} is {len(ids)} tokens of this model; name single ones, or ids")
             values[ids[0]] = values.get(ids[0], 0.0) + each.value
         return values
+
+
+async def _tilted(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    """The events; where the engine refuses tokens, they are the tilt's, for the request's own were checked."""
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield event
+    except RequestError as error:
+        if error.param != "logit_bias":
+            raise
+        raise FieldError(GuideField("tilt"), f": {error}") from error

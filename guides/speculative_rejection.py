@@ -39,6 +39,7 @@ class SpeculativeRejectionParams(Params):
     segments: int | None = Field(
         default=None,
         ge=1,
+        le=4096,
         description="Equal parts of max_tokens between which answers are rejected; null: one more than rejections.",
     )
     interval: int | None = Field(

@@ -31,7 +31,7 @@ from guiderail.guides.core.errors import AlignmentField, FieldError, GuideField
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.policy import PolicySpec
-from guiderail.guides.core.types import Event, Params
+from guiderail.guides.core.types import MAX_TEMPERATURE, Divisor, Event, Params
 from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.scoring.scores import Scores
 from guiderail.guides.search.lookahead import Lookahead, Weigh, roll_forward, successors, value
@@ -44,14 +44,16 @@ class TransferQParams(Params):
     block: int = Field(default=1, ge=1, description="Tokens of a step; 1 enumerates tokens, more draws blocks.")
     lookahead: int | None = Field(default=20, ge=1, description="Tokens of a rollout; null: to the answer's end.")
     rollouts: int = Field(default=1, ge=1, le=64, description="Rollouts for each candidate.")
-    temperature: float | None = Field(default=None, ge=0, description="Of the rollouts; null: the request's.")
-    alpha: float = Field(default=1.0, gt=0, description="Weight of the KL from the policy: larger stays closer.")
+    temperature: float | None = Field(
+        default=None, ge=0, le=MAX_TEMPERATURE, description="Of the rollouts; null: the request's."
+    )
+    alpha: Divisor = Field(default=1.0, description="Weight of the KL from the policy: larger stays closer.")
     baseline: PolicySpec = Field(default=PolicySpec(), description="The aligned policy; default: the served one.")
     baseline_reward: str | None = Field(
         default=None,
         description="Label of the reward (of weight 0) the baseline is aligned to: indirect.",
     )
-    beta: float = Field(default=1.0, gt=0, description="KL weight at which the baseline was aligned (indirect).")
+    beta: Divisor = Field(default=1.0, description="KL weight at which the baseline was aligned (indirect).")
     min_ess: float = Field(
         default=0.3, ge=0, le=1, description="Least share of effective rollouts; below it weights are not used."
     )

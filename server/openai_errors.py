@@ -15,10 +15,13 @@ from guiderail.guides.core.errors import (
     RequestError,
     RewardFailed,
 )
+from guiderail.server.strict_json import printable
+
+MAX_MESSAGE, MAX_PARAM = 2000, 200  # characters: an error quotes what a client sent, which may be megabytes
 
 
 class ApiError(Exception):
-    """An error that the client is told. `param` is the path of the field at fault."""
+    """An error that the client is told. `param` is the path of the field at fault. Long texts are cut."""
 
     def __init__(
         self,
@@ -32,6 +35,8 @@ class ApiError(Exception):
         close: bool = False,
     ) -> None:
         """close: end the connection with the answer."""
+        message = printable(message, MAX_MESSAGE)
+        param = None if param is None else printable(param, MAX_PARAM)
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
@@ -77,14 +82,22 @@ def _place(field: AlignmentField | GuideField) -> str:
 def from_validation(error: ValidationError, prefix: str = "", allowed: Sequence[str] = ()) -> ApiError:
     """A 400 from pydantic's first complaint, with the field's path as OpenAI writes it (a[0].b)."""
     first = _deepest(error)
-    within = first.get("ctx", {}).get("param")  # set by validators that look at several fields
-    param = path(prefix, (*first["loc"], within) if within else first["loc"])
+    loc, within = first["loc"], first.get("ctx", {}).get("param")  # set by validators that look at several fields
+    if first["type"] == "extra_forbidden":
+        loc, within = loc[:-1], loc[-1]
+    param = path(prefix, loc)
+    if within:
+        param += f".{within}" if param else str(within)
+    if first["type"] == "unknown":
+        return bad_request(f"unknown field '{param}'; {first['msg']}", param, "unknown_parameter")
+    if first["type"] == "unsupported":
+        return bad_request(f"'{param}': {first['msg']}", param, "unsupported_parameter")
     if first["type"] == "extra_forbidden":
         hint = f"; allowed here: {', '.join(sorted(allowed))}" if allowed else ""
         return bad_request(f"unknown field '{param}'{hint}", param, "unknown_parameter")
     if first["type"] == "missing":
         return bad_request(f"'{param}' is required", param, "missing_required_parameter")
-    return bad_request(f"'{param}': {_plain(first['msg'])}", param)
+    return bad_request(f"'{param}': {_plain(first)}", param)
 
 
 def _deepest(error: ValidationError) -> ErrorDetails:
@@ -104,5 +117,7 @@ def path(prefix: str, loc: Sequence[int | str]) -> str:
     return text
 
 
-def _plain(message: str) -> str:
-    return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+def _plain(error: ErrorDetails) -> str:
+    if error["type"] == "int_parsing_size":
+        return "must be an integer of at most 64 bits"
+    return error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")

@@ -139,6 +139,9 @@ class Settings(BaseSettings):
     )
     urial: Annotated[dict[str, str], Repeated("NAME=FILE.md")] = Field({}, description="a style for prompter urial")
     debug: bool = Field(False, description="say where in its code a guide or reward failed, to clients too")
+    strict_fields: bool = Field(
+        False, description="refuse a request with fields that nobody knows (they are ignored, with a warning)"
+    )
     drain_timeout_s: float = Field(10.0, ge=0, description="seconds that requests in flight get at shutdown")
 
     alignment: dict[str, JsonValue] = {}

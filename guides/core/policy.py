@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic_core import PydanticCustomError
 
 from guiderail.guides.core.dialogue import Dialogue
 from guiderail.guides.core.errors import FieldError, GuideField, RequestError
 from guiderail.guides.core.interfaces import Services
-from guiderail.guides.core.types import PROMPT, Params, TokenPrompt, read_named
+from guiderail.guides.core.types import PROMPT, NotNamed, Params, TokenPrompt, read_named
 from guiderail.guides.prompters import PROMPTERS
 from guiderail.guides.prompters.prompter import Cleaner, Prompter, with_system
 
@@ -25,10 +26,19 @@ from guiderail.guides.prompters.prompter import Cleaner, Prompter, with_system
 def _prompter(spec: object) -> Prompter:
     if isinstance(spec, Prompter):
         return spec
-    named = read_named(spec)
+    known = ", ".join(sorted(PROMPTERS))
+    try:
+        named = read_named(spec)
+    except NotNamed as fault:
+        raise _no_prompter(f"must be the name of a prompter; known: {known}", fault.is_object) from fault
     if named.name not in PROMPTERS:
-        raise ValueError(f"no prompter '{named.name}'; known: {', '.join(sorted(PROMPTERS))}")
+        raise _no_prompter(f"no prompter '{named.name}'; known: {known}", not isinstance(spec, str))
     return PROMPTERS[named.name].model_validate(named.params)
+
+
+def _no_prompter(message: str, is_object: bool) -> PydanticCustomError:
+    """An error about a prompter's name, which an object has in a field of its own."""
+    return PydanticCustomError("prompter", "{message}", {"message": message} | ({"param": "name"} if is_object else {}))
 
 
 AnyPrompter = Annotated[Prompter, BeforeValidator(_prompter), PlainSerializer(lambda p: p.dump())]

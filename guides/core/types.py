@@ -6,12 +6,35 @@ times seconds.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic
+from typing import Annotated, Generic, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypeVar
 
 PROMPT = "prompt"
+LARGEST_FACTOR = 1e9  # beyond it a factor says no more, and its products with rewards (up to 1e100) come near infinity
+MAX_TEMPERATURE = 2.0  # of sampling: what OpenAI documents, and the engine takes
+Factor = Annotated[float, Field(ge=0, le=LARGEST_FACTOR)]
+Divisor = Annotated[float, Field(ge=1 / LARGEST_FACTOR, le=LARGEST_FACTOR)]
+
+
+class Fields(BaseModel):
+    """Base of a request's objects: frozen, no unknown fields, no NaN or infinity; null leaves a field at its default.
+
+    A field whose type has null among its values keeps it: there it may mean something else than the default.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: object) -> object:
+        if not isinstance(data, Mapping) or not any(value is None for value in data.values()):
+            return data
+        kept = {
+            info.alias or name for name, info in cls.model_fields.items() if type(None) in get_args(info.annotation)
+        }
+        return {name: value for name, value in data.items() if value is not None or name in kept}
 
 
 def _title(model: type) -> str:
@@ -19,10 +42,10 @@ def _title(model: type) -> str:
     return "Params" if model.__name__.endswith("Params") else model.__name__
 
 
-class Params(BaseModel):
+class Params(Fields):
     """Parameters of a guide or reward: frozen, every field with a default, unknown fields refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, model_title_generator=_title)
+    model_config = ConfigDict(model_title_generator=_title)
 
 
 P_co = TypeVar("P_co", bound=Params, default=Params, covariant=True)

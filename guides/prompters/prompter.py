@@ -4,10 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
 from guiderail.guides.core.interfaces import Renderer, Services
-from guiderail.guides.core.types import Message, TokenPrompt
+from guiderail.guides.core.types import Fields, Message, TokenPrompt
 
 
 def with_system(messages: Sequence[Message], *texts: str) -> tuple[Message, ...]:
@@ -43,13 +41,11 @@ class Cleaner:
         return self.push(text) + self.finish()
 
 
-class Prompter(BaseModel, ABC):
+class Prompter(Fields, ABC):
     """A way to turn a conversation into a prompt. The docstring's first line is its public description.
 
     name: what requests call it. stops: stop strings to add to the request's own.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
     stops: ClassVar[tuple[str, ...]] = ()

@@ -10,23 +10,21 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from guiderail.guides.core.dialogue import Dialogue
 from guiderail.guides.core.interfaces import Renderer, Scorer
 from guiderail.guides.core.metering import MeteredEngine
 from guiderail.guides.core.tasks import Background, together
-from guiderail.guides.core.types import Answer
+from guiderail.guides.core.types import Answer, Fields
 from guiderail.guides.scoring.chain import RewardTerm
 from guiderail.guides.scoring.transforms import Fitted
 
 Transforms = dict[str, Fitted]
 
 
-class CalibrationSpec(BaseModel):
+class CalibrationSpec(Fields):
     """A request's `calibration`: which samples transforms that need some are fitted on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Literal["auto", "drawn", "stored", "pooled"] = Field(
         "auto",

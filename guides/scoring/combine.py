@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from guiderail.guides.core.types import Fields
 from guiderail.guides.scoring.chain import Chain
 from guiderail.guides.scoring.maxmin import maxmin_dual
 from guiderail.guides.scoring.transforms import Array, Bounded, LogSigmoid, checked, weighted_sum
 
 
-class Combine(BaseModel, ABC):
+class Combine(Fields, ABC):
     """A way to make one score of several rewards.
 
     `default_chain` is what a reward without a transform of its own gets; None leaves it raw. `pointwise` says
     whether a candidate's score is independent of the other candidates.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str
     default_chain: ClassVar[Chain | None] = None
     pointwise: ClassVar[bool] = True
@@ -158,7 +158,9 @@ class Constraints(Combine):
 
     name: Literal["constraints"] = "constraints"
     objective: str = Field(description="Label of the reward to maximise.")
-    floors: dict[str, float] = Field(min_length=1, description="Least acceptable value of each other reward, by label.")
+    floors: dict[str, Bounded] = Field(
+        min_length=1, description="Least acceptable value of each other reward, by label."
+    )
     pointwise: ClassVar[bool] = False
 
     def _combine(self, values: Array, weights: Array, labels: Sequence[str]) -> Array:

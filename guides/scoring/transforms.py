@@ -24,7 +24,9 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from guiderail.guides.core.types import Fields
 
 Array = npt.NDArray[np.float64]
 Fitted = Callable[[Array], Array]
@@ -60,11 +62,7 @@ def weighted_sum(values: Array, weights: Array | Sequence[float]) -> Array:
     return total
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Transform(_Model, ABC):
+class Transform(Fields, ABC):
     """One step of a chain: weakly increasing, finite for finite input."""
 
     name: str
@@ -159,19 +157,19 @@ class Log(Transform):
         return lambda u: np.log(np.maximum(u, floor))
 
 
-class Quantile(_Model):
+class Quantile(Fields):
     """The reference is a quantile of the calibration sample, linear between samples."""
 
     quantile: float = Field(gt=0, lt=1, description="Which quantile of the base policy's rewards.")
 
 
-class Value(_Model):
+class Value(Fields):
     """The reference is a number, in the units that reach the step."""
 
     value: Bounded = Field(description="The reference value.")
 
 
-class AnswerRef(_Model):
+class AnswerRef(Fields):
     """The reference is the reward of an answer to the same prompt, such as a refusal."""
 
     answer: str = Field(min_length=1, description="The reference answer's text.")

@@ -9,6 +9,7 @@ from guiderail.guides.core.types import Candidate, Final, TokenLogprob
 from guiderail.guides.scoring import token_entropy
 from guiderail.server.models.renderer import ChatRenderer
 from guiderail.server.requests.build import Request
+from guiderail.server.requests.wire import unknown_warnings
 
 Json = dict[str, object]
 
@@ -143,18 +144,23 @@ def envelope(body: Body, kind: str, choices: list[Json]) -> Json:
     }
 
 
-def usage(request: Request) -> dict[str, int]:
-    """OpenAI's usage: the prompt once and the answers returned. What was discarded is in the spend."""
-    prompt, completion = request.spend.prompt_tokens, request.spend.tokens_accepted
+def usage(request: Request, completion: int | None = None) -> dict[str, int]:
+    """OpenAI's usage: the prompt once and the answers returned. What was discarded is in the spend.
+
+    completion: tokens of the answers so far, while they are streamed.
+    """
+    prompt = request.spend.prompt_tokens
+    completion = request.spend.tokens_accepted if completion is None else completion
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def alignment_report(request: Request, finals: Sequence[Final]) -> Json:
     """The response's `alignment`: resolved configuration, scores and spend."""
+    told = (warning for ctx in request.contexts for warning in ctx.report.warnings)
     return {
         "config": request.alignment.echo(),
         "choices": [_choice_report(i, final, request) for i, final in enumerate(finals)],
-        "warnings": list(dict.fromkeys(warning for ctx in request.contexts for warning in ctx.report.warnings)),
+        "warnings": list(dict.fromkeys([*unknown_warnings(request.ignored), *told])),
         "spend": request.spend.report(),
     }
 

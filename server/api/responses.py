@@ -7,6 +7,7 @@ from guiderail.guides.core.types import Event, Final, Scored, Token, TokenLogpro
 from guiderail.server.api.bodies import Body, Json, alignment_report, envelope, usage
 from guiderail.server.api.transport import DONE, error_event, json_event
 from guiderail.server.requests.run import running
+from guiderail.server.requests.schemas import StreamOptions
 from guiderail.server.state import ServerState
 
 
@@ -52,7 +53,7 @@ async def whole(state: ServerState, body: Body) -> Json:
     return envelope(body, body.whole_object, choices) | {"usage": usage(body.request), "alignment": fold.report()}
 
 
-async def stream(state: ServerState, body: Body, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def stream(state: ServerState, body: Body, options: StreamOptions) -> AsyncGenerator[bytes, None]:
     """Run the request; yield the response as server-sent events. An error after the first is an event of its own.
 
     Raises what the request raises before its first event, so that it can still become an HTTP status.
@@ -60,10 +61,15 @@ async def stream(state: ServerState, body: Body, *, include_usage: bool) -> Asyn
     fold = _Fold(state, body)
     opened: set[int] = set()
 
+    so_far = 0  # tokens of the answers that have been streamed
+
     def chunk(*choices: Json, **more: object) -> bytes:
-        return json_event(
-            envelope(body, body.chunk_object, [*choices]) | ({"usage": None} if include_usage else {}) | more
-        )
+        each: Json = {}
+        if options.continuous_usage_stats:
+            each = {"usage": usage(body.request, so_far)}
+        elif options.include_usage:
+            each = {"usage": None}
+        return json_event(envelope(body, body.chunk_object, [*choices]) | each | more)
 
     try:
         async with running(state, body.request) as events:
@@ -76,12 +82,13 @@ async def stream(state: ServerState, body: Body, *, include_usage: bool) -> Asyn
                     if (choice := body.opening(index)) is not None:
                         yield chunk(choice)
                 if isinstance(event, Token):
+                    so_far += len(event.token_ids)
                     if event.text or event.logprobs is not None:  # else held back: what may become a stop string
                         yield chunk(body.delta(index, event.text, event.logprobs))
                     continue
                 last = len(fold.finals) == fold.count
                 report = {"alignment": fold.report()} if last else {}
-                if last and include_usage:
+                if last and options.include_usage:
                     yield chunk(body.closing(index, event))
                     yield chunk(usage=usage(body.request), **report)
                 else:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -25,14 +25,16 @@ from guiderail.server.api.transport import (
 )
 from guiderail.server.metrics import Load
 from guiderail.server.models.cpu_features import description
-from guiderail.server.openai_errors import ApiError, bad_request, from_exception, from_validation
+from guiderail.server.openai_errors import ApiError, from_exception, from_validation
 from guiderail.server.requests import build
-from guiderail.server.requests.schemas import UNSUPPORTED, ChatRequest, CompletionRequest, ScoreRequest
+from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, ScoreRequest, StreamOptions
 from guiderail.server.requests.score import score, scoring
+from guiderail.server.requests.wire import STRICT
 from guiderail.server.rewards.models.backend import ModelReward
 from guiderail.server.state import ServerState
 
 log = logging.getLogger("guiderail.server")
+IGNORED_HEADER = "X-Guiderail-Ignored-Fields"
 
 
 def build_router(state: ServerState) -> APIRouter:
@@ -93,11 +95,12 @@ def build_router(state: ServerState) -> APIRouter:
     async def score_answers(request: Request) -> Response:
         """Score given answers to given messages: raw values by reward, and combined."""
         try:
-            work = scoring(state, parse(ScoreRequest, await read_object(request)), request.state.client)
+            parsed = parse(ScoreRequest, await read_object(request), state.settings.strict_fields)
+            work = scoring(state, parsed, request.state.client)
         except (ApiError, GuiderailError) as error:
             return _rejected(state, error)
         request.state.spend = work.spend
-        return await _answered(work.label, _whole(request, score(state, work)))
+        return await _answered(work.label, _whole(request, score(state, work), _said(work.ignored)))
 
     @router.get("/health")
     async def health() -> Response:
@@ -156,7 +159,7 @@ async def _complete(
 ) -> Response:
     arrived = time.monotonic()
     try:
-        parsed = parse(schema, await read_object(request))
+        parsed = parse(schema, await read_object(request), state.settings.strict_fields)
         body: Body
         if isinstance(parsed, ChatRequest):
             body = ChatBody(build.chat(state, parsed, arrived, request.state.client), state.renderer)
@@ -165,15 +168,21 @@ async def _complete(
     except (ApiError, GuiderailError) as error:
         return _rejected(state, error)
     request.state.spend = body.request.spend
+    headers = _said(parsed.ignored)
     if not parsed.stream:
-        return await _answered(body.request.label, _whole(request, whole(state, body)))
-    usage = parsed.stream_options is not None and parsed.stream_options.include_usage
-    events = stream(state, body, include_usage=usage)
-    return await _answered(body.request.label, event_stream(request.receive, events))
+        return await _answered(body.request.label, _whole(request, whole(state, body), headers))
+    events = stream(state, body, parsed.stream_options or StreamOptions())
+    return await _answered(body.request.label, event_stream(request.receive, events, headers))
 
 
-async def _whole(request: Request, work: Coroutine[object, None, Json]) -> Response:
-    return json_response(await until_disconnect(request.receive, work))
+async def _whole(request: Request, work: Coroutine[object, None, Json], headers: dict[str, str]) -> Response:
+    return json_response(await until_disconnect(request.receive, work), headers=headers)
+
+
+def _said(ignored: Sequence[str]) -> dict[str, str]:
+    """The header that names the fields that were ignored, as one line of ASCII."""
+    names = ", ".join(ignored).encode("unicode_escape").decode()
+    return {IGNORED_HEADER: names} if names else {}
 
 
 def _rejected(state: ServerState, error: Exception) -> Response:
@@ -198,14 +207,9 @@ async def _answered(label: str, work: Coroutine[object, None, Response]) -> Resp
 S = TypeVar("S", bound=BaseModel)
 
 
-def parse(model: type[S], body: Json) -> S:
-    """Check a body against its schema. Raises ApiError (400)."""
-    for name, reason in UNSUPPORTED.items():
-        if name in body:
-            raise bad_request(f"'{name}': {reason}", name, "unsupported_parameter")
+def parse(model: type[S], body: Json, strict: bool = False) -> S:
+    """Check a body against its schema; `strict` refuses fields that nobody knows. Raises ApiError (400)."""
     try:
-        return model.model_validate(body)
+        return model.model_validate(body, context=STRICT if strict else None)
     except ValidationError as error:
-        raise from_validation(
-            error, allowed=list(model.model_fields) if len(error.errors()[0]["loc"]) == 1 else ()
-        ) from error
+        raise from_validation(error) from error

@@ -1,7 +1,6 @@
 """HTTP plumbing: bounded JSON bodies, work that ends with its client, and server-sent events."""
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
 from typing import TypeVar
@@ -11,10 +10,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from guiderail.server.openai_errors import ApiError, from_exception
+from guiderail.server.openai_errors import ApiError, bad_request, from_exception
+from guiderail.server.strict_json import JsonFault, read_body
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 16 * 2**20
+LARGE_BODY_BYTES = 2**16  # from here on a body is read off the event loop
 KEEP_ALIVE_S = 10.0  # proxies cut silent connections, and a guide may search for minutes before it commits to a word
 KEEP_ALIVE = b": keep-alive\n\n"
 HEADERS_AFTER_S = 2.0  # how long a stream's start may wait for a first event, to report errors by status
@@ -26,7 +27,7 @@ class ClientGone(Exception):
 
 
 async def read_object(request: Request) -> dict[str, object]:
-    """The request's JSON object, null fields left out. Raises ApiError (400, 413), and ClientGone."""
+    """The request's JSON object. Raises ApiError (400, 413), and ClientGone."""
     body = bytearray()
     try:
         async for chunk in request.stream():
@@ -36,12 +37,14 @@ async def read_object(request: Request) -> dict[str, object]:
     except ClientDisconnect as error:
         raise ClientGone from error
     try:
-        value = json.loads(body)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+        value = read_body(body) if len(body) < LARGE_BODY_BYTES else await asyncio.to_thread(read_body, body)
+    except JsonFault as fault:
+        if fault.path:
+            raise bad_request(f"'{fault.path}' {fault}", fault.path) from fault
+        raise ApiError(400, f"the body {fault}", code="invalid_json") from fault
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    return {key: item for key, item in value.items() if item is not None}
+    return value
 
 
 def body_too_large() -> ApiError:
@@ -94,7 +97,9 @@ def error_event(error: Exception) -> bytes:
     return json_event(from_exception(error).body)
 
 
-async def event_stream(receive: Receive, source: AsyncGenerator[bytes, None]) -> "EventStream":
+async def event_stream(
+    receive: Receive, source: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None
+) -> "EventStream":
     """Start a stream once its first event is there, or after HEADERS_AFTER_S; close `source` if it is not to start.
 
     Raises what `source` raises until then, so that early errors have an HTTP status, and ClientGone.
@@ -105,7 +110,7 @@ async def event_stream(receive: Receive, source: AsyncGenerator[bytes, None]) ->
     except BaseException:
         await _ended(first, source)
         raise
-    return EventStream(first, source)
+    return EventStream(first, source, headers or {})
 
 
 async def _ready(first: "asyncio.Task[bytes]") -> None:
@@ -130,9 +135,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: "asyncio.Task[bytes]", source: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, first: "asyncio.Task[bytes]", source: AsyncGenerator[bytes, None], headers: dict[str, str]
+    ) -> None:
         """first: `source`'s first event, asked for already. An error that comes in its stead is sent as an event."""
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self._first = first
         self._source = source

@@ -31,6 +31,7 @@ class Request(Work):
     alignment: Alignment
     contexts: tuple[Context, ...]
     system_fingerprint: str
+    ignored: tuple[str, ...]
 
 
 def chat(state: ServerState, request: ChatRequest, arrived: float, client: Client = NOBODY) -> Request:
@@ -117,6 +118,7 @@ def _request(
         alignment=alignment,
         contexts=tuple(contexts),
         system_fingerprint=state.system_fingerprint,
+        ignored=request.ignored,
     )
 
 

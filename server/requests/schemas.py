@@ -1,61 +1,65 @@
 """The bodies of requests: OpenAI's fields, vLLM's common sampling fields, and `alignment`.
 
-A field that is not here is refused by name. Fields of OpenAI that Guiderail does not serve are listed
-in UNSUPPORTED with the reason, and refused with it.
+What becomes of a field that is not here says wire.py; fields that change no answer are in hints.py.
 """
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, StrictBool, model_validator
 
-from guiderail.guides.core.types import Message
-
-UNSUPPORTED = {
-    "tools": "tool calling is not supported yet",
-    "tool_choice": "tool calling is not supported yet",
-    "parallel_tool_calls": "tool calling is not supported yet",
-    "functions": "function calling is not supported",
-    "function_call": "function calling is not supported",
-    "modalities": "only text is supported",
-    "audio": "only text is supported",
-    "prediction": "predicted outputs are not supported",
-    "reasoning_effort": "reasoning effort is not supported",
-    "verbosity": "verbosity is not supported",
-    "web_search_options": "web search is not supported",
-    "store": "answers are never stored",
-    "metadata": "answers are never stored, so there is nothing to attach metadata to",
-    "service_tier": "there are no service tiers",
-    "best_of": 'use the alignment object: {"guide": {"name": "best_of_n", "n": 16}}',
-    "suffix": "insertion is not supported",
-    "echo": "echoing the prompt is not supported",
-}
-
-
-def fault(param: str, message: str) -> PydanticCustomError:
-    """A validation error about the field `param` of the model that is being checked."""
-    return PydanticCustomError("value_error", "{message}", {"message": message, "param": param})
-
-
-class Schema(BaseModel):
-    """Base of request bodies: unknown fields are errors, numbers are not made of strings, no NaN or infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from guiderail.guides.core.types import MAX_TEMPERATURE, Message
+from guiderail.server.requests.hints import NO_FUNCTIONS, NO_TOOLS, ONLY_TEXT, Hints
+from guiderail.server.requests.wire import Only, Schema, fault
 
 
 class TextPart(Schema):
-    """A part of a message's content; only text is served."""
+    """A part of a message's content: text, or what an assistant said in refusing. Nothing else is served."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+    cache_control: dict[str, object] | None = None
+
+    @model_validator(mode="after")
+    def _has_text(self) -> "TextPart":
+        if self._said is None:
+            raise fault(self.type, "required", "missing")
+        return self
+
+    @property
+    def said(self) -> str:
+        """The part's text."""
+        return self._said or ""
+
+    @property
+    def _said(self) -> str | None:
+        return self.text if self.type == "text" else self.refusal
 
 
 class ChatMessage(Schema):
-    """One turn of the conversation."""
+    """One turn of the conversation. An assistant's may be as it came, whatever servers and clients put into it.
+
+    What an assistant thought or cited is not put before the model again.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    annotations: list[object] | None = None
+    parsed: object = None
+    alignment: object = None
+    audio: Annotated[object, Only(ONLY_TEXT)] = None
+    tool_calls: Annotated[object, Only(NO_TOOLS, ([],))] = None
+    function_call: Annotated[object, Only(NO_FUNCTIONS)] = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ChatMessage":
+        if self.content is None and self.role != "assistant":
+            raise fault("content", "required", "missing")
+        return self
 
     @property
     def message(self) -> Message:
@@ -64,14 +68,18 @@ class ChatMessage(Schema):
 
     @property
     def text(self) -> str:
-        """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """The content as one string; of an assistant that refused, what it said instead."""
+        if self.content is None:
+            return self.refusal or ""
+        return self.content if isinstance(self.content, str) else "".join(part.said for part in self.content)
 
 
 class StreamOptions(Schema):
     """OpenAI's stream_options."""
 
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
+    include_obfuscation: StrictBool = False
 
 
 class JsonSchemaFormat(Schema):
@@ -99,18 +107,18 @@ class ResponseFormat(Schema):
 StopText = Annotated[str, Field(min_length=1)]
 
 
-class SamplingFields(Schema):
+class SamplingFields(Hints):
     """The fields that chat and text completions have in common."""
 
     model: str | None = None
     n: int = Field(1, ge=1)
-    temperature: float = Field(1.0, ge=0, le=100)
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
+    top_k: int = Field(0, ge=-1, le=2**31 - 1)
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
-    stop_token_ids: list[int] = []
+    stop_token_ids: list[int] = Field([])
     include_stop_str_in_output: StrictBool = False
     max_tokens: int | None = Field(None, ge=1)
     min_tokens: int = Field(0, ge=0)
@@ -118,12 +126,11 @@ class SamplingFields(Schema):
     skip_special_tokens: StrictBool = True
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: ResponseFormat | None = None
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
     priority: int = Field(0, ge=-100, le=100)
     alignment: str | dict[str, object] | None = None
 
@@ -200,9 +207,9 @@ class ScoreRequest(Schema):
     inputs: list[ScoreInput] = Field(min_length=1, max_length=1024)
     rewards: list[str | dict[str, object]] = Field(min_length=1)
     combine: str | dict[str, object] = "sum"
-    calibration: dict[str, object] = {}
+    calibration: dict[str, object] = Field({})
     max_tokens: int = Field(256, ge=1)
-    temperature: float = Field(1.0, ge=0, le=100)
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
 
 

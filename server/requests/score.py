@@ -19,6 +19,7 @@ from guiderail.server.requests.clients import NOBODY, Client
 from guiderail.server.requests.run import admitted
 from guiderail.server.requests.schemas import ScoreInput, ScoreRequest
 from guiderail.server.requests.specs import NamedSpec, RewardSpec, read_calibration, read_name, read_rewards
+from guiderail.server.requests.wire import unknown_warnings
 from guiderail.server.state import ServerState
 
 
@@ -27,6 +28,7 @@ class Scoring(Work):
     """A request for scores, ready to run: for each input its Context and the answers."""
 
     inputs: tuple[tuple[Context, list[Candidate]], ...]
+    ignored: tuple[str, ...]
 
 
 def scoring(state: ServerState, request: ScoreRequest, client: Client = NOBODY) -> Scoring:
@@ -36,7 +38,9 @@ def scoring(state: ServerState, request: ScoreRequest, client: Client = NOBODY) 
     spend, request_id = Spend(), uuid.uuid4().hex
     inputs = tuple(_context(state, request, item, asked, spec, spend, request_id) for item in request.inputs)
     rows, tokens = _cost(state, inputs)
-    return Scoring(label="score", spend=spend, rows=rows, tokens=tokens, client=client, inputs=inputs)
+    return Scoring(
+        label="score", spend=spend, rows=rows, tokens=tokens, client=client, inputs=inputs, ignored=request.ignored
+    )
 
 
 async def score(state: ServerState, work: Scoring) -> dict[str, object]:
@@ -44,7 +48,8 @@ async def score(state: ServerState, work: Scoring) -> dict[str, object]:
     async with admitted(state, work):
         scored = await together(_score(ctx, candidates) for ctx, candidates in work.inputs)
     data = [{"index": index, **each} for index, each in enumerate(scored)]
-    warnings = list(dict.fromkeys(warning for ctx, _ in work.inputs for warning in ctx.report.warnings))
+    told = (warning for ctx, _ in work.inputs for warning in ctx.report.warnings)
+    warnings = list(dict.fromkeys([*unknown_warnings(work.ignored), *told]))
     usage = {"reward_tokens": work.spend.reward_tokens, "calibration_tokens": work.spend.calibration_tokens}
     return {"object": "list", "data": data, "usage": usage, "warnings": warnings}
 

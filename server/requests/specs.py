@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from guiderail.guides.core.types import NotNamed, read_named
+from guiderail.guides.core.types import LARGEST_FACTOR, Fields, NotNamed, read_named
 from guiderail.guides.scoring import Chain, ChainError, parse_chain
 from guiderail.guides.scoring.calibration import CalibrationSpec
 from guiderail.server.openai_errors import bad_request, from_validation
@@ -18,14 +18,15 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 
-class Budget(BaseModel):
+class Budget(Fields):
     """Bounds of one request. On reaching one, the best finished answer so far is returned, marked so."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     max_tokens_generated: int | None = Field(None, ge=1, description="Tokens over all candidates.")
     deadline_s: float | None = Field(
-        None, gt=0, description="Seconds from arrival to answer; the last 5% (0.3 s at most) are for sending it."
+        None,
+        gt=0,
+        le=1e9,
+        description="Seconds from arrival to answer; the last 5% (0.3 s at most) are for sending it.",
     )
 
 
@@ -96,7 +97,7 @@ def read_alignment(value: str | Mapping[str, object] | None) -> AlignmentSpec:
     """Read an alignment object; a string names a profile. Raises ApiError (400)."""
     if isinstance(value, str):
         return AlignmentSpec(profile=value)
-    body = value or {}
+    body = {key: each for key, each in (value or {}).items() if each is not None}
     for key in body:
         if key not in KEYS:
             raise bad_request(
@@ -108,13 +109,13 @@ def read_alignment(value: str | Mapping[str, object] | None) -> AlignmentSpec:
 
     base = AlignmentSpec()
     return AlignmentSpec(
-        guide=part("guide", lambda spec, where: None if spec is None else read_name(spec, where), base.guide),
+        guide=part("guide", read_name, base.guide),
         prompter=part("prompter", read_name, base.prompter),
         rewards=part("rewards", read_rewards, base.rewards),
         combine=part("combine", read_name, base.combine),
         select=part("select", read_name, base.select),
         calibration=part("calibration", read_calibration, base.calibration),
-        budget=part("budget", lambda spec, where: read_model(Budget, spec or {}, where), base.budget),
+        budget=part("budget", lambda spec, where: read_model(Budget, spec, where), base.budget),
         return_candidates=part("return_candidates", _flag, base.return_candidates),
         profile=part("profile", _text, base.profile),
         given=frozenset(body),
@@ -136,9 +137,7 @@ def read_name(value: object, where: str) -> NamedSpec:
 
 
 def read_rewards(value: object, where: str) -> tuple[RewardSpec, ...]:
-    """Read a list of rewards; null is none. Raises ApiError (400)."""
-    if not value:
-        return ()
+    """Read a list of rewards. Raises ApiError (400)."""
     if not isinstance(value, list):
         raise bad_request(f"'{where}' must be a list", where)
     return tuple(read_reward(each, f"{where}[{i}]") for i, each in enumerate(value))
@@ -148,9 +147,10 @@ def read_reward(value: object, where: str) -> RewardSpec:
     """Read a reward with its label, weight and transforms. Raises ApiError (400)."""
     spec = read_name(value, where)
     params = {key: each for key, each in spec.params.items() if key not in RewardSpec.OWN}
-    transform = spec.params.get("transform")
-    label = _text(spec.params.get("label", spec.name), f"{where}.label")
-    weight = _number(spec.params.get("weight", 1.0), f"{where}.weight")
+    own = {key: each for key, each in spec.params.items() if each is not None}
+    transform = own.get("transform")
+    label = _text(own.get("label", spec.name), f"{where}.label")
+    weight = _weight(own.get("weight", 1.0), f"{where}.weight")
     try:
         chain = None if transform is None else parse_chain(transform)
     except ChainError as error:
@@ -186,7 +186,7 @@ def _flag(value: object, where: str) -> bool:
     return value
 
 
-def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-        raise bad_request(f"'{where}' must be a finite number", where)
+def _weight(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_FACTOR:
+        raise bad_request(f"'{where}' must be a finite number from -{LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}", where)
     return float(value)

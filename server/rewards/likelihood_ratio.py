@@ -19,7 +19,7 @@ from pydantic import Field
 from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.interfaces import ScoreResult, Services
 from guiderail.guides.core.reward import Reward, next_turn
-from guiderail.guides.core.types import PROMPT, Answer, Message, Params, ScoreGroup, TokenPrompt
+from guiderail.guides.core.types import PROMPT, Answer, Divisor, Message, Params, ScoreGroup, TokenPrompt
 from guiderail.server.engines.engine_stats import RunnerStats
 from guiderail.server.rewards.models.backend import ModelReward, Text
 from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder, TooLong
@@ -119,9 +119,7 @@ class LoadedPair:
 
 
 class ImplicitOfModelsParams(Params):
-    beta: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="Factor of the ratio, as the policy was trained with."
-    )
+    beta: Divisor = Field(default=1.0, description="Factor of the ratio, as the policy was trained with.")
     per_token: bool = Field(default=False, description="Mean over the answer's tokens instead of their sum.")
 
 

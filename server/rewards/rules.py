@@ -3,7 +3,6 @@
 Patterns and schemas come from requests, so they run with a time limit and never fetch anything.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from referencing.exceptions import Unresolvable
 from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.reward import TextReward
 from guiderail.guides.core.types import Params
+from guiderail.server.strict_json import JsonFault, parse_json
 
 PATTERN_TIMEOUT_S = 0.1  # per search; a pattern can take exponential time
 STOP_WORDS = frozenset(
@@ -144,8 +144,8 @@ class JsonSchema(TextReward[JsonSchemaParams]):
 
     def score_text(self, prompt: str, answer: str, params: JsonSchemaParams) -> float:
         try:
-            value = json.loads(answer)
-        except (ValueError, RecursionError):
+            value = parse_json(answer)
+        except JsonFault:
             return 0.0
         # An empty registry: a schema's $ref must never make the server fetch a URL.
         validator = SafeValidator(params.schema_, registry=Registry())

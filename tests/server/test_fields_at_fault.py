@@ -36,8 +36,8 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     (
         "chat",
         {"guide": {"name": "best_of_n", "n": 3}, "rewards": [{"name": "a", "weight": 1e300}]},
-        "alignment.combine",
-        "'alignment.combine': rewards must be finite, and at most 1e100 in size",
+        "alignment.rewards[0].weight",
+        "'alignment.rewards[0].weight' must be a finite number from -1e+09 to 1e+09",
     ),
 ]
 

@@ -76,7 +76,7 @@ SERVE_FLAGS = """
 --gpu-memory-utilization --max-num-seqs --max-num-batched-tokens --tensor-parallel-size --compile --enforce-eager
 --batch-invariant --lora --max-lora-rank --policy --guides --rewards --reward --calibration --encoder --urial
 --cache-dir --debug --drain-timeout-s --allowed-origin --header-timeout-s --body-timeout-s --idle-timeout-s --write-timeout-s
---max-connections
+--max-connections --strict-fields
 """
 OFFLINE_FLAGS = """
 --config --model --chat-template --dtype --max-model-len --kv-cache-gb --gpu-memory-utilization --max-num-seqs

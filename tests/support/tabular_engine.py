@@ -225,7 +225,8 @@ class TabularEngine:
         if cdf is None:
             p = self.distribution(prompt).copy()
             p[[token for token in barred if token < len(p)]] = 0
-            p = np.eye(len(p))[int(p.argmax())] if sampling.temperature == 0 else p ** (1 / sampling.temperature)
+            cold = max(sampling.temperature, 0.01)  # the coldest of vLLM
+            p = np.eye(len(p))[int(p.argmax())] if sampling.temperature == 0 else p ** (1 / cold)
             cdf = self._cdfs[key] = (np.cumsum(p) / p.sum()).tolist()
         u = rng.random()
         return next(token for token, mass in enumerate(cdf) if u < mass)

@@ -8,27 +8,24 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from guiderail.guides.core.types import Fields
 from guiderail.guides.prompters.urial.layout import answer_block, instruction_block, parse, query_block
 
 BUILT_IN = ("balanced", "helpful", "brief")
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
 
-class Example(BaseModel):
+class Example(Fields):
     """A question and its model answer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     query: Text
     answer: Text
 
 
-class Style(BaseModel):
+class Style(Fields):
     """Instruction and examples that precede every conversation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     instruction: Text
     examples: tuple[Example, ...] = Field(min_length=1)

@@ -37,7 +37,8 @@ class Softmax(Target):
     def at(self, temperature: float) -> Selection:
         if self.beta is None:  # what the choice is to cost was asked for: no temperature changes that
             return self
-        return self.model_copy(update={"beta": self.beta * temperature}) if temperature else Argmax()
+        beta = self.beta * temperature
+        return self.model_copy(update={"beta": beta}) if beta else Argmax()
 
     async def pick(self, pool: Pool) -> Choice:
         return self.draw(pool, lambda beta: softmax(pool.scores, beta))

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
+from guiderail.guides.core.types import Fields
 from guiderail.guides.scoring.kl import POOL_KINDS, Origin, PoolKind
 from guiderail.guides.scoring.transforms import Array, checked
 
@@ -74,10 +74,9 @@ class Choice:
     warnings: tuple[str, ...] = ()
 
 
-class Selection(BaseModel, ABC):
+class Selection(Fields, ABC):
     """A selection rule. The same seed and scores give the same choice."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str
     needs_logprobs: ClassVar[bool] = False
     valid_for: ClassVar[frozenset[PoolKind]] = frozenset()  # pools on which it does what it says; others are refused

@@ -78,7 +78,7 @@ def beta_for(scores: Array, weights: Callable[[float], Array], kl: float) -> flo
     high = float(gaps.max())
     if selection_kl(weights(low)) <= kl:
         return low
-    while selection_kl(weights(high)) > kl:
+    while math.isfinite(high) and selection_kl(weights(high)) > kl:
         low, high = high, high * 16
     probe = high / 16
     while probe > low and selection_kl(weights(probe)) <= kl:

@@ -36,14 +36,15 @@ def sampling_params(
 ) -> Any:
     """Return SamplingParams of one sequence; `wide` if its request has others. Raises RequestError if vLLM refuses."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     if spec.priority or wide:
         extra_args = {**(extra_args or {}), PRIORITY: spec.priority * PRIORITY_STRIDE + wide}
     structured = None
-    if spec.json_schema is not None:
-        structured = StructuredOutputsParams(json=dict(spec.json_schema))
     try:
+        if spec.json_schema is not None:
+            structured = StructuredOutputsParams(json=dict(spec.json_schema))
         return SamplingParams(
             n=1,
             **sampling_fields(spec),
@@ -54,8 +55,21 @@ def sampling_params(
             extra_args=extra_args,
             output_kind=RequestOutputKind.DELTA if spec.stream else RequestOutputKind.FINAL_ONLY,
         )
-    except ValueError as error:
-        raise RequestError(str(error)) from error
+    except (VLLMClientError, ValueError, TypeError, OverflowError) as error:
+        raise refusal(error) from error
+
+
+def refusal(error: Exception, params: Any = None) -> RequestError:
+    """Return vLLM's objection to a request as ours, about the field that it names.
+
+    An objection without one to a request with a schema is nearly always to the grammar that is made of that.
+    """
+    text = str(error.args[0]) if error.args else type(error).__name__
+    first = text.partition(" ")[0]
+    named = getattr(error, "parameter", None) or (first if first in SamplingSpec.__dataclass_fields__ else None)
+    if named is None and params is not None and params.structured_outputs is not None:
+        named = "response_format"
+    return RequestError(text, named)
 
 
 def sequence_priority(params: Any, index: int) -> int:

@@ -4,11 +4,13 @@ Each sequence is a request of its own, so that it can be dropped alone; vLLM's c
 """
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from traceback import walk_tb
+from typing import Any, TypeGuard
 
-from guiderail.guides.core.errors import EngineUnavailable, RequestError
+from guiderail.guides.core.errors import EngineUnavailable
 from guiderail.guides.core.types import Delta, TokenLogprob
 from guiderail.server.engines.process_monitor import ProcessMonitor
+from guiderail.server.engines.vllm.params import refusal
 
 
 class VllmRequest:
@@ -63,11 +65,11 @@ class VllmRequest:
             raise EngineUnavailable(f"the engine process died: {await self._monitor.cause()}") from error
         except EngineGenerateError as error:
             cause = error.__cause__
-            if isinstance(cause, ValueError):  # vLLM wraps late validation in this
-                raise _refusal(cause, params) from error
+            if isinstance(cause, ValueError) or (_on_the_way_in(cause) and not self._llm.errored):
+                raise refusal(cause, params) from error
             raise EngineUnavailable(f"the engine failed: {cause!r}") from error
         except (VLLMClientError, ValueError) as error:
-            raise _refusal(error, params) from error
+            raise refusal(error, params) from error
 
     def give_up(self) -> Sequence[str]:
         return [self._id]
@@ -82,6 +84,8 @@ def token_logprobs(completion: Any) -> tuple[TokenLogprob, ...]:
     return tuple(found)
 
 
-def _refusal(error: Exception, params: Any) -> RequestError:
-    """Return vLLM's objection to a request; with a schema it is nearly always to the grammar made of that."""
-    return RequestError(str(error), "response_format" if params.structured_outputs is not None else None)
+def _on_the_way_in(error: BaseException | None) -> TypeGuard[Exception]:
+    """Return True if vLLM raised the error before the engine had the request: whatever it is, it is about that."""
+    return isinstance(error, Exception) and any(
+        frame.f_code.co_name == "add_request" for frame, _ in walk_tb(error.__traceback__)
+    )

@@ -8,13 +8,13 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from guiderail.guides.core.interfaces import ScoreResult, Services
 from guiderail.guides.core.reward import begun
-from guiderail.guides.core.types import Answer, Params, ScoreGroup
+from guiderail.guides.core.types import LARGEST_FACTOR, Answer, Params, ScoreGroup
 from guiderail.server.engines.engine_stats import RunnerStats
 from guiderail.server.rewards.models.backend import Backend, ModelReward
 from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder, Rendered, TooLong, windows
@@ -29,8 +29,11 @@ class LoadedReward:
     longest: int | None
 
 
+HeadWeight = Annotated[float, Field(ge=-LARGEST_FACTOR, le=LARGEST_FACTOR)]
+
+
 class NeuralRewardParams(Params):
-    heads: list[float] | None = Field(
+    heads: list[HeadWeight] | None = Field(
         default=None, min_length=1, description="Weights of the model's heads; default: the operator's choice."
     )
     steps: str | None = Field(

@@ -186,7 +186,7 @@ def test_own_instruction_and_examples_take_the_places_of_the_styles() -> None:
     "values",
     [
         {"examples": []}, {"examples": [{"query": "q"}]}, {"examples": [{"query": " ", "answer": "a"}]},
-        {"examples": [{"query": "q", "answer": "a", "more": 1}]}, {"instruction": "\n"}, {"style": "none"}, {"style": None},
+        {"examples": [{"query": "q", "answer": "a", "more": 1}]}, {"instruction": "\n"}, {"style": "none"}, {"style": 5},
     ],
 )  # fmt: skip
 def test_urial_refuses_faulty_parameters(values: dict[str, object]) -> None:

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 from fakes import ScriptedEngine, make_state
 
+from guiderail.guides.scoring import COMBINES
+from guiderail.guides.transfer_q import TransferQ
 from guiderail.server.openai_errors import ApiError
 from guiderail.server.requests.resolve import Alignment, Resolver
-from guiderail.server.requests.specs import read_alignment
+from guiderail.server.requests.specs import KEYS, NamedSpec, read_alignment
 from guiderail.server.rewards.rules import Keywords, Length
 from guiderail.server.settings import OperatorLimits, SettingsError
 
@@ -145,9 +147,31 @@ def test_a_name_that_is_no_text_is_refused(name: Any) -> None:
         resolve(resolver(), {"guide": {"name": name}})
 
 
-def test_null_takes_a_profiles_guide_rewards_and_budget_back() -> None:
+def test_null_is_as_absent() -> None:
     rules = resolver(alignment={"budget": {"max_tokens_generated": 100}})
-    found = resolve(rules, {"profile": "brief", "guide": None, "rewards": None, "budget": None})
+    nulls: dict[str, object] = dict.fromkeys(KEYS)
+    assert resolve(rules, nulls).echo() == resolve(rules, None).echo()
+    assert resolve(rules, nulls | {"profile": "brief"}).echo() == resolve(rules, "brief").echo()
+    reward = {"name": "length", "label": None, "weight": None, "transform": None, "target": None, "unit": None}
+    parts = {
+        "rewards": [reward], "guide": {"name": "best_of_n", "n": None}, "combine": {"name": "maxmin", "beta": None},
+        "select": {"name": "softmax", "beta": None, "kl": None}, "budget": {"deadline_s": None},
+        "calibration": {"source": None, "n": None}, "prompter": {"name": "urial", "style": None, "examples": None},
+    }  # fmt: skip
+    short = {"rewards": ["length"], "guide": "best_of_n", "select": "softmax", "prompter": "urial"}
+    assert resolve(rules, parts | {"combine": None}).echo() == resolve(rules, short | {"budget": {}}).echo()
+    assert COMBINES["maxmin"].model_validate(parts["combine"]) == COMBINES["maxmin"]()
+
+
+def test_null_stays_where_it_has_a_meaning_of_its_own() -> None:
+    spec = NamedSpec("alignment.guide", "transfer_q", {"lookahead": None, "rollouts": None})
+    params = spec.parse(TransferQ.Params)
+    assert (params.lookahead, params.rollouts) == (None, 1)
+
+
+def test_an_empty_object_or_list_takes_a_profiles_budget_and_rewards_back() -> None:
+    rules = resolver(alignment={"budget": {"max_tokens_generated": 100}})
+    found = resolve(rules, {"profile": "brief", "guide": "sampling", "rewards": [], "budget": {}})
     assert (found.guide_name, found.rewards, found.budget.max_tokens_generated) == ("sampling", (), None)
 
 

@@ -9,6 +9,7 @@ from tabular_server import tabular_state
 
 from guiderail.guides.core.types import SamplingSpec
 from guiderail.server.api.app import create_app
+from guiderail.server.requests.hints import Hints
 from guiderail.server.requests.sampling_fields import sampling_spec
 from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, SamplingFields
 
@@ -21,7 +22,7 @@ FIELDS: dict[str, tuple[Any, Any]] = {
     "response_format": ({"type": "json_object"}, {"type": "text"}), "seed": (5, None), "n": (2, 1),
     "max_tokens": (5, 6), "logprobs": (True, False), "top_logprobs": (2, 0), "priority": (1, 0),
 }  # fmt: skip
-OTHERS = {"model", "stream", "stream_options", "user", "alignment"}  # do not bear on how an answer is sampled
+OTHERS = {"model", "stream", "stream_options", "alignment", *Hints.model_fields}  # do not bear on how it is sampled
 TOKENWISE = {
     "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
     "response_format",
