@@ -19,7 +19,9 @@ import httptools
 import uvicorn
 from pydantic_core import to_json
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from guiderail.server.api.request_log import HEADER, log_refusal, new_id
 from guiderail.server.api.transport import error_response
@@ -27,6 +29,7 @@ from guiderail.server.openai_errors import ApiError
 from guiderail.server.settings import Settings
 
 MAX_HEAD_BYTES = 64 * 2**10
+MAX_AHEAD = 8  # requests sent before the present one is answered
 LINGER_S = 5.0  # for a client to read why its connection is closed, and to end a body that nobody reads
 GRACE_S = 2.0  # for clients to read the last bytes of their answers at the server's end
 
@@ -52,7 +55,8 @@ class Connection(HttpToolsProtocol):
         self._settings = settings
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
-        self._in_head = self._in_body = self._refused = False
+        self._running: RequestResponseCycle | None = None  # `cycle` is the last, which may wait behind it
+        self._in_head = self._in_body = self._deaf = False
         self._head_bytes = self._waiting_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -65,15 +69,18 @@ class Connection(HttpToolsProtocol):
         for timer in (self._timer, self._unread):
             if timer is not None:
                 timer.cancel()
+        self._drop_running()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        if self._deaf:
             return
         head = self.headers if self._in_head else None
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
+            if self._deaf:
+                return
             cause = error.__context__
             self._refuse(cause if isinstance(cause, ApiError) else _malformed(error))
             return
@@ -99,6 +106,15 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._in_body = False, True
         self._stop_timer()
         super().on_headers_complete()
+        if self.pipeline:
+            self.flow.resume_reading()  # else it is not seen that the client hangs up
+            if len(self.pipeline) > MAX_AHEAD:
+                self._drop_last()
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.pipeline and len(self.cycle.body) > HIGH_WATER_LIMIT:
+            self._drop_last()
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():  # its body is still to come
@@ -155,8 +171,18 @@ class Connection(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def _busy(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        return self._running is not None and not self._running.response_complete
+
+    def _drop_running(self) -> None:
+        """Have the request that runs find its client gone."""
+        if self._running is not None and self._busy():
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def _head_is_late(self) -> None:
         if self._busy():  # it was sent ahead of the present answer, and its time has not begun
@@ -170,16 +196,24 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
         self._within(self._settings.write_timeout_s, self.transport.abort)
 
+    def _drop_last(self) -> None:
+        """Leave the last request that was sent ahead unanswered, as HTTP allows: the connection ends before it."""
+        self._deaf = True
+        self.pipeline.popleft()
+        last = self.pipeline[0][0] if self.pipeline else self._running
+        if last is not None:
+            last.keep_alive = False
+        self.flow.resume_reading()
+        raise ConnectionAbortedError  # out of the parser
+
     def _refuse(self, error: ApiError) -> None:
         """Answer what is no request, and end the connection."""
-        self._refused = True
+        self._deaf = True
         busy = self._busy()
-        if busy:  # with what came before, whose rest is missing or which is followed by this
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-            if self.cycle.response_started:
-                self.transport.abort()
-                return
+        self._drop_running()  # its rest is missing, or it is followed by what is to be refused
+        if self._running is not None and busy and self._running.response_started:
+            self.transport.abort()
+            return
         request_id, body = new_id(), to_json(error.body)
         headers = [
             *self.server_state.default_headers,

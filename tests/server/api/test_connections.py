@@ -4,6 +4,7 @@ Limits are those of the flags, made short; what they are compared with is the or
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -260,3 +261,57 @@ async def test_requests_sent_ahead_are_answered_in_order(pieces: list[bytes], mo
         kinds = [(await raw.answer()).body for _ in range(3 if more else 2)]
     assert b"chat.completion" in kinds[0]
     assert kinds[-1] == b'{"status":"ok"}'
+
+
+ENDLESS = STREAM.replace(b"true", b"false")
+
+
+GET = b"GET /health HTTP/1.1\r\n\r\n"
+LARGE = post(PATH, BODY + b" " * 1_000_000)
+
+
+@pytest.mark.parametrize("more", [b"", GET, HEAD, b"\x00", GET * 100, LARGE])
+async def test_a_client_that_hangs_up_frees_the_engine_whatever_it_has_sent_ahead(more: bytes) -> None:
+    engine = ScriptedEngine(lambda seed: ["w"] * 100_000, step_s=0.01, max_model_len=200_000)
+    async with serving(make_state(engine)) as url:
+        async with Raw(url) as raw:
+            await raw.send(post(PATH, ENDLESS))
+            await until(lambda: engine.num_running() == 1)
+            await raw.send(more)
+            await asyncio.sleep(0.02)
+        await until(lambda: engine.num_running() == 0)
+
+
+@pytest.mark.parametrize(("more", "answered"), [(GET * 5, 6), (GET * 100, 9), (LARGE, 1), (GET + LARGE, 2)])
+async def test_what_is_sent_ahead_is_bounded(more: bytes, answered: int) -> None:
+    engine = ScriptedEngine(step_s=0.1)
+    async with serving(make_state(engine)) as url, Raw(url) as raw:
+        await raw.send(post(PATH, BODY))
+        await until(lambda: engine.num_running() == 1)
+        sending = asyncio.create_task(raw.send(more))
+        for _ in range(answered):
+            assert (await raw.answer()).status == 200
+        sending.cancel()
+        if answered != 6:
+            with contextlib.suppress(ConnectionError):
+                assert await raw.closed() == b""
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_is_no_request_behind_one_that_runs_ends_both(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = ScriptedEngine(lambda seed: ["w"] * 100_000, step_s=0.01, max_model_len=200_000)
+    async with serving(make_state(engine)) as url, Raw(url) as raw:
+        await raw.send(post(PATH, STREAM if stream else ENDLESS))
+        await until(lambda: engine.num_running() == 1)
+        if stream:
+            await raw.reader.readuntil(b'"content":"w"')
+        await raw.send(b"GET /v1/models HTTP/1.1\r\n\r\n" + b"nonsense\r\n\r\n")
+        if stream:  # nothing can be said in the midst of an answer
+            with contextlib.suppress(ConnectionError):
+                assert b"HTTP/1.1" not in await raw.closed()
+        else:
+            assert (await raw.answer()).error["code"] == "invalid_http"
+        await until(lambda: engine.num_running() == 0)
+    assert not any(record.exc_info for record in caplog.records)
