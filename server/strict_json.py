@@ -1,15 +1,12 @@
 """JSON that others wrote, read strictly: what RFC 8259 does not know is refused, and so is what hurts further on.
 
 Python's own reader takes NaN, Infinity, halves of surrogate pairs and names given twice, makes infinities of large
-numbers, and fails with a RecursionError, sooner or later by how deep its caller stands. What clients and models write
-is read here.
+numbers, and fails with a RecursionError, sooner or later by how deep its caller stands. What clients send is read here.
 """
 
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from collections.abc import Iterator
 
 MAX_DEPTH = 100  # arrays and objects within each other
 _SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # integers that engines and other languages have room for
@@ -30,19 +27,6 @@ class _Repeating(dict[str, object]):
     """An object that gives a name more than once."""
 
 
-def parse_json(text: str) -> object:
-    """Return the value of a JSON text. A number beyond a float becomes the largest float of its sign.
-
-    Raises JsonFault for what RFC 8259 does not allow, NaN and Infinity too, and for nesting deeper than MAX_DEPTH.
-    """
-    root: list[object] = [_parsed(text, _no_constant)]
-    for container, _ in _containers(root):
-        for key, item in _items(container):
-            if isinstance(item, int | float) and not abs(item) <= sys.float_info.max:
-                _put(container, key, math.copysign(sys.float_info.max, 1 if item > 0 else -1))
-    return root[0]
-
-
 def read_body(data: bytes | bytearray) -> object:
     """Return the value of a JSON body. An integer beyond 64 bits becomes a float, as where there are no others.
 
@@ -53,7 +37,7 @@ def read_body(data: bytes | bytearray) -> object:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise JsonFault(f"is not UTF-8 at byte {error.start}") from error
-    root: list[object] = [_parsed(text, float)]  # NaN is named by its path below, as all that is not finite
+    root: list[object] = [_parsed(text)]  # NaN is named by its path below, as all that is not finite
     for container, trail in _containers(root):
         if isinstance(container, dict):
             for name in container:
@@ -74,14 +58,14 @@ def read_body(data: bytes | bytearray) -> object:
     return root[0]
 
 
-def _parsed(text: str, constant: Callable[[str], float]) -> object:
+def _parsed(text: str) -> object:
     try:
         try:
-            return json.loads(text, object_pairs_hook=_object, parse_constant=constant)
+            return json.loads(text, object_pairs_hook=_object, parse_constant=float)
         except (json.JSONDecodeError, JsonFault):
             raise
         except ValueError:  # some integer has more digits than Python converts
-            return json.loads(text, object_pairs_hook=_object, parse_constant=constant, parse_int=float)
+            return json.loads(text, object_pairs_hook=_object, parse_constant=float, parse_int=float)
     except json.JSONDecodeError as error:
         raise JsonFault(f"is not valid JSON: {error}") from error
     except RecursionError as error:
@@ -91,10 +75,6 @@ def _parsed(text: str, constant: Callable[[str], float]) -> object:
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     return found if len(found) == len(pairs) else _Repeating(found)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise JsonFault(f"is not valid JSON: {name} is no JSON number")
 
 
 def _containers(root: list[object]) -> Iterator[tuple[_Container, _Trail]]:

@@ -161,6 +161,7 @@ BELOW = {  # packages of server/ and those of its parts that they may not import
     "rewards": ("api", "requests", "scoring", "offline"),
     "scoring": ("api", "requests", "offline"),
     "models": ("api", "requests", "scoring", "rewards", "engines", "offline"),
+    "bounded": ("api", "requests", "scoring", "rewards", "engines", "models", "offline"),
     "remote": ("api", "requests", "scoring", "rewards", "engines", "models", "offline"),
     "memory": ("api", "requests", "scoring", "engines", "offline"),
     "api": ("offline",),

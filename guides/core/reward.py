@@ -25,10 +25,12 @@ class Reward(ABC, Generic[P_co]):
     Params: the class of its parameters, a subclass of Params, and the type that a Reward[ThatClass] is given.
     batched: whether the Scorer collects groups of many requests into one call of `score`. A reward that
     asks the engine has no use for that (the engine batches) and is called once for each group.
+    asks_engine: whether an answer's score takes a sequence of the engine.
     """
 
     Params: ClassVar[type[Params]] = Params
     batched: ClassVar[bool] = True
+    asks_engine: ClassVar[bool] = False
 
     async def start(self, services: Services) -> None:
         """Load what the reward needs. Called once before serving; raising stops the server's start."""
@@ -41,6 +43,13 @@ class Reward(ABC, Generic[P_co]):
 
     def check(self, params: P_co, services: Services) -> None:  # type: ignore[misc]  # none but its own are given
         """Refuse parameters that are well-formed but cannot work here, by raising ValueError."""
+        return
+
+    async def vet(self, params: P_co, owner: str = "") -> None:  # type: ignore[misc]  # as in check
+        """Refuse parameters as `check` does, where finding out takes long. Once for a request, before it starts.
+
+        owner: tells clients apart, for fairness.
+        """
         return
 
     def revision(self) -> str:

@@ -14,15 +14,12 @@ MOST_THREADS = 8  # of one `Threads`; calls beyond wait for one that is free
 
 @asynccontextmanager
 async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
-    """asyncio.TaskGroup, but raising its first error bare, with its own cause, instead of in an ExceptionGroup."""
-    first: BaseException | None = None
+    """asyncio.TaskGroup, but raising its first error bare instead of in an ExceptionGroup."""
     try:
         async with asyncio.TaskGroup() as group:
             yield group
     except BaseExceptionGroup as failures:
-        first = failures.exceptions[0]
-    if first is not None:
-        raise first
+        raise failures.exceptions[0] from None
 
 
 async def together(work: Iterable[Coroutine[None, None, T]]) -> list[T]:

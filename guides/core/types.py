@@ -195,7 +195,7 @@ class ScoreGroup(Generic[P_co]):
 
     messages: the conversation with all that the policy was told. prompt: what the policy continues.
     params: an instance of the reward's own `Params`. render: puts another conversation before the served model as
-    the request's is put, with its prompter; None: with the chat template.
+    the request's is put, with its prompter; None: with the chat template. owner: tells requests apart, for fairness.
     """
 
     messages: tuple[Message, ...]
@@ -203,6 +203,7 @@ class ScoreGroup(Generic[P_co]):
     answers: tuple[Answer, ...]
     params: P_co
     render: Callable[[Sequence[Message]], TokenPrompt] | None = None
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,9 +254,8 @@ class Scored:
 class Final:
     """Event: the answer is complete. Exactly one, and the last.
 
-    `finish_reason` is OpenAI's: "stop", "length" or "content_filter"; `stop_reason` says what made it stop, as vLLM
-    does: a stop string or token, or a word of the guide's own. `stopped_by` is "deadline" or "budget" when a limit cut
-    the work short, else None. `chosen` is the index of the answer in `candidates`.
+    `stopped_by` is "deadline" or "budget" when a limit cut the work short, else None. `chosen` is the
+    index of the answer in `candidates`.
     """
 
     finish_reason: str

@@ -27,6 +27,7 @@ from guiderail.server.metrics import Load
 from guiderail.server.models.cpu_features import description
 from guiderail.server.openai_errors import ApiError, from_exception, from_validation
 from guiderail.server.requests import build
+from guiderail.server.requests.sampling_fields import vet_format
 from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, ScoreRequest, StreamOptions
 from guiderail.server.requests.score import score, scoring
 from guiderail.server.requests.wire import STRICT
@@ -97,6 +98,7 @@ def build_router(state: ServerState) -> APIRouter:
         try:
             parsed = parse(ScoreRequest, await read_object(request), state.settings.strict_fields)
             work = scoring(state, parsed, request.state.client)
+            await state.resolver.vet(work.inputs[0][0].pipeline.asked.rewards, work.client.name, "rewards")
         except (ApiError, GuiderailError) as error:
             return _rejected(state, error)
         request.state.spend = work.spend
@@ -165,6 +167,8 @@ async def _complete(
             body = ChatBody(build.chat(state, parsed, arrived, request.state.client), state.renderer)
         else:
             body = TextBody(build.completion(state, parsed, arrived, request.state.client), state.renderer)
+        await vet_format(parsed, body.request.client.name)
+        await state.resolver.vet(body.request.alignment.rewards, body.request.client.name)
     except (ApiError, GuiderailError) as error:
         return _rejected(state, error)
     request.state.spend = body.request.spend

@@ -203,6 +203,12 @@ class Resolver:
             reward.check(params, self._services)
         return RewardTerm(spec.name, spec.label, spec.weight, params)
 
+    async def vet(self, rewards: Sequence[RewardTerm], owner: str, where: str = "alignment.rewards") -> None:
+        """Have the rewards that a request asks for refuse what only work on it shows to be wrong. Raises ApiError."""
+        for i, term in enumerate(rewards[len(self._required) :]):  # the operator's come first
+            with _refused(f"{where}[{i}]"):
+                await self._rewards[term.name].vet(term.params, owner)
+
     def _prompter(self, spec: NamedSpec) -> Prompter:
         prompter = spec.build(self._prompters)
         with _refused(spec.where):

@@ -1,9 +1,11 @@
 """The sampling fields of a request: what a guide refuses of them, and what they are to the engine."""
 
+import json
 from dataclasses import fields
 
 from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.types import SamplingSpec
+from guiderail.server.bounded.bounded import bounded
 from guiderail.server.openai_errors import bad_request
 from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, SamplingFields
 
@@ -21,6 +23,17 @@ def refuse_unkept(name: str, guide: Guide, request: SamplingFields) -> None:
             raise bad_request(
                 f"guide '{name}' chooses tokens in steps and cannot keep '{field}'; leave it {allowed}", field
             )
+
+
+async def vet_format(request: SamplingFields, owner: str = "") -> None:
+    """Have a response_format's schema made a grammar, as the engine will. owner: see Reward.vet. Raises ApiError."""
+    form = request.response_format
+    if form is not None and form.json_schema is not None:
+        where = "response_format.json_schema.schema"
+        try:
+            await bounded().vet("check_grammar", json.dumps(form.json_schema.schema_), owner)
+        except ValueError as error:
+            raise bad_request(f"'{where}' {error}", where) from error
 
 
 def sampling_spec(request: ChatRequest | CompletionRequest, max_tokens: int, stops: tuple[str, ...]) -> SamplingSpec:

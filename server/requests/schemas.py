@@ -5,9 +5,11 @@ What becomes of a field that is not here says wire.py; fields that change no ans
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import Field, StrictBool, field_validator, model_validator
 
 from guiderail.guides.core.types import MAX_TEMPERATURE, Message
+from guiderail.server.bounded.grammar import grammar_schema
+from guiderail.server.bounded.sizes import check_schema_size
 from guiderail.server.requests.hints import NO_FUNCTIONS, NO_TOOLS, ONLY_TEXT, Hints
 from guiderail.server.requests.wire import Only, Schema, fault
 
@@ -89,6 +91,12 @@ class JsonSchemaFormat(Schema):
     description: str | None = None
     schema_: dict[str, object] = Field(alias="schema")
     strict: StrictBool | None = None
+
+    @field_validator("schema_")
+    @classmethod
+    def _as_the_engine_has_it(cls, schema: dict[str, object]) -> dict[str, object]:
+        check_schema_size(schema)
+        return grammar_schema(schema)
 
 
 class ResponseFormat(Schema):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from guiderail.guides.core.context import Context
 from guiderail.guides.core.dialogue import Dialogue
+from guiderail.guides.core.errors import FieldError
 from guiderail.guides.core.metering import Limits, Spend
 from guiderail.guides.core.reward import next_turn
 from guiderail.guides.core.tasks import together
@@ -45,8 +46,11 @@ def scoring(state: ServerState, request: ScoreRequest, client: Client = NOBODY) 
 
 async def score(state: ServerState, work: Scoring) -> dict[str, object]:
     """Run the request, once admitted; return the response. Raises ApiError (429), or RewardFailed if a reward fails."""
-    async with admitted(state, work):
-        scored = await together(_score(ctx, candidates) for ctx, candidates in work.inputs)
+    try:
+        async with admitted(state, work):
+            scored = await together(_score(ctx, candidates) for ctx, candidates in work.inputs)
+    except FieldError as error:  # here the fields of an alignment stand in the body itself
+        raise bad_request(str(error), error.param) from error
     data = [{"index": index, **each} for index, each in enumerate(scored)]
     told = (warning for ctx, _ in work.inputs for warning in ctx.report.warnings)
     warnings = list(dict.fromkeys([*unknown_warnings(work.ignored), *told]))
@@ -61,7 +65,7 @@ def _cost(state: ServerState, inputs: Sequence[tuple[Context, list[Candidate]]])
     rows = tokens = 0
     for ctx, candidates in inputs:
         asked = ctx.pipeline.asked
-        rows += len(candidates) * sum(not state.rewards[term.name].batched for term in asked.rewards) + asked.draws
+        rows += len(candidates) * sum(state.rewards[term.name].asks_engine for term in asked.rewards) + asked.draws
         tokens += len(asked.rewards) * sum(len(candidate.token_ids) for candidate in candidates)
         tokens += asked.draws * ctx.sampling.max_tokens
     return max(1, rows), tokens

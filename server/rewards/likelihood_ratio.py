@@ -45,6 +45,7 @@ class Implicit(Reward[ImplicitParams]):
     Params = ImplicitParams
 
     batched: ClassVar[bool] = False
+    asks_engine: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._services: Services | None = None

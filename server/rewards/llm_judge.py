@@ -32,6 +32,7 @@ class Judge(Reward[JudgeParams]):
     Params = JudgeParams
 
     batched: ClassVar[bool] = False
+    asks_engine: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._verdicts: Verdicts | None = None

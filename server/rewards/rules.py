@@ -1,26 +1,26 @@
 """Rewards that are rules over the answer's text: keywords, length, regular expression, JSON schema.
 
-Patterns and schemas come from requests, so they run with a time limit and never fetch anything.
+Words, patterns and schemas come from requests and can take for ever on an answer: server/bounded works with them.
 """
 
+import asyncio
+import json
 import re
-from collections.abc import Iterator
-from typing import Any, Literal
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
 
-import regex
-from jsonschema import Draft202012Validator, SchemaError
-from jsonschema.exceptions import ValidationError
-from jsonschema.validators import extend
 from pydantic import Field
-from referencing import Registry
-from referencing.exceptions import Unresolvable
 
-from guiderail.guides.core.interfaces import Services
-from guiderail.guides.core.reward import TextReward
-from guiderail.guides.core.types import Params
-from guiderail.server.strict_json import JsonFault, parse_json
+from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.interfaces import ScoreResult, Services
+from guiderail.guides.core.reward import Reward, TextReward, answer_texts, prompt_text
+from guiderail.guides.core.types import P_co, Params, ScoreGroup
+from guiderail.server.bounded.bounded import Json, bounded
+from guiderail.server.bounded.sizes import MAX_PATTERN_CHARS, check_pattern_size, check_schema_size
 
-PATTERN_TIMEOUT_S = 0.1  # per search; a pattern can take exponential time
+PART_ANSWERS, PART_CHARS = 32, 100_000  # of one job: each has a second
+MAX_WORD_CHARS = 16_384  # of all words of `keywords`
 STOP_WORDS = frozenset(
     """
     about after also because been before being both could does doing down each else ever from have
@@ -29,6 +29,58 @@ STOP_WORDS = frozenset(
     what when where which while whom whose will with would write your yours
     """.split()  # noqa: SIM905
 )
+
+
+class _Rule(Reward[P_co]):
+    """A reward of the answer's text alone that is computed under the limits of server/bounded."""
+
+    batched: ClassVar[bool] = False  # one request's patterns wait for their turn, and not those of others with them
+
+    async def close(self) -> None:
+        bounded().stop()
+
+    @abstractmethod
+    def job(self, prompt: str, params: P_co) -> tuple[Json, ...]:  # type: ignore[misc]  # as in Reward.check
+        """The name and the arguments of the job in server/bounded/jobs.py that scores answers; they come last."""
+        ...
+
+    async def score(self, groups: Sequence[ScoreGroup[P_co]]) -> list[ScoreResult]:
+        return [await self._score(group) for group in groups]
+
+    async def _score(self, group: ScoreGroup[P_co]) -> ScoreResult:
+        name, *args = self.job(prompt_text(group.messages), group.params)
+        jobs = [
+            asyncio.wrap_future(bounded().submit(str(name), *args, part, owner=group.owner))
+            for part in _parts(answer_texts(group))
+        ]
+        try:
+            found = await asyncio.gather(*jobs)
+        except ValueError as refusal:
+            raise RequestError(f"what it is given {refusal}") from refusal
+        finally:
+            for each in jobs:
+                each.cancel()
+        return ScoreResult(tuple(value for values in found for value in _numbers(values)))
+
+
+def _numbers(values: Json) -> Iterator[float]:
+    assert isinstance(values, list)
+    for value in values:
+        assert isinstance(value, float)
+        yield value
+
+
+def _parts(answers: Sequence[str]) -> Iterator[list[str]]:
+    """Cut answers into parts that take about the same time."""
+    left = iter(answers)
+    part: list[str] = []
+    for answer in left:
+        if part and (len(part) >= PART_ANSWERS or sum(map(len, part)) + len(answer) > PART_CHARS):
+            yield part
+            part = []
+        part.append(answer)
+    if part:
+        yield part
 
 
 class KeywordsParams(Params):
@@ -41,7 +93,7 @@ class KeywordsParams(Params):
     case_sensitive: bool = False
 
 
-class Keywords(TextReward[KeywordsParams]):
+class Keywords(_Rule[KeywordsParams]):
     """Fraction of the given words that the answer contains (by default the question's own content words)."""
 
     Params = KeywordsParams
@@ -49,15 +101,12 @@ class Keywords(TextReward[KeywordsParams]):
     def check(self, params: KeywordsParams, services: Services) -> None:
         if any(not word.strip() for word in params.words):
             raise ValueError("'words' must not contain empty words")
+        if (chars := sum(map(len, params.words))) > MAX_WORD_CHARS:
+            raise ValueError(f"'words' have {chars} characters; at most {MAX_WORD_CHARS} are allowed")
 
-    def score_text(self, prompt: str, answer: str, params: KeywordsParams) -> float:
+    def job(self, prompt: str, params: KeywordsParams) -> tuple[Json, ...]:
         words = params.words or content_words(prompt)
-        if not words:
-            return 0.0
-        flags = 0 if params.case_sensitive else re.IGNORECASE
-        end = r"(?!\w)" if params.match == "word" else ""
-        found = (re.search(rf"(?<!\w){re.escape(word.strip())}{end}", answer, flags) is not None for word in words)
-        return sum(found) / float(len(words))
+        return "find_words", words, params.match == "prefix", params.case_sensitive
 
 
 def content_words(text: str) -> list[str]:
@@ -87,42 +136,36 @@ def measure(text: str, unit: str) -> int:
         return len(text.split())
     if unit == "characters":
         return len(text)
-    return len(re.findall(r"[^.!?\s][^.!?]*[.!?]+", text))
+    return sum(bool(part.strip()) for part in re.split(r"[.!?]+", text)[:-1])
 
 
 class RegexParams(Params):
-    pattern: str = Field(default=r"""[.!?]["')\]]*\s*$""", min_length=1, max_length=4096)
+    pattern: str = Field(default=r"""[.!?]["')\]]*\s*$""", min_length=1, max_length=MAX_PATTERN_CHARS)
     mode: Literal["search", "fullmatch", "absent"] = Field(
         default="search", description="'absent' turns it round: 1 if the pattern is nowhere in the answer."
     )
     ignore_case: bool = False
 
 
-class Regex(TextReward[RegexParams]):
+class Regex(_Rule[RegexParams]):
     """1 if the answer matches a regular expression, else 0 (by default: it ends as a sentence does)."""
 
     Params = RegexParams
 
     def check(self, params: RegexParams, services: Services) -> None:
         try:
-            regex.compile(params.pattern)
-        except regex.error as error:
-            raise ValueError(f"'pattern' is not a regular expression: {error}") from error
+            check_pattern_size(params.pattern)
+        except ValueError as error:
+            raise ValueError(f"'pattern' {error}") from error
 
-    def score_text(self, prompt: str, answer: str, params: RegexParams) -> float:
-        flags = regex.IGNORECASE if params.ignore_case else 0
-        matched = _matches(params.pattern, answer, flags, full=params.mode == "fullmatch")
-        return float(matched != (params.mode == "absent"))
+    async def vet(self, params: RegexParams, owner: str = "") -> None:
+        try:
+            await bounded().vet("check_pattern", params.pattern, owner)
+        except ValueError as error:
+            raise ValueError(f"'pattern' {error}") from error
 
-
-def _matches(pattern: str, text: str, flags: int = 0, *, full: bool = False) -> bool:
-    """Return True if the pattern matches. Raises ValueError when it takes too long."""
-    compiled = regex.compile(pattern, flags)
-    find = compiled.fullmatch if full else compiled.search
-    try:  # concurrent: without the interpreter's lock, so that a slow pattern holds up nobody
-        return find(text, timeout=PATTERN_TIMEOUT_S, concurrent=True) is not None
-    except TimeoutError:
-        raise ValueError(f"the pattern takes more than {PATTERN_TIMEOUT_S} s on one answer") from None
+    def job(self, prompt: str, params: RegexParams) -> tuple[Json, ...]:
+        return "match_pattern", params.pattern, params.mode, params.ignore_case
 
 
 class JsonSchemaParams(Params):
@@ -131,43 +174,22 @@ class JsonSchemaParams(Params):
     )
 
 
-class JsonSchema(TextReward[JsonSchemaParams]):
+class JsonSchema(_Rule[JsonSchemaParams]):
     """1 if the answer is JSON that satisfies a schema, 0.5 if it is other JSON, 0 if it is not JSON."""
 
     Params = JsonSchemaParams
 
     def check(self, params: JsonSchemaParams, services: Services) -> None:
         try:
-            Draft202012Validator.check_schema(params.schema_)
-        except SchemaError as error:
-            raise ValueError(f"'schema' is not a JSON schema: {error.message}") from error
+            check_schema_size(params.schema_)
+        except ValueError as error:
+            raise ValueError(f"'schema' {error}") from error
 
-    def score_text(self, prompt: str, answer: str, params: JsonSchemaParams) -> float:
+    async def vet(self, params: JsonSchemaParams, owner: str = "") -> None:
         try:
-            value = parse_json(answer)
-        except JsonFault:
-            return 0.0
-        # An empty registry: a schema's $ref must never make the server fetch a URL.
-        validator = SafeValidator(params.schema_, registry=Registry())
-        try:
-            return 1.0 if validator.is_valid(value) else 0.5
-        except Unresolvable as error:
-            raise ValueError(f"the schema refers to something outside itself: {error}") from error
+            await bounded().vet("check_schema", json.dumps(params.schema_), owner)
+        except ValueError as error:
+            raise ValueError(f"'schema' {error}") from error
 
-
-def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
-    if isinstance(instance, str) and not _matches(pattern, instance):
-        yield ValidationError(f"{instance!r} does not match {pattern!r}")
-
-
-def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-    if isinstance(instance, dict):
-        for pattern, subschema in patterns.items():
-            for key, value in instance.items():
-                if _matches(pattern, key):
-                    yield from validator.descend(value, subschema, path=key, schema_path=pattern)
-
-
-SafeValidator: Any = extend(  # type: ignore[no-untyped-call]
-    Draft202012Validator, {"pattern": _pattern, "patternProperties": _pattern_properties}
-)
+    def job(self, prompt: str, params: JsonSchemaParams) -> tuple[Json, ...]:
+        return "validate", json.dumps(params.schema_)

@@ -15,7 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from guiderail.guides.core.errors import EngineUnavailable, RequestError, RewardFailed, raised_at, told
+from guiderail.guides.core.errors import (
+    AlignmentField,
+    EngineUnavailable,
+    FieldError,
+    RequestError,
+    RewardFailed,
+    raised_at,
+    told,
+)
 from guiderail.guides.core.interfaces import ScoreResult
 from guiderail.guides.core.reward import Reward
 from guiderail.guides.core.types import ScoreGroup
@@ -75,7 +83,7 @@ class BatchingScorer:
         """
         if not self._rewards[reward].batched:
             try:
-                return (await self._score(reward, [group]))[0]
+                return (await self._score(reward, [replace(group, owner=owner)]))[0]
             except RewardFailed:
                 self._metrics.score_failed(reward)
                 raise
@@ -176,6 +184,8 @@ class BatchingScorer:
         except (EngineUnavailable, RewardFailed):
             raise
         except RequestError as error:
+            if error.param is None:
+                raise FieldError(AlignmentField("rewards"), f": reward '{name}': {error}") from error
             raise RequestError(f"reward '{name}': {error}", error.param) from error
         except (Exception, GeneratorExit, SystemExit) as error:  # the last would end the event loop
             place = raised_at(error, type(self._rewards[name])) if self._debug else ""

@@ -37,7 +37,7 @@ CASES: list[tuple[str, Any, int, str | None, str | None]] = [
     (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
     (CHAT, {"messages": HI, "continue_final_message": True}, 400, "continue_final_message", "invalid_value"),
     (CHAT, {"messages": HI, "response_format": {"type": "json_schema"}}, 400, "response_format.json_schema", "invalid_value"),
-    (CHAT, {"messages": HI, "response_format": SCHEMA}, 400, "response_format", "invalid_value"),
+    (CHAT, {"messages": HI, "response_format": SCHEMA}, 400, "response_format.json_schema.schema", "invalid_value"),
     (CHAT, {"messages": HI, "response_format": {"type": "json_object"}, "alignment": {"guide": "shortest"}}, 400, "response_format", "invalid_value"),
     (CHAT, {"messages": HI, "model": "gpt-4"}, 404, "model", "model_not_found"),
     (CHAT, {"messages": HI, "model": "smollm2-135m-instruct@nope"}, 404, "model", "model_not_found"),

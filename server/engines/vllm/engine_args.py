@@ -99,8 +99,13 @@ def base_args(settings: EngineSettings, *, cpu: bool) -> dict[str, Any]:
 
 def generating_args(settings: EngineSettings, *, cpu: bool) -> dict[str, Any]:
     """Return the arguments of a generating engine that do not depend on the model."""
+    from vllm.config import StructuredOutputsConfig
+
     # Of waiting sequences those of the smallest priority start first (see params.sequence_priority).
     args = base_args(settings, cpu=cpu) | {"max_logprobs": settings.max_logprobs, "scheduling_policy": "priority"}
+    # By itself vLLM takes for all answers the library that suits the first schema that comes. This one makes a grammar
+    # in milliseconds, where others take seconds that everybody waits for, and limits its work (bounded/grammar.py).
+    args["structured_outputs_config"] = StructuredOutputsConfig(backend="guidance")
     if settings.adapters:
         # One slot more than adapters: vLLM's CPU path gives sequences without adapter the weights of the last slot
         # when another one of the batch has an adapter. Unused, that slot holds zeros, which is what they need.

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from traceback import walk_tb
 from typing import Any, TypeGuard
 
-from guiderail.guides.core.errors import EngineUnavailable
+from guiderail.guides.core.errors import EngineUnavailable, RequestError
 from guiderail.guides.core.types import Delta, TokenLogprob
 from guiderail.server.engines.process_monitor import ProcessMonitor
 from guiderail.server.engines.vllm.params import refusal
@@ -53,6 +53,8 @@ class VllmRequest:
                 prompt, params, self._id, lora_request=self._lora, priority=self._priority
             ):
                 completion = output.outputs[0]
+                if completion.finish_reason == "error" and params.structured_outputs is not None:
+                    raise RequestError("the engine cannot follow the grammar made of the schema", "response_format")
                 yield Delta(
                     self._index,
                     completion.text,

@@ -80,6 +80,12 @@ async def test_an_end_that_is_none_is_an_error(reason: str | None) -> None:
         await read(request(ScriptedLlm(output(5, reason=reason))))
 
 
+async def test_a_sequence_that_its_schema_ends_is_the_requests_fault() -> None:
+    with pytest.raises(RequestError, match="made of the schema") as refused:
+        await read(request(ScriptedLlm(output(5), output(reason="error")), schema={}))
+    assert refused.value.param == "response_format"
+
+
 def wrapped(cause: Exception) -> EngineGenerateError:
     error = EngineGenerateError()
     error.__cause__ = cause

@@ -38,6 +38,7 @@ class Asks(Faulty):
     """A reward that asks the engine."""
 
     batched = False
+    asks_engine = True
 
 
 def lines(metrics: str, name: str) -> list[str]:
