@@ -15,7 +15,7 @@ from nasty_bodies import CHAT, HALF, REQUESTS, SCORE, TEXT, Sent, post
 
 from guiderail.guides.prompters import PROMPTERS
 from guiderail.guides.scoring import COMBINES, SELECTIONS
-from guiderail.guides.scoring.calibration_sample import CalibrationSpec
+from guiderail.guides.scoring.calibration import CalibrationSpec
 from guiderail.guides.scoring.chain import TRANSFORMS
 from guiderail.server.requests.specs import Budget
 
