@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.guides.core.types import Message
+from guiderail.server.strict_json import JsonFault, read_body
 
 T = TypeVar("T")
 
@@ -26,9 +27,10 @@ def read_lines(path: Path, parse: Callable[[dict[str, Any], int], T]) -> tuple[l
     try:
         raw = path.read_bytes()
         data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        lines = data.decode().split("\n")  # not splitlines: JSON strings may hold U+2028
+        data.decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
+    lines = data.split(b"\n" if b"\n" in data else b"\r")  # what else ends lines may stand in JSON strings
     parsed = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -40,12 +42,14 @@ def read_lines(path: Path, parse: Callable[[dict[str, Any], int], T]) -> tuple[l
     return parsed, hashlib.sha256(raw).hexdigest()
 
 
-def _object(line: str) -> dict[str, Any]:
+def _object(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        position = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"not JSON{position}") from None
+        row = read_body(line)
+    except JsonFault as fault:
+        if isinstance(fault.__cause__, json.JSONDecodeError):
+            raise ValueError(f"not JSON at column {fault.__cause__.colno}") from None
+        field = f"'{fault.path}' " if fault.path else "it "
+        raise ValueError(f"not JSON that can be used: {field}{fault}") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     return row

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.offline.journal import Journal, beside, whole_folder
+from guiderail.server.strict_json import JsonFault, read_body
 
 if TYPE_CHECKING:
     from guiderail.guides.core.types import Message, SamplingSpec
@@ -117,9 +118,9 @@ def parse_reward(text: str, label: str | None = None) -> NamedReward:
     model = None
     if text.lstrip().startswith("{"):
         try:
-            spec = json.loads(text)
-        except ValueError as error:
-            raise GuiderailError(f"'{text}' is not JSON: {error}") from None
+            spec: Any = read_body(text.encode(errors="surrogateescape"))
+        except JsonFault as error:
+            raise GuiderailError(f"'{text}' {error}") from None
         if not isinstance(spec.get("name"), str):
             raise GuiderailError(f"'{text}' names no reward: \"name\" is missing")
         for field in ("weight", "transform"):

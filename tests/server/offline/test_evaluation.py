@@ -49,12 +49,25 @@ class TestPrompts:
             ({"prompt": 3}, "'prompt' must be a string"),
             ({"messages": [{"role": "assistant", "content": "SECRET"}]}, "must end with the user's"),
             ({"messages": [{"role": "tool", "content": "SECRET"}]}, r"messages\[0\]"),
+            ('{"prompt": NaN}', "not JSON"),
+            ('{"prompt": "SECRET \\ud83d"}', "'prompt' has half of a surrogate pair"),
+            ('{"prompt": "SECRET", "prompt": "SECRET"}', "gives a name twice"),
+            ("[" * 200_000, "not JSON"),
         ],
+        ids=range(12),
     )
     def test_errors_name_the_line_and_quote_no_text(self, row: Any, message: str, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"p\.jsonl:3: .*{message}") as caught:
             read_prompts(write(tmp_path / "p.jsonl", {"prompt": "fine"}, "", row))
         assert "SECRET" not in str(caught.value)
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+    @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "BOM"])
+    def test_only_line_feeds_end_lines(self, mark: str, end: str, tmp_path: Path) -> None:
+        odd = "one\u2028two\u0085three\x0cfour"
+        rows = [json.dumps({"prompt": text}, ensure_ascii=False) for text in (odd, "two")]
+        (tmp_path / "p.jsonl").write_bytes((mark + end.join(rows) + end).encode())
+        assert [messages[0].content for messages in read_prompts(tmp_path / "p.jsonl").prompts] == [odd, "two"]
 
     def test_the_shipped_prompts(self) -> None:
         prompts = read_prompts(EVERYDAY).prompts
