@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from guiderail.guides.core.errors import EngineUnavailable, RequestError
-from guiderail.guides.core.types import Delta, TokenLogprob
+from guiderail.guides.core.types import Delta, SamplingSpec, TokenLogprob
 from guiderail.server.engines.process_monitor import ProcessMonitor
 from guiderail.server.engines.sequences import EngineRollouts
+from guiderail.server.engines.vllm.params import sampling_params
 from guiderail.server.engines.vllm.request import VllmRequest
 
 
@@ -92,20 +94,79 @@ def wrapped(cause: Exception) -> EngineGenerateError:
     return error
 
 
+def on_the_way_in(cause: Exception) -> EngineGenerateError:
+    """As AsyncLLM.generate wraps what its add_request raises."""
+
+    def add_request() -> None:
+        raise cause
+
+    try:
+        add_request()
+    except Exception as error:
+        return wrapped(error)
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
-    ("error", "schema", "kind", "said"),
+    ("error", "schema", "kind", "param", "said"),
     [
-        (ValueError("too long"), None, RequestError, "too long"),
-        (wrapped(ValueError("bad grammar")), {"a": 1}, RequestError, "bad grammar"),
-        (wrapped(KeyError("lost")), None, EngineUnavailable, r"the engine failed: KeyError\('lost'\)"),
-        (EngineDeadError(), None, EngineUnavailable, "the engine process died: it ended and said nothing"),
+        (ValueError("too long"), None, RequestError, None, "too long"),
+        (wrapped(ValueError("bad grammar")), {"a": 1}, RequestError, "response_format", "bad grammar"),
+        (
+            VLLMValidationError("no", parameter="logit_bias", value=[9] * 10**6),
+            None,
+            RequestError,
+            "logit_bias",
+            "^no$",
+        ),
+        (VLLMValidationError("no", parameter="min_tokens"), {"a": 1}, RequestError, "min_tokens", "^no$"),
+        (VLLMValidationError("top_k must be small, got 9"), None, RequestError, "top_k", "must be small"),
+        (VLLMValidationError("the grammar is too deep"), {"a": 1}, RequestError, "response_format", "too deep"),
+        (on_the_way_in(RecursionError("deep")), {"a": 1}, RequestError, "response_format", "deep"),
+        (on_the_way_in(OverflowError("wide")), None, RequestError, None, "wide"),
+        (on_the_way_in(KeyError()), None, RequestError, None, "KeyError"),
+        (wrapped(KeyError("lost")), None, EngineUnavailable, None, r"the engine failed: KeyError\('lost'\)"),
+        (EngineDeadError(), None, EngineUnavailable, None, "the engine process died: it ended and said nothing"),
     ],
 )
 async def test_errors_of_vllm_become_ours(
-    error: Exception, schema: object, kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    schema: object,
+    kind: type[Exception],
+    param: str | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("guiderail.server.engines.process_monitor.PATIENCE_S", 0.01)
     with pytest.raises(kind, match=said) as raised:
         await read(request(ScriptedLlm(error), schema=schema))
     if isinstance(raised.value, RequestError):
-        assert raised.value.param == ("response_format" if schema else None)
+        assert raised.value.param == param
+
+
+async def test_what_fails_on_the_way_into_a_dead_engine_is_not_the_requests_fault() -> None:
+    llm = ScriptedLlm(on_the_way_in(OSError("the socket is closed")))
+    llm.errored = True
+    with pytest.raises(EngineUnavailable, match="the socket is closed"):
+        await read(request(llm))
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"temperature": 2.5}, "temperature"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"),
+        ({"top_k": -2}, "top_k"), ({"min_p": 2.0}, "min_p"), ({"presence_penalty": 3.0}, "presence_penalty"),
+        ({"frequency_penalty": 3.0}, "frequency_penalty"), ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"min_tokens": 9}, "min_tokens"), ({"logprobs": -2}, "logprobs"), ({"stop": ("",)}, "stop"),
+        ({"json_schema": {}}, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_parameters_that_vllm_refuses_are_named(more: dict[str, Any], param: str | None) -> None:
+    spec = SamplingSpec(4, **more)
+    if param is None:
+        assert sampling_params(spec, None).structured_outputs is not None
+        return
+    with pytest.raises(RequestError) as refused:
+        sampling_params(spec, None)
+    assert refused.value.param == param
