@@ -75,6 +75,9 @@ class LogitMix(Guide[LogitMixParams]):
     def cost(self, max_tokens: int) -> int:
         return max_tokens * self.rows()
 
+    def refuses(self) -> tuple[str, ...]:
+        return ("bad_words", "allowed_token_ids")  # of the served policy alone, before the others are mixed in
+
     def check(self, services: Services) -> None:
         if not self.params.policies and not self.params.tilt:
             raise ValueError("logit_mix needs 'policies' or a 'tilt'")

@@ -153,6 +153,8 @@ class SamplingSpec:
     json_schema: Mapping[str, object] | None = None
     stream: bool = True
     priority: int = 0
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,12 @@ SERVED = 50  # log-probabilities that the engine serves
 MAX_TOP_K = SERVED - 2  # end-of-sequence may have to be left out
 # What a guide cannot keep that chooses tokens itself, from the policy as it is; temperature it can (Selection.at).
 UNKEPT = (
-    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "top_p", "top_k", "min_p",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "top_p", "top_k", "min_p", "bad_words",
+    "allowed_token_ids",
 )  # fmt: skip
 
-UNKEPT_BY_BLOCKS = ("presence_penalty", "frequency_penalty")  # the engine would count each block's tokens alone
+# The engine would count each block's tokens alone, and look for words within it.
+UNKEPT_BY_BLOCKS = ("presence_penalty", "frequency_penalty", "bad_words")
 
 
 class Steps:

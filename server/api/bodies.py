@@ -144,6 +144,21 @@ def envelope(body: Body, kind: str, choices: list[Json]) -> Json:
     }
 
 
+def token_ids(body: Body, index: int, ids: Sequence[int], *, first: bool) -> Json:
+    """Return what `return_token_ids` adds to a choice: new tokens, and to the first of a text completion its prompt."""
+    if not body.request.return_token_ids:
+        return {}
+    prompt = prompt_ids(body, index) if first and isinstance(body, TextBody) else {}
+    return {"token_ids": list(ids), **prompt}
+
+
+def prompt_ids(body: Body, index: int = 0) -> Json:
+    """Return the prompt's tokens, which `return_token_ids` adds to a chat's whole body or first chunk."""
+    if not body.request.return_token_ids:
+        return {}
+    return {"prompt_token_ids": list(body.request.contexts[index].dialogue.prompt.token_ids)}
+
+
 def usage(request: Request, completion: int | None = None) -> dict[str, int]:
     """OpenAI's usage: the prompt once and the answers returned. What was discarded is in the spend.
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import AsyncGenerator
 
 from guiderail.guides.core.types import Event, Final, Scored, Token, TokenLogprob
-from guiderail.server.api.bodies import Body, Json, alignment_report, envelope, usage
+from guiderail.server.api.bodies import Body, ChatBody, Json, alignment_report, envelope, prompt_ids, token_ids, usage
 from guiderail.server.api.transport import DONE, error_event, json_event
 from guiderail.server.requests.run import running
 from guiderail.server.requests.schemas import StreamOptions
@@ -40,17 +40,22 @@ async def whole(state: ServerState, body: Body) -> Json:
     fold = _Fold(state, body)
     texts: list[list[str]] = [[] for _ in range(fold.count)]
     logprobs: list[list[TokenLogprob]] = [[] for _ in range(fold.count)]
+    ids: list[list[int]] = [[] for _ in range(fold.count)]
     async with running(state, body.request) as events:
         async for index, event in events:
             fold.take(index, event)
             if isinstance(event, Token):
                 texts[index].append(event.text)
+                ids[index].extend(event.token_ids)
                 logprobs[index].extend(event.logprobs or ())
     wanted = body.request.contexts[0].sampling.logprobs is not None
     choices = [
-        body.choice(i, "".join(texts[i]), logprobs[i] if wanted else None, fold.finals[i]) for i in range(fold.count)
+        body.choice(i, "".join(texts[i]), logprobs[i] if wanted else None, fold.finals[i])
+        | token_ids(body, i, ids[i], first=True)
+        for i in range(fold.count)
     ]
-    return envelope(body, body.whole_object, choices) | {"usage": usage(body.request), "alignment": fold.report()}
+    more = {"usage": usage(body.request), "alignment": fold.report()}
+    return envelope(body, body.whole_object, choices) | more | (prompt_ids(body) if isinstance(body, ChatBody) else {})
 
 
 async def stream(state: ServerState, body: Body, options: StreamOptions) -> AsyncGenerator[bytes, None]:
@@ -60,7 +65,6 @@ async def stream(state: ServerState, body: Body, options: StreamOptions) -> Asyn
     """
     fold = _Fold(state, body)
     opened: set[int] = set()
-
     so_far = 0  # tokens of the answers that have been streamed
 
     def chunk(*choices: Json, **more: object) -> bytes:
@@ -77,14 +81,15 @@ async def stream(state: ServerState, body: Body, options: StreamOptions) -> Asyn
                 fold.take(index, event)
                 if isinstance(event, Scored):
                     continue
-                if index not in opened:
+                if first := index not in opened:
                     opened.add(index)
                     if (choice := body.opening(index)) is not None:
-                        yield chunk(choice)
+                        yield chunk(choice, **(prompt_ids(body) if len(opened) == 1 else {}))
                 if isinstance(event, Token):
                     so_far += len(event.token_ids)
-                    if event.text or event.logprobs is not None:  # else held back: what may become a stop string
-                        yield chunk(body.delta(index, event.text, event.logprobs))
+                    ids = token_ids(body, index, event.token_ids, first=first)
+                    if event.text or event.logprobs is not None or ids:  # else held back: what may become a stop string
+                        yield chunk(body.delta(index, event.text, event.logprobs) | ids)
                     continue
                 last = len(fold.finals) == fold.count
                 report = {"alignment": fold.report()} if last else {}

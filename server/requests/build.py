@@ -1,7 +1,7 @@
 """From a wire request to a Request: rendered, checked against the model and the operator's limits, with its cost."""
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from guiderail.guides.core.context import Context
@@ -32,6 +32,7 @@ class Request(Work):
     contexts: tuple[Context, ...]
     system_fingerprint: str
     ignored: tuple[str, ...]
+    return_token_ids: bool
 
 
 def chat(state: ServerState, request: ChatRequest, arrived: float, client: Client = NOBODY) -> Request:
@@ -77,6 +78,7 @@ def _request(
     client: Client,
 ) -> Request:
     _check(state, request, alignment, len(prompts))
+    prompts = [(messages, _truncated(state, request, prompt)) for messages, prompt in prompts]
     within = alignment.budget.deadline_s
     deadline = None if within is None else arrived + within - min(REPLY_SHARE * within, REPLY_S)
     spend = Spend(prompt_tokens=sum(len(prompt.token_ids) for _, prompt in prompts), started=arrived)
@@ -119,6 +121,7 @@ def _request(
         contexts=tuple(contexts),
         system_fingerprint=state.system_fingerprint,
         ignored=request.ignored,
+        return_token_ids=request.return_token_ids,
     )
 
 
@@ -143,6 +146,17 @@ def _check(state: ServerState, request: ChatRequest | CompletionRequest, alignme
         raise bad_request(f"'{field}' is {logprobs}; at most {state.engine.max_logprobs} are served", field)
     _in_vocabulary(state, list(request.logit_bias or ()), "logit_bias")
     _in_vocabulary(state, request.stop_token_ids, "stop_token_ids")
+    _in_vocabulary(state, request.allowed_token_ids or [], "allowed_token_ids")
+
+
+def _truncated(state: ServerState, request: ChatRequest | CompletionRequest, prompt: TokenPrompt) -> TokenPrompt:
+    """Return the prompt's last `truncate_prompt_tokens` tokens; -1 is all that the context has room for."""
+    keep = request.truncate_prompt_tokens
+    if keep is None:
+        return prompt
+    if keep < 1:
+        keep = max(1, state.engine.max_model_len - (request.token_limit or request.default_tokens or 1))
+    return replace(prompt, token_ids=prompt.token_ids[-keep:])
 
 
 def _goes_on(request: SamplingFields) -> bool:

@@ -38,5 +38,27 @@ class Hints(Schema):
     verbosity: Annotated[object, Only("verbosity is not supported", ("medium",))] = None
     web_search_options: Annotated[object, Only("web search is not supported")] = None
     best_of: Annotated[object, Only('use the alignment object: {"guide": {"name": "best_of_n", "n": 16}}', (1,))] = None
+    include_reasoning: StrictBool | None = None  # there is none to include
+
     suffix: Annotated[object, Only("insertion is not supported", ("",))] = None
     echo: Annotated[object, Only("echoing the prompt is not supported", (False,))] = None
+
+    # vLLM's
+    chat_template: Annotated[object, Only("the template is the operator's")] = None
+    chat_template_kwargs: Annotated[object, Only("arguments of the template are not supported", ({},))] = None
+    documents: Annotated[object, Only("documents are not supported", ([],))] = None
+    structured_outputs: Annotated[object, Only("use response_format with a JSON schema")] = None
+    guided_json: Annotated[object, Only("use response_format with a JSON schema")] = None
+    guided_regex: Annotated[object, Only("only JSON schemas constrain answers: response_format")] = None
+    guided_choice: Annotated[object, Only("only JSON schemas constrain answers: response_format")] = None
+    guided_grammar: Annotated[object, Only("only JSON schemas constrain answers: response_format")] = None
+    prompt_logprobs: Annotated[object, Only("log-probabilities are of answers only")] = None
+    return_tokens_as_token_ids: Annotated[object, Only("tokens are texts; ask for return_token_ids", (False,))] = None
+    spaces_between_special_tokens: Annotated[object, Only("the tokenizer's own spaces are kept", (True,))] = None
+    thinking_token_budget: Annotated[object, Only("there is no reasoning to bound")] = None
+    cache_salt: Annotated[object, Only("all requests share the prefix cache")] = None
+    use_beam_search: Annotated[object, Only('use the alignment object: {"guide": "deal"}', (False,))] = None
+    logits_processors: Annotated[object, Only('use the alignment object: {"guide": "logit_mix"}', ([],))] = None
+    mm_processor_kwargs: Annotated[object, Only(ONLY_TEXT, ({},))] = None
+    kv_transfer_params: Annotated[object, Only("there is no transfer of caches", ({},))] = None
+    vllm_xargs: Annotated[object, Only("there are no extensions of the engine to pass arguments to", ({},))] = None

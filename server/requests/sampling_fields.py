@@ -52,6 +52,8 @@ def sampling_spec(request: ChatRequest | CompletionRequest, max_tokens: int, sto
         "stop": (*request.stops, *stops),
         "stop_token_ids": tuple(request.stop_token_ids),
         "logit_bias": request.logit_bias or {},
+        "bad_words": tuple(request.bad_words),
+        "allowed_token_ids": None if request.allowed_token_ids is None else tuple(request.allowed_token_ids),
         "logprobs": request.num_logprobs,
         "json_schema": schema,
     }

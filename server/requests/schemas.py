@@ -136,6 +136,10 @@ class SamplingFields(Hints):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)] = Field([])
+    allowed_token_ids: Annotated[list[int], Field(min_length=1)] | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=2**31 - 1)
+    return_token_ids: StrictBool = False
     response_format: ResponseFormat | None = None
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
@@ -146,6 +150,8 @@ class SamplingFields(Hints):
     def _consistent(self) -> "SamplingFields":
         if self.stream_options is not None and not self.stream:
             raise fault("stream_options", "only allowed when stream is true")
+        if self.truncate_prompt_tokens == 0:
+            raise fault("truncate_prompt_tokens", "must leave a token, or be -1 for what the context has room for")
         return self
 
     @property

@@ -57,3 +57,21 @@ async def test_beyond_the_bounds_the_field_is_named(live: Live, more: dict[str, 
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"].startswith(param), answer.text
     assert (await ask(live, seed=5)).json()["choices"] == plain
+
+
+async def test_words_and_tokens_are_barred(live: Live) -> None:
+    """bad_words and allowed_token_ids: of the tokens that a plain answer has, one is barred, or others are."""
+    plain = (await ask(live, temperature=0, return_token_ids=True, max_tokens=12)).json()["choices"][0]
+    word = plain["message"]["content"].split()[1]
+    barred = (await ask(live, temperature=0, bad_words=[word], max_tokens=12)).json()["choices"][0]["message"][
+        "content"
+    ]
+    assert word in plain["message"]["content"]
+    assert word not in barred.split()
+    allowed = sorted(set(plain["token_ids"]))[:5]
+    answer = (await ask(live, seed=1, allowed_token_ids=allowed, return_token_ids=True, ignore_eos=True)).json()
+    assert set(answer["choices"][0]["token_ids"]) <= set(allowed)
+    assert (await ask(live, allowed_token_ids=[2**40])).json()["error"]["param"] == "allowed_token_ids"
+    alignment = {"guide": {"name": "args"}, "rewards": ["length"]}
+    refused = (await ask(live, bad_words=[word], alignment=alignment)).json()["error"]
+    assert (refused["param"], "guide 'args'" in refused["message"]) == ("bad_words", True)

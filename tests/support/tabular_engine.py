@@ -220,11 +220,13 @@ class TabularEngine:
 
     def _draw(self, prompt: TokenPrompt, sampling: SamplingSpec, at: int, rng: random.Random) -> int:
         barred = (EOS, *sampling.stop_token_ids) if at < sampling.min_tokens else ()
-        key = (prompt, sampling.temperature, barred)
+        key = (prompt, sampling.temperature, barred, sampling.allowed_token_ids)
         cdf = self._cdfs.get(key)
         if cdf is None:
             p = self.distribution(prompt).copy()
             p[[token for token in barred if token < len(p)]] = 0
+            if sampling.allowed_token_ids is not None:
+                p[[token for token in range(len(p)) if token not in sampling.allowed_token_ids]] = 0
             cold = max(sampling.temperature, 0.01)  # the coldest of vLLM
             p = np.eye(len(p))[int(p.argmax())] if sampling.temperature == 0 else p ** (1 / cold)
             cdf = self._cdfs[key] = (np.cumsum(p) / p.sum()).tolist()

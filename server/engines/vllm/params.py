@@ -28,6 +28,8 @@ def sampling_fields(spec: SamplingSpec) -> dict[str, Any]:
         "frequency_penalty": spec.frequency_penalty,
         "repetition_penalty": spec.repetition_penalty,
         "skip_special_tokens": spec.skip_special_tokens,
+        "bad_words": list(spec.bad_words),
+        "allowed_token_ids": None if spec.allowed_token_ids is None else list(spec.allowed_token_ids),
     }
 
 

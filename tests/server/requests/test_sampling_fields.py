@@ -20,14 +20,16 @@ FIELDS: dict[str, tuple[Any, Any]] = {
     "ignore_eos": (True, False), "skip_special_tokens": (False, True), "presence_penalty": (0.5, 0),
     "frequency_penalty": (0.5, 0.0), "repetition_penalty": (1.1, 1), "logit_bias": ({"2": 1.5}, {}),
     "response_format": ({"type": "json_object"}, {"type": "text"}), "seed": (5, None), "n": (2, 1),
-    "max_tokens": (5, 6), "logprobs": (True, False), "top_logprobs": (2, 0), "priority": (1, 0),
+    "bad_words": (["ab"], []), "allowed_token_ids": ([2, 3], None), "truncate_prompt_tokens": (3, None),
+    "return_token_ids": (True, False), "max_tokens": (5, 6), "logprobs": (True, False), "top_logprobs": (2, 0), "priority": (1, 0),
 }  # fmt: skip
 OTHERS = {"model", "stream", "stream_options", "alignment", *Hints.model_fields}  # do not bear on how it is sampled
 TOKENWISE = {
     "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
-    "response_format",
+    "response_format", "bad_words", "allowed_token_ids",
 }  # fmt: skip
-BLOCKWISE = {"presence_penalty", "frequency_penalty", "response_format"}
+MIXED = {"response_format", "bad_words", "allowed_token_ids"}
+BLOCKWISE = {"presence_penalty", "frequency_penalty", "bad_words", "response_format"}
 GUIDES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "sampling": ({"name": "sampling"}, set()),
     "best_of_n": ({"name": "best_of_n", "n": 3}, set()),
@@ -39,7 +41,7 @@ GUIDES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "args": ({"name": "args", "top_k": 3}, TOKENWISE),
     "deal": ({"name": "deal", "top_k": 3, "lookahead": 2}, TOKENWISE),
     "deal-sampled": ({"name": "deal", "top_k": 3, "lookahead": 2, "sampled": True, "beams": 2}, TOKENWISE),
-    "logit_mix": ({"name": "logit_mix", "policies": [{"model": "adapter", "weight": -0.5}]}, {"response_format"}),
+    "logit_mix": ({"name": "logit_mix", "policies": [{"model": "adapter", "weight": -0.5}]}, MIXED),
 }
 
 
@@ -57,12 +59,12 @@ def test_every_field_of_the_spec_comes_from_the_request() -> None:
         "include_stop_str_in_output": True, "min_tokens": 2, "ignore_eos": True, "presence_penalty": 0.5,
         "frequency_penalty": 0.25, "repetition_penalty": 1.1, "logit_bias": {"2": 1.5}, "skip_special_tokens": False,
         "stream": True, "priority": 1, "response_format": {"type": "json_object"},
-        "logprobs": True, "top_logprobs": 3,
+        "logprobs": True, "top_logprobs": 3, "bad_words": ["z"], "allowed_token_ids": [2, 3],
     }  # fmt: skip
     chat = ChatRequest.model_validate({"messages": [{"role": "user", "content": "q"}]} | body)
     assert sampling_spec(chat, 7, ("y",)) == SamplingSpec(
         7, 0.7, 0.9, 0, 0.1, 5, ("x", "y"), (2,), True, 2, True, 0.5, 0.25, 1.1, {2: 1.5}, 3, False, {"type": "object"},
-        True, 1,
+        True, 1, ("z",), (2, 3),
     )  # fmt: skip
     plain = ChatRequest.model_validate({"messages": [{"role": "user", "content": "q"}]})
     assert sampling_spec(plain, 7, ()) == SamplingSpec(7, stream=False)
@@ -116,6 +118,9 @@ async def test_what_is_kept_shows(name: str) -> None:
         assert not any(set("bc") & set(c["message"]["content"]) for c in stopped)
         for choice in await texts(stop_token_ids=[2, 3]):
             assert not set("bc") & set(choice["message"]["content"])
+        if "allowed_token_ids" not in GUIDES[name][1]:
+            for choice in await texts(allowed_token_ids=[2, 3]):
+                assert set(choice["message"]["content"]) <= set("bc")
         for choice in await texts(logprobs=True, top_logprobs=2):
             rows = choice["logprobs"]["content"]
             assert all(len(row["top_logprobs"]) == 2 for row in rows)

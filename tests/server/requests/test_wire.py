@@ -1,5 +1,6 @@
 """Fields: what is known, what is ignored and said, what is refused; our own messages come back; null is absent."""
 
+import json
 from typing import Any
 
 import httpx
@@ -41,14 +42,17 @@ HINTS: list[tuple[str, Any]] = [
     ("service_tier", "default"), ("best_of", 1), ("echo", False), ("suffix", ""), ("modalities", ["text"]),
     ("prediction", {"type": "content", "content": "Hello"}), ("safety_identifier", "s"), ("prompt_cache_key", "k"),
     ("prompt_cache_retention", "24h"), ("user", "u"), ("verbosity", "medium"), ("reasoning_effort", "none"),
-    ("functions", []), ("function_call", "none"),
+    ("functions", []), ("function_call", "none"), ("include_reasoning", True), ("chat_template_kwargs", {}),
+    ("documents", []), ("spaces_between_special_tokens", True), ("use_beam_search", False), ("vllm_xargs", {}),
 ]  # fmt: skip
 UNSERVED: list[tuple[str, Any]] = [
     ("store", True), ("store", 0), ("tools", [{"type": "function"}]), ("tools", {}), ("tool_choice", "required"),
     ("tool_choice", {"type": "function"}), ("service_tier", "flex"), ("service_tier", []), ("best_of", 4),
     ("best_of", True), ("echo", True), ("suffix", "x"), ("modalities", ["audio"]), ("modalities", ["text", "audio"]),
     ("audio", {}), ("verbosity", "low"), ("reasoning_effort", "high"), ("web_search_options", {}), ("functions", [{}]),
-    ("function_call", {"name": "f"}),
+    ("function_call", {"name": "f"}), ("chat_template", "x"), ("chat_template_kwargs", {"enable_thinking": False}),
+    ("structured_outputs", {"regex": "a"}), ("guided_choice", ["a"]), ("prompt_logprobs", 1), ("cache_salt", "s"),
+    ("thinking_token_budget", 5), ("use_beam_search", True), ("logits_processors", ["f"]), ("kv_transfer_params", {"a": 1}),
 ]  # fmt: skip
 
 
@@ -218,6 +222,37 @@ async def test_null_is_absent_in_every_field(path: str) -> None:
     assert [answer.json().get(key) for key in kept] == [plain.json().get(key) for key in kept]
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_token_ids_come_if_asked_for_whole_and_streamed(path: str) -> None:
+    body = GOOD[path] | {"return_token_ids": True, "n": 2}
+    async with client() as http:
+        whole = (await http.post(path, json=body)).json()
+        text = (await http.post(path, json=body | {"stream": True})).text
+        assert "token_ids" not in (await http.post(path, json=GOOD[path])).text
+    chunks = [_event(line) for line in text.split("\n\n")[:-2]]
+    prompts = [each["prompt_token_ids"] for each in ([whole] if path == CHAT else whole["choices"])]
+    assert {len(prompt) for prompt in prompts} == {whole["usage"]["prompt_tokens"]}
+    for choice in whole["choices"]:
+        mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+        assert choice["token_ids"] == [token for c in mine for token in c.get("token_ids", ())] == [0, 1, 2]
+    streamed = [each for chunk in chunks for each in ([chunk] if path == CHAT else chunk["choices"])]
+    assert [each["prompt_token_ids"] for each in streamed if "prompt_token_ids" in each] == prompts
+
+
+@pytest.mark.parametrize(("keep", "tokens"), [(1, 1), (3, 3), (500, 500), (None, None), (-1, 509)])
+async def test_a_prompt_is_cut_at_its_beginning_if_asked_for(keep: int | None, tokens: int | None) -> None:
+    prompt = "".join(chr(97 + i % 26) for i in range(600))
+    async with client() as http:
+        answer = await http.post(
+            TEXT, json={"prompt": prompt, "max_tokens": 3, "truncate_prompt_tokens": keep, "return_token_ids": True}
+        )
+    if tokens is None:
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        return
+    assert answer.json()["choices"][0]["prompt_token_ids"] == [ord(c) for c in prompt[-tokens:]]
+    assert error_of(TEXT, truncate_prompt_tokens=0)["param"] == "truncate_prompt_tokens"
+
+
 async def test_usage_comes_with_every_chunk_if_asked_for() -> None:
     for options, chunks in (
         ({"continuous_usage_stats": True}, "all"),
@@ -246,6 +281,4 @@ async def test_usage_comes_with_every_chunk_if_asked_for() -> None:
 
 
 def _event(line: str) -> dict[str, Any]:
-    import json
-
     return dict(json.loads(line.removeprefix("data: ")))
