@@ -14,6 +14,7 @@ from guiderail.guides.core.errors import (
     GuideField,
     RequestError,
     RewardFailed,
+    TooLong,
 )
 from guiderail.server.strict_json import printable
 
@@ -57,6 +58,8 @@ def from_exception(error: Exception) -> ApiError:
         case FieldError():
             text = "".join(part if isinstance(part, str) else f"'{_place(part)}'" for part in error.parts)
             return bad_request(text, _place(error.field))
+        case TooLong():
+            return bad_request(str(error), error.param, "context_length_exceeded")
         case RequestError():
             return bad_request(str(error), error.param)
         case EngineUnavailable():

@@ -53,6 +53,7 @@ from guiderail.server.scoring.calibration_file import StoredCalibration
 from guiderail.server.scoring.calibrator import Calibrator
 from guiderail.server.settings import Settings, SettingsError
 from guiderail.server.state import ServerState
+from guiderail.server.workers import Workers
 
 END_S = 15.0  # of the shutdown, after the time that requests get: engines need some seconds
 
@@ -180,6 +181,7 @@ async def _prepare(
         settings.chat_template,
         allow_control_tokens=settings.allow_control_tokens,
         plain_completions=settings.plain_completions,
+        context=lambda: engine.max_model_len,
     )
     services = Services(engine, renderer, frozenset(settings.lora), settings.model_name, frozenset(remote))
     stored = {file: calibration_store.load(file) for file in settings.calibration}
@@ -260,5 +262,5 @@ def assemble(
     admission = Admission(settings.limits, settings.rows, metrics)
     return ServerState(
         settings, engine, renderer, guides, rewards, resolver, scorer, scorers, admission,
-        metrics, Keys(settings.api_key, settings.api_key_file), int(time.time()),
+        metrics, Keys(settings.api_key, settings.api_key_file), Workers(), int(time.time()),
     )  # fmt: skip

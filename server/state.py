@@ -17,6 +17,7 @@ from guiderail.server.requests.resolve import Resolver
 from guiderail.server.scoring.batcher import BatchingScorer
 from guiderail.server.settings import Settings
 from guiderail.server.shutdown import Shutdown
+from guiderail.server.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class ServerState:
     admission: Admission
     metrics: Metrics
     keys: Keys
+    workers: Workers
     created: int
     shutdown: Shutdown = field(default_factory=Shutdown)
 

@@ -18,6 +18,10 @@ class RequestError(GuiderailError):
         self.param = param
 
 
+class TooLong(RequestError, ValueError):
+    """A conversation, or an answer, is longer than what is to read it."""
+
+
 @dataclass(frozen=True, slots=True)
 class AlignmentField:
     """A field of the request's alignment, by its name there."""

@@ -22,14 +22,25 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
         raise failures.exceptions[0] from None
 
 
-async def together(work: Iterable[Coroutine[None, None, T]]) -> list[T]:
-    """Results of all coroutines, run concurrently, in their order."""
-    coroutines = list(work)
-    if len(coroutines) == 1:  # as of one reward: no task to start
-        return [await coroutines[0]]
+async def together(work: Iterable[Coroutine[None, None, T]], at_once: int | None = None) -> list[T]:
+    """Results of all coroutines, run concurrently, in their order; at most so many at once, None being all."""
+    if at_once is None:
+        coroutines = list(work)
+        if len(coroutines) == 1:  # as of one reward: no task to start
+            return [await coroutines[0]]
+        async with task_group() as group:
+            tasks = [group.create_task(each) for each in coroutines]
+        return [task.result() for task in tasks]
+    numbered, found = enumerate(work), dict[int, T]()
+
+    async def some() -> None:
+        for number, each in numbered:
+            found[number] = await each
+
     async with task_group() as group:
-        tasks = [group.create_task(each) for each in coroutines]
-    return [task.result() for task in tasks]
+        for _ in range(at_once):
+            group.create_task(some())
+    return [found[number] for number in range(len(found))]
 
 
 class Background:

@@ -28,7 +28,7 @@ def create_app(state: ServerState) -> FastAPI:
     settings = state.settings
     app = FastAPI(title="Guiderail", version=version("guiderail"), description="Decoding-time alignment server.")
     app.include_router(build_router(state))
-    describe(app, keys=bool(state.keys))
+    describe(app, settings.limits, keys=bool(state.keys))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: Exception) -> Response:
@@ -53,7 +53,7 @@ def create_app(state: ServerState) -> FastAPI:
 
     # The first of these is the innermost.
     app.add_middleware(Draining, shutdown=state.shutdown)
-    app.add_middleware(Reception, timeout_s=settings.body_timeout_s)
+    app.add_middleware(Reception, timeout_s=settings.body_timeout_s, limits=settings.limits)
     app.add_middleware(Identity, keys=state.keys)
     app.add_middleware(PlainPaths)
     if settings.allowed_origin:

@@ -4,7 +4,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from guiderail.server.requests.bounds import describe_bounds
 from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, ScoreRequest
+from guiderail.server.settings import OperatorLimits
 
 BODIES: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, ScoreRequest)
 PLACE = "#/components/schemas/{model}"
@@ -42,7 +44,7 @@ def body_of(model: type[BaseModel]) -> dict[str, object]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def describe(app: FastAPI, *, keys: bool) -> None:
+def describe(app: FastAPI, limits: OperatorLimits, *, keys: bool) -> None:
     """Complete the application's description by what the routes refer to. keys: whether requests need one."""
     plain = app.openapi
 
@@ -50,6 +52,7 @@ def describe(app: FastAPI, *, keys: bool) -> None:
         if app.openapi_schema is None:
             document = plain()
             _, found = models_json_schema([(model, "validation") for model in BODIES], ref_template=PLACE)
+            describe_bounds(found["$defs"].values(), limits)
             components = document.setdefault("components", {})
             components.setdefault("schemas", {}).update(found["$defs"], Error=ERROR)
             if keys:

@@ -6,8 +6,9 @@ from email.message import Message as MimeHeader
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from guiderail.server.api.transport import MAX_BODY_BYTES, body_too_large
+from guiderail.server.api.transport import body_too_large
 from guiderail.server.openai_errors import ApiError
+from guiderail.server.settings import OperatorLimits
 
 CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 LARGE_BYTES = 2**20  # bodies below are always taken
@@ -17,9 +18,10 @@ MAX_LARGE_BYTES = 256 * 2**20  # of all large bodies that are not whole yet
 class Reception:
     """Reads bodies for the application, which is raised ApiError (408, 413, 415, 503) where it asks for them."""
 
-    def __init__(self, app: ASGIApp, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, timeout_s: float, limits: OperatorLimits) -> None:
         """timeout_s: seconds from a request's headers to the last byte of its body."""
         self._app = app
+        self._limits = limits
         self._timeout_s = timeout_s
         self._large_bytes = 0
 
@@ -37,7 +39,7 @@ class Reception:
             if whole:
                 return await receive()
             if not size:
-                _check(Headers(scope=scope))
+                _check(Headers(scope=scope), self._limits)
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
@@ -68,7 +70,7 @@ class Reception:
         )
 
 
-def _check(headers: Headers) -> None:
+def _check(headers: Headers, limits: OperatorLimits) -> None:
     """Raise ApiError for a body that the headers say cannot be read."""
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
@@ -79,8 +81,8 @@ def _check(headers: Headers) -> None:
     if charset not in CHARSETS:
         raise _unsupported(f"charset '{charset[:40]}' of the Content-Type is not supported: send UTF-8")
     length = headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > MAX_BODY_BYTES:
-        raise body_too_large()
+    if length.isdecimal() and int(length) > limits.max_body_bytes:
+        raise body_too_large(limits)
 
 
 def _unsupported(why: str) -> ApiError:

@@ -5,10 +5,12 @@ from collections.abc import AsyncGenerator
 
 from guiderail.guides.core.types import Event, Final, Scored, Token, TokenLogprob
 from guiderail.server.api.bodies import Body, ChatBody, Json, alignment_report, envelope, prompt_ids, token_ids, usage
-from guiderail.server.api.transport import DONE, error_event, json_event
+from guiderail.server.api.transport import DONE, error_event, json_event, json_with
 from guiderail.server.requests.run import running
 from guiderail.server.requests.schemas import StreamOptions
 from guiderail.server.state import ServerState
+
+LOGPROB_BYTES = 80  # of an entry in a response, about
 
 
 class _Fold:
@@ -35,8 +37,8 @@ class _Fold:
         return alignment_report(self._request, [self.finals[i] for i in range(self.count)])
 
 
-async def whole(state: ServerState, body: Body) -> Json:
-    """Run the request; return the response that is not streamed."""
+async def whole(state: ServerState, body: Body) -> bytes:
+    """Run the request; return the JSON of the response that is not streamed."""
     fold = _Fold(state, body)
     texts: list[list[str]] = [[] for _ in range(fold.count)]
     logprobs: list[list[TokenLogprob]] = [[] for _ in range(fold.count)]
@@ -49,13 +51,18 @@ async def whole(state: ServerState, body: Body) -> Json:
                 ids[index].extend(event.token_ids)
                 logprobs[index].extend(event.logprobs or ())
     wanted = body.request.contexts[0].sampling.logprobs is not None
-    choices = [
-        body.choice(i, "".join(texts[i]), logprobs[i] if wanted else None, fold.finals[i])
-        | token_ids(body, i, ids[i], first=True)
-        for i in range(fold.count)
-    ]
-    more = {"usage": usage(body.request), "alignment": fold.report()}
-    return envelope(body, body.whole_object, choices) | more | (prompt_ids(body) if isinstance(body, ChatBody) else {})
+
+    def written() -> bytes:
+        choices = (
+            body.choice(i, "".join(texts[i]), logprobs[i] if wanted else None, fold.finals[i])
+            | token_ids(body, i, ids[i], first=True)
+            for i in range(fold.count)
+        )
+        rest = envelope(body, body.whole_object, []) | {"usage": usage(body.request), "alignment": fold.report()}
+        return json_with(rest | (prompt_ids(body) if isinstance(body, ChatBody) else {}), "choices", choices)
+
+    size = LOGPROB_BYTES * sum(1 + len(token.top) for tokens in logprobs for token in tokens)
+    return await state.workers.run(body.request.client, size, written)
 
 
 async def stream(state: ServerState, body: Body, options: StreamOptions) -> AsyncGenerator[bytes, None]:

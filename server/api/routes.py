@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from guiderail.server.api.transport import (
     error_response,
     event_stream,
     json_response,
+    json_with,
     read_object,
     until_disconnect,
 )
@@ -27,15 +28,19 @@ from guiderail.server.metrics import Load
 from guiderail.server.models.cpu_features import description
 from guiderail.server.openai_errors import ApiError, from_exception, from_validation
 from guiderail.server.requests import build
+from guiderail.server.requests.bounds import check_counts
 from guiderail.server.requests.sampling_fields import vet_format
 from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, ScoreRequest, StreamOptions
-from guiderail.server.requests.score import score, scoring
+from guiderail.server.requests.score import Scoring, score, scoring
 from guiderail.server.requests.wire import STRICT
 from guiderail.server.rewards.models.backend import ModelReward
 from guiderail.server.state import ServerState
 
 log = logging.getLogger("guiderail.server")
 IGNORED_HEADER = "X-Guiderail-Ignored-Fields"
+SCORE_BYTES = 100  # of an answer's scores in a response, about
+T = TypeVar("T")
+S = TypeVar("S", bound=BaseModel)
 
 
 def build_router(state: ServerState) -> APIRouter:
@@ -96,13 +101,15 @@ def build_router(state: ServerState) -> APIRouter:
     async def score_answers(request: Request) -> Response:
         """Score given answers to given messages: raw values by reward, and combined."""
         try:
-            parsed = parse(ScoreRequest, await read_object(request), state.settings.strict_fields)
-            work = scoring(state, parsed, request.state.client)
+            body = await read_object(request, state)
+            work = await _off_loop(
+                state, request, lambda: scoring(state, parse(state, ScoreRequest, body), request.state.client)
+            )
             await state.resolver.vet(work.inputs[0][0].pipeline.asked.rewards, work.client.name, "rewards")
         except (ApiError, GuiderailError) as error:
             return _rejected(state, error)
         request.state.spend = work.spend
-        return await _answered(work.label, _whole(request, score(state, work), _said(work.ignored)))
+        return await _answered(work.label, _whole(request, _scores(state, work), _said(work.ignored)))
 
     @router.get("/health")
     async def health() -> Response:
@@ -161,12 +168,8 @@ async def _complete(
 ) -> Response:
     arrived = time.monotonic()
     try:
-        parsed = parse(schema, await read_object(request), state.settings.strict_fields)
-        body: Body
-        if isinstance(parsed, ChatRequest):
-            body = ChatBody(build.chat(state, parsed, arrived, request.state.client), state.renderer)
-        else:
-            body = TextBody(build.completion(state, parsed, arrived, request.state.client), state.renderer)
+        given = await read_object(request, state)
+        parsed, body = await _off_loop(state, request, lambda: _built(state, request, schema, given, arrived))
         await vet_format(parsed, body.request.client.name)
         await state.resolver.vet(body.request.alignment.rewards, body.request.client.name)
     except (ApiError, GuiderailError) as error:
@@ -179,8 +182,34 @@ async def _complete(
     return await _answered(body.request.label, event_stream(request.receive, events, headers))
 
 
-async def _whole(request: Request, work: Coroutine[object, None, Json], headers: dict[str, str]) -> Response:
-    return json_response(await until_disconnect(request.receive, work), headers=headers)
+def _built(
+    state: ServerState,
+    request: Request,
+    schema: type[ChatRequest] | type[CompletionRequest],
+    given: Json,
+    arrived: float,
+) -> tuple[ChatRequest | CompletionRequest, Body]:
+    """What is asked for, and the body of its response. Raises ApiError and RequestError."""
+    parsed = parse(state, schema, given)
+    if isinstance(parsed, ChatRequest):
+        return parsed, ChatBody(build.chat(state, parsed, arrived, request.state.client), state.renderer)
+    return parsed, TextBody(build.completion(state, parsed, arrived, request.state.client), state.renderer)
+
+
+async def _off_loop(state: ServerState, request: Request, work: Callable[[], T]) -> T:
+    """The result of work on the request's whole body, which is done off the event loop if that is large."""
+    return await state.workers.run(request.state.client, request.state.body_bytes, work)
+
+
+async def _scores(state: ServerState, work: Scoring) -> bytes:
+    found = await score(state, work)
+    size = SCORE_BYTES * sum(len(candidates) for _, candidates in work.inputs)
+    return await state.workers.run(work.client, size, lambda: json_with(found.rest, "data", found.data))
+
+
+async def _whole(request: Request, work: Coroutine[object, None, bytes], headers: dict[str, str]) -> Response:
+    content = await until_disconnect(request.receive, work)
+    return Response(content, headers=headers, media_type="application/json")
 
 
 def _said(ignored: Sequence[str]) -> dict[str, str]:
@@ -208,11 +237,10 @@ async def _answered(label: str, work: Coroutine[object, None, Response]) -> Resp
         return error_response(failure)
 
 
-S = TypeVar("S", bound=BaseModel)
-
-
-def parse(model: type[S], body: Json, strict: bool = False) -> S:
-    """Check a body against its schema; `strict` refuses fields that nobody knows. Raises ApiError (400)."""
+def parse(state: ServerState, model: type[S], body: Json) -> S:
+    """Check a body against its schema and the operator's settings. Raises ApiError (400)."""
+    check_counts(body, state.settings.limits)
+    strict = state.settings.strict_fields
     try:
         return model.model_validate(body, context=STRICT if strict else None)
     except ValidationError as error:

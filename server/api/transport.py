@@ -1,7 +1,7 @@
 """HTTP plumbing: bounded JSON bodies, work that ends with its client, and server-sent events."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import suppress
 from typing import TypeVar
 
@@ -11,11 +11,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from guiderail.server.openai_errors import ApiError, bad_request, from_exception
+from guiderail.server.settings import OperatorLimits
+from guiderail.server.state import ServerState
 from guiderail.server.strict_json import JsonFault, read_body
 
 T = TypeVar("T")
-MAX_BODY_BYTES = 16 * 2**20
-LARGE_BODY_BYTES = 2**16  # from here on a body is read off the event loop
 KEEP_ALIVE_S = 10.0  # proxies cut silent connections, and a guide may search for minutes before it commits to a word
 KEEP_ALIVE = b": keep-alive\n\n"
 HEADERS_AFTER_S = 2.0  # how long a stream's start may wait for a first event, to report errors by status
@@ -26,18 +26,24 @@ class ClientGone(Exception):
     """The client closed its connection before the answer was ready."""
 
 
-async def read_object(request: Request) -> dict[str, object]:
-    """The request's JSON object. Raises ApiError (400, 413), and ClientGone."""
-    body = bytearray()
+async def read_object(request: Request, state: ServerState) -> dict[str, object]:
+    """The request's JSON object. Raises ApiError (400, 413), and ClientGone.
+
+    Its size goes to `request.state.body_bytes`, which tells how much work the request may be.
+    """
+    limits, body = state.settings.limits, bytearray()
     try:
         async for chunk in request.stream():
             body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise body_too_large()
+            if len(body) > limits.max_body_bytes:
+                raise body_too_large(limits)
     except ClientDisconnect as error:
         raise ClientGone from error
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > limits.max_body_values:
+        raise _too_large(f"{limits.max_body_values} commas and opening brackets (limits.max_body_values)")
+    request.state.body_bytes = len(body)
     try:
-        value = read_body(body) if len(body) < LARGE_BODY_BYTES else await asyncio.to_thread(read_body, body)
+        value = await state.workers.run(request.state.client, len(body), lambda: read_body(body))
     except JsonFault as fault:
         if fault.path:
             raise bad_request(f"'{fault.path}' {fault}", fault.path) from fault
@@ -47,9 +53,13 @@ async def read_object(request: Request) -> dict[str, object]:
     return value
 
 
-def body_too_large() -> ApiError:
-    """The refusal of a body beyond MAX_BODY_BYTES."""
-    return ApiError(413, f"the body exceeds {MAX_BODY_BYTES} bytes", code="body_too_large")
+def body_too_large(limits: OperatorLimits) -> ApiError:
+    """The refusal of a body that is longer than the operator allows."""
+    return _too_large(f"{limits.max_body_bytes} bytes (limits.max_body_bytes)")
+
+
+def _too_large(what: str) -> ApiError:
+    return ApiError(413, f"the body has more than {what}; this server allows no more", code="body_too_large")
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[object, None, T]) -> T:
@@ -75,6 +85,15 @@ async def _disconnected(receive: Receive) -> None:
 def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON body, written by pydantic's fast encoder."""
     return Response(to_json(value), status, headers, media_type="application/json")
+
+
+def json_with(value: dict[str, object], name: str, items: Iterable[object]) -> bytes:
+    """The JSON of an object with these items as its list `name`. Written one by one: nothing else runs during each."""
+    pieces = b",".join(map(to_json, items))
+    return to_json({key: each for key, each in value.items() if key != name})[:-1] + b',"%b":[%b]}' % (
+        name.encode(),
+        pieces,
+    )
 
 
 def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Response:

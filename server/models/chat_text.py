@@ -6,7 +6,7 @@ afterwards. Whatever a template does with contents (it may trim them, show them 
 with each other), a control token is one only if the template wrote all of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,9 +29,12 @@ class Text:
 class ChatText:
     """A chat template and the control tokens of its tokenizer."""
 
-    def __init__(self, tokenizer: Any, control: ControlTokens) -> None:
-        """tokenizer: of transformers."""
+    def __init__(
+        self, tokenizer: Any, control: ControlTokens, check: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """tokenizer: of transformers. check: called with what the template wrote; raises what is wrong with it."""
         self._tokenizer = tokenizer
+        self._check = check
         self._control = control
         self._remembered = lru_cache(maxsize=1024)(self._found)
 
@@ -63,6 +66,7 @@ class ChatText:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
+        self._check(text)
         return text
 
     def _own(self, turns: Sequence[Turn], *how: bool) -> list[str] | None:

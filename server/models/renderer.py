@@ -3,15 +3,16 @@
 Messages are text: what looks like a control token in them is encoded as the text that it is (chat_text.py).
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.errors import RequestError, TooLong
 from guiderail.guides.core.types import Message, TokenPrompt
 from guiderail.server.models.chat_text import ChatText, Text
 from guiderail.server.models.control_tokens import ControlTokens
+from guiderail.server.models.token_bytes import token_bytes
 
 
 class ChatRenderer:
@@ -24,12 +25,13 @@ class ChatRenderer:
         *,
         allow_control_tokens: bool = False,
         plain_completions: bool = False,
+        context: Callable[[], int] = lambda: 0,
     ) -> None:
         """`chat_template` is a Jinja template or the path of one. Raises OSError for an unknown model,
         GuiderailError for a tokenizer that cannot tell text from control tokens.
 
         allow_control_tokens: what looks like a control token in messages is one. plain_completions: in the prompts of
-        text completions it is not.
+        text completions it is not. context: the most tokens that the model reads, 0 while that is not known.
         """
         from transformers import AutoTokenizer
 
@@ -39,7 +41,9 @@ class ChatRenderer:
             is_file = "{" not in chat_template and path.is_file()
             self._tokenizer.chat_template = path.read_text() if is_file else chat_template
         self._control = ControlTokens(self._tokenizer)
-        self._chat = ChatText(self._tokenizer, self._control)
+        self._chat = ChatText(self._tokenizer, self._control, partial(self._check_length, "messages"))
+        self._context = context
+        self._token_bytes = token_bytes(self._tokenizer.backend_tokenizer.to_str())
         self._allow_control_tokens, self._plain_completions = allow_control_tokens, plain_completions
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
 
@@ -95,7 +99,16 @@ class ChatRenderer:
 
         opens: nothing stands before it.
         """
+        self._check_length("prompt", text)
         return self.encode(text, add_special_tokens=opens, plain=self._plain_completions)
+
+    def _check_length(self, field: str, text: str) -> None:
+        """Raise TooLong for a text of which the number of bytes alone says that the model cannot read it."""
+        context, bound = self._context(), self._token_bytes
+        if not context or bound is None or len(text) * 4 <= context * bound.longest:
+            return
+        if (least := bound.least(text)) > context:
+            raise TooLong(f"the prompt has at least {least} tokens; the model's context is {context}", field)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of a token sequence, by default without special tokens."""

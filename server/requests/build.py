@@ -61,6 +61,7 @@ def completion(state: ServerState, request: CompletionRequest, arrived: float, c
         if isinstance(prompt, str):
             ids, text = state.renderer.encode_prompt(prompt), prompt
         else:
+            _room(state, len(prompt), "prompt")
             ids, text = prompt, state.renderer.decode(_in_vocabulary(state, prompt, "prompt"))
         if not ids:
             raise bad_request("'prompt' is empty", "prompt")
@@ -185,13 +186,7 @@ def _model(state: ServerState, name: str | None) -> tuple[str, str | None, str |
 def _max_tokens(state: ServerState, request: ChatRequest | CompletionRequest, prompt_len: int) -> int:
     asked = request.token_limit
     context, allowed = state.engine.max_model_len, state.settings.limits.max_tokens
-    room = context - prompt_len
-    if room < 1:
-        raise bad_request(
-            f"the prompt has {prompt_len} tokens; the model's context is {context}, one of which must be left",
-            "messages" if isinstance(request, ChatRequest) else "prompt",
-            "context_length_exceeded",
-        )
+    room = _room(state, prompt_len, "messages" if isinstance(request, ChatRequest) else "prompt")
     if asked is None:
         return min(room, allowed or room, request.default_tokens or room)
     if asked > room:
@@ -205,8 +200,20 @@ def _max_tokens(state: ServerState, request: ChatRequest | CompletionRequest, pr
     return asked
 
 
+def _room(state: ServerState, prompt_len: int, field: str) -> int:
+    """Return the tokens that a prompt leaves of the context. Raises ApiError (400) if there is none."""
+    context = state.engine.max_model_len
+    if prompt_len >= context:
+        raise bad_request(
+            f"the prompt has {prompt_len} tokens; the model's context is {context}, one of which must be left",
+            field,
+            "context_length_exceeded",
+        )
+    return context - prompt_len
+
+
 def _in_vocabulary(state: ServerState, token_ids: list[int], field: str) -> list[int]:
-    for token in token_ids:
+    for token in (min(token_ids), max(token_ids)) if token_ids else ():
         if not 0 <= token < state.engine.vocab_size:
             raise bad_request(f"'{field}': token id {token} is outside 0..{state.engine.vocab_size - 1}", field)
     return token_ids

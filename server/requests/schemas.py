@@ -45,7 +45,7 @@ class ChatMessage(Schema):
     """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     refusal: str | None = None
     reasoning: str | None = None
@@ -112,7 +112,7 @@ class ResponseFormat(Schema):
         return self
 
 
-StopText = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class SamplingFields(Hints):
@@ -125,8 +125,8 @@ class SamplingFields(Hints):
     top_k: int = Field(0, ge=-1, le=2**31 - 1)
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
-    stop_token_ids: list[int] = Field([])
+    stop: StopText | Annotated[list[StopText], Field(max_length=64, fail_fast=True)] | None = None
+    stop_token_ids: list[int] = Field([], fail_fast=True)
     include_stop_str_in_output: StrictBool = False
     max_tokens: int | None = Field(None, ge=1)
     min_tokens: int = Field(0, ge=0)
@@ -165,7 +165,7 @@ class SamplingFields(Hints):
 class ChatRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: StrictBool = False
     top_logprobs: int | None = Field(None, ge=0)
@@ -208,8 +208,8 @@ class AnswerFields(Schema):
 class ScoreInput(Schema):
     """A conversation and the answers to its last message."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    answers: list[str | AnswerFields] = Field(min_length=1, max_length=1024)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    answers: list[str | AnswerFields] = Field(min_length=1, max_length=1024, fail_fast=True)
 
 
 class ScoreRequest(Schema):
@@ -218,8 +218,8 @@ class ScoreRequest(Schema):
     `max_tokens` and `temperature` are those of the answers that calibration draws, if any transform needs them.
     """
 
-    inputs: list[ScoreInput] = Field(min_length=1, max_length=1024)
-    rewards: list[str | dict[str, object]] = Field(min_length=1)
+    inputs: list[ScoreInput] = Field(min_length=1, max_length=1024, fail_fast=True)
+    rewards: list[str | dict[str, object]] = Field(min_length=1, fail_fast=True)
     combine: str | dict[str, object] = "sum"
     calibration: dict[str, object] = Field({})
     max_tokens: int = Field(256, ge=1)
@@ -227,13 +227,18 @@ class ScoreRequest(Schema):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(SamplingFields):
     """Body of POST /v1/completions: a text, token ids, or a list of either."""
 
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+    )
     logprobs: int | None = Field(None, ge=0)
 
     default_tokens: ClassVar[int | None] = 16  # as OpenAI documents for this route

@@ -23,6 +23,10 @@ from guiderail.server.requests.specs import NamedSpec, RewardSpec, read_calibrat
 from guiderail.server.requests.wire import unknown_warnings
 from guiderail.server.state import ServerState
 
+SCORED_AT_ONCE = 64  # inputs of a request: enough to fill the batches of a reward model
+ASKING_AT_ONCE = 8  # the same where a reward asks the engine, which takes a part of each one's questions at a time
+ASKED_ROWS = 16  # sequences of one request for scores in the engine, at least
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring(Work):
@@ -44,31 +48,48 @@ def scoring(state: ServerState, request: ScoreRequest, client: Client = NOBODY) 
     )
 
 
-async def score(state: ServerState, work: Scoring) -> dict[str, object]:
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The response to a request for scores: what stands in it for each input, and the rest."""
+
+    data: list[dict[str, object]]
+    rest: dict[str, object]
+
+
+async def score(state: ServerState, work: Scoring) -> Scores:
     """Run the request, once admitted; return the response. Raises ApiError (429), or RewardFailed if a reward fails."""
+    at_once = ASKING_AT_ONCE if any(_asking(state, ctx) for ctx, _ in work.inputs) else SCORED_AT_ONCE
     try:
         async with admitted(state, work):
-            scored = await together(_score(ctx, candidates) for ctx, candidates in work.inputs)
+            scored = await together((_score(ctx, candidates) for ctx, candidates in work.inputs), at_once)
     except FieldError as error:  # here the fields of an alignment stand in the body itself
         raise bad_request(str(error), error.param) from error
-    data = [{"index": index, **each} for index, each in enumerate(scored)]
     told = (warning for ctx, _ in work.inputs for warning in ctx.report.warnings)
     warnings = list(dict.fromkeys([*unknown_warnings(work.ignored), *told]))
     usage = {"reward_tokens": work.spend.reward_tokens, "calibration_tokens": work.spend.calibration_tokens}
-    return {"object": "list", "data": data, "usage": usage, "warnings": warnings}
+    data: list[dict[str, object]] = [{"index": index, **each} for index, each in enumerate(scored)]
+    return Scores(data, {"object": "list", "usage": usage, "warnings": warnings})
+
+
+def _asking(state: ServerState, ctx: Context) -> int:
+    """Rewards of an input that ask the engine."""
+    return sum(state.rewards[term.name].asks_engine for term in ctx.pipeline.asked.rewards)
 
 
 def _cost(state: ServerState, inputs: Sequence[tuple[Context, list[Candidate]]]) -> tuple[int, int]:
     """The sequences and tokens that scores take of the engine at most: calibration draws, and answers that rewards
-    ask the engine about. A request that takes none counts as one sequence of the tokens that its rewards read.
+    ask the engine about, each behind its prompt; of these it has a part at a time. A request that takes none counts as
+    one sequence of the tokens that its rewards read.
     """
-    rows = tokens = 0
+    draws = asked = tokens = 0
     for ctx, candidates in inputs:
-        asked = ctx.pipeline.asked
-        rows += len(candidates) * sum(state.rewards[term.name].asks_engine for term in asked.rewards) + asked.draws
-        tokens += len(asked.rewards) * sum(len(candidate.token_ids) for candidate in candidates)
-        tokens += asked.draws * ctx.sampling.max_tokens
-    return max(1, rows), tokens
+        terms, asking = len(ctx.pipeline.asked.rewards), _asking(state, ctx)
+        read = sum(len(candidate.token_ids) for candidate in candidates)
+        draws += ctx.pipeline.asked.draws
+        asked += len(candidates) * asking
+        tokens += terms * read + asking * len(candidates) * len(ctx.prompt.token_ids)
+        tokens += ctx.pipeline.asked.draws * ctx.sampling.max_tokens
+    return max(1, draws + min(asked, max(ASKED_ROWS, state.settings.rows // 4))), tokens
 
 
 async def _score(ctx: Context, candidates: list[Candidate]) -> dict[str, object]:

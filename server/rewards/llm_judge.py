@@ -6,6 +6,7 @@ quoted in the prompt (verdicts.py).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 from pydantic import Field
@@ -50,10 +51,9 @@ class Judge(Reward[JudgeParams]):
         assert self._verdicts is not None
         results = []
         for group in groups:
-            texts = [_question(group, answer) for answer in answer_texts(group)]
-            prompts = [self._verdicts.prompt(text, group.params.adapter) for text in texts]
-            values = await self._verdicts.first(prompts)
-            results.append(ScoreResult(tuple(values), sum(len(p.token_ids) for p in prompts)))
+            texts = map(partial(_question, group), answer_texts(group))
+            values, tokens = await self._verdicts.ask(texts, group.params.adapter)
+            results.append(ScoreResult(tuple(values), tokens))
         return results
 
 

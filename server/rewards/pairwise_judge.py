@@ -5,6 +5,7 @@ arXiv 2306.05685). Question and answers are quoted in the prompt (verdicts.py). 
 says so outside of the quote.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from guiderail.guides.core.interfaces import Services
@@ -36,16 +37,9 @@ class PairwiseJudge:
         equal prompts once. The value of (i, j) is exactly 1 minus that of (j, i), and 0.5 for equal answers.
         Raises what the engine raises.
         """
-        told, question = self._asked(messages)
-        quotes = {index: self._quote(answers[index]) for index in {index for pair in pairs for index in pair}}
-        texts = {
-            (first, second): f"{told}Question:\n{question}\n\nAnswer A:\n{quotes[first]}\n\nAnswer B:\n{quotes[second]}"
-            f"\n\n{criterion} Reply with A or B only."
-            for i, j in pairs
-            for first, second in ((i, j), (j, i))
-        }
+        texts = await asyncio.to_thread(self._texts, messages, criterion, answers, pairs)
         asked = list(dict.fromkeys(texts.values()))
-        found = await self._verdicts.first([self._verdicts.prompt(text) for text in asked])
+        found, _ = await self._verdicts.ask(asked)
         names_a = dict(zip(asked, found, strict=True))
 
         def beats(i: int, j: int) -> float:
@@ -55,6 +49,19 @@ class PairwiseJudge:
             return 1 - (1 - value)  # on the grid on which 1 - x is exact
 
         return [beats(i, j) for i, j in pairs]
+
+    def _texts(
+        self, messages: Sequence[Message], criterion: str, answers: Sequence[str], pairs: Sequence[tuple[int, int]]
+    ) -> dict[tuple[int, int], str]:
+        """Return the questions about all pairs, in both orders."""
+        told, question = self._asked(messages)
+        quotes = {index: self._quote(answers[index]) for index in {index for pair in pairs for index in pair}}
+        return {
+            (first, second): f"{told}Question:\n{question}\n\nAnswer A:\n{quotes[first]}\n\nAnswer B:\n{quotes[second]}"
+            f"\n\n{criterion} Reply with A or B only."
+            for i, j in pairs
+            for first, second in ((i, j), (j, i))
+        }
 
     def _asked(self, messages: Sequence[Message]) -> tuple[str, str]:
         """Return instructions (with a heading) and question: together they have the tokens of one quoted text."""

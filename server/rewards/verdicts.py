@@ -4,9 +4,11 @@ It costs a prompt for each word and no generation. Texts stand in the prompt as 
 like a part of it: each line begins with "> ", and what could be a special token of some tokenizer is broken up.
 """
 
+import asyncio
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.types import Message, TokenPrompt
@@ -18,6 +20,9 @@ _SPECIAL = re.compile(r"(?<=<)(?=[^\s<>]+>)|(?<=\[)(?=/?[A-Z_]+\])")
 def quoted(text: str) -> str:
     """Return the text as a quote, line by line."""
     return "\n".join("> " + _SPECIAL.sub(" ", line) for line in text.splitlines() or [""])
+
+
+AT_ONCE = 128  # questions that are put into prompts together, in a thread: thousands need never be there at a time
 
 
 class Verdicts:
@@ -33,21 +38,29 @@ class Verdicts:
             raise ValueError(refusal)
         self._tokens = ((first,), (second,))
 
-    def prompt(self, text: str, adapter: str | None = None) -> TokenPrompt:
-        """Return the question `text` as the served model, or an adapter of it, is to read it."""
-        renderer = self._services.renderer
-        if renderer.has_chat_template:
-            ids = renderer.render([Message("user", text)]).token_ids
-        else:
-            ids = tuple(renderer.encode(text + "\nReply:", add_special_tokens=True, plain=True))
-        return TokenPrompt(ids, adapter)
+    async def ask(self, texts: Iterable[str], adapter: str | None = None) -> tuple[list[float], int]:
+        """Return for each question the probability of the first word against the second, as the served model, or an
+        adapter of it, has it; and the tokens of all prompts. Raises as the engine and the chat template do.
 
-    async def first(self, prompts: Sequence[TokenPrompt]) -> list[float]:
-        """Return the probability of the first word against the second for each prompt. Raises as the engine does."""
-        rows = await self._services.engine.answer_logprobs(
-            [prompt for prompt in prompts for _ in self._tokens], self._tokens * len(prompts)
-        )
-        return [probability_of_first(one[0], other[0]) for one, other in zip(rows[::2], rows[1::2], strict=True)]
+        The questions are taken from `texts` in another thread, a few at a time.
+        """
+        found: list[float] = []
+        tokens, left = 0, iter(texts)
+        while prompts := await asyncio.to_thread(self._prompts, left, adapter):
+            tokens += sum(len(prompt.token_ids) for prompt in prompts)
+            rows = await self._services.engine.answer_logprobs(
+                [prompt for prompt in prompts for _ in self._tokens], self._tokens * len(prompts)
+            )
+            found += (probability_of_first(one[0], other[0]) for one, other in zip(rows[::2], rows[1::2], strict=True))
+        return found, tokens
+
+    def _prompts(self, left: Iterator[str], adapter: str | None) -> list[TokenPrompt]:
+        """Return the prompts of the next AT_ONCE questions."""
+        renderer, some = self._services.renderer, islice(left, AT_ONCE)
+        if renderer.has_chat_template:
+            return [TokenPrompt(renderer.render([Message("user", text)]).token_ids, adapter) for text in some]
+        encoded = (renderer.encode(text + "\nReply:", add_special_tokens=True, plain=True) for text in some)
+        return [TokenPrompt(tuple(ids), adapter) for ids in encoded]
 
 
 def probability_of_first(first: float, second: float) -> float:

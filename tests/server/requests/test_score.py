@@ -105,9 +105,9 @@ async def test_a_client_that_leaves_gives_its_place_back() -> None:
     ("rewards", "rows", "tokens"),
     [
         (["last_digit"], 1, 16),
-        (["last_digit", "asks"], 4, 32),
+        (["last_digit", "asks"], 4, 32 + 4 * 2),  # each answer that is asked about stands behind its prompt
         ([{"name": "last_digit", "transform": "calibrated"}], 2 * 8, 16 + 2 * 8 * 20),
-        ([{"name": "asks", "transform": "calibrated"}], 4 + 2 * 8, 16 + 2 * 8 * 20),
+        ([{"name": "asks", "transform": "calibrated"}], 4 + 2 * 8, 16 + 4 * 2 + 2 * 8 * 20),
     ],
 )
 def test_the_cost_is_what_the_engine_may_have_to_do(rewards: list[Any], rows: int, tokens: int) -> None:
@@ -116,4 +116,36 @@ def test_the_cost_is_what_the_engine_may_have_to_do(rewards: list[Any], rows: in
     work = scoring(state, ScoreRequest.model_validate(body))
     assert (work.rows, work.tokens) == (rows, tokens)
     stored = scoring(state, ScoreRequest.model_validate(body | {"calibration": {"source": "stored"}}))
-    assert stored.tokens == 16 * len(rewards), "nothing is drawn"
+    assert stored.tokens == tokens - (2 * 8 * 20 if rows >= 2 * 8 else 0), "nothing is drawn"
+
+
+def test_what_a_judge_takes_of_the_engine_at_once_is_bounded_and_its_tokens_are_not() -> None:
+    state = make_state(ScriptedEngine(), {"asks": Asks()}, max_num_seqs=128)
+    body = BODY | {"inputs": [BODY["inputs"][0] | {"answers": ["w1"] * 1000}] * 4, "rewards": ["asks"]}
+    work = scoring(state, ScoreRequest.model_validate(body))
+    assert (work.rows, work.tokens) == (32, 4 * 1000 * (2 + 2))
+
+
+class Counting(Reward):
+    """Asks the engine about nothing; counts the groups that are being scored."""
+
+    batched = False
+    running = peak = scored = 0
+
+    async def score(self, groups: Any) -> list[ScoreResult]:
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        await asyncio.sleep(0)
+        self.running -= 1
+        self.scored += 1
+        return [ScoreResult((1.0,) * len(group.answers)) for group in groups]
+
+
+async def test_inputs_that_ask_the_engine_are_scored_a_few_at_a_time() -> None:
+    reward = Counting()
+    state = make_state(ScriptedEngine(), {"counting": reward})
+    async with serving(state) as url, httpx.AsyncClient(base_url=url, timeout=60) as client:
+        body = BODY | {"inputs": BODY["inputs"] * 500, "rewards": ["counting"]}
+        found = await client.post("/v1/rewards/score", json=body)
+    assert [each["index"] for each in found.json()["data"]] == list(range(500))
+    assert (reward.scored, reward.peak) == (500, 8)
