@@ -20,6 +20,7 @@ from guiderail.server.strict_json import printable
 STRICT = {"strict": True}  # the validation context under which every unknown field is refused
 NEAR = 2  # edits between an unknown name and the known one that was probably meant
 SHORT = 4  # letters: a shorter name is near too many others
+MOST_UNKNOWN = 32  # fields of one object: to compare each with the known ones takes time
 MOST_SAID = 20  # ignored fields that a response names
 
 FaultKind = Literal["value_error", "missing", "unknown", "unsupported"]
@@ -41,7 +42,11 @@ class Schema(Fields):
         if not isinstance(data, Mapping):
             return data
         known = _names(cls)
-        for name in data.keys() - known:
+        unknown = data.keys() - known
+        if len(unknown) > MOST_UNKNOWN:
+            message = f"one of {len(unknown)} unknown fields; at most {MOST_UNKNOWN} are ignored"
+            raise fault(printable(min(unknown)), message, "unknown")
+        for name in unknown:
             if data[name] is None:
                 continue
             if meant := nearest(name, known):
