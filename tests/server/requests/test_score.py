@@ -130,6 +130,7 @@ class Counting(Reward):
     """Asks the engine about nothing; counts the groups that are being scored."""
 
     batched = False
+    asks_engine = True
     running = peak = scored = 0
 
     async def score(self, groups: Any) -> list[ScoreResult]:
