@@ -38,10 +38,17 @@ def start_logging() -> None:
 
 def log_request(scope: Scope, status: int, seconds: float) -> None:
     """Write a request's line: method, path, status, seconds and, where a guide or a reward worked, tokens."""
-    path = scope.get("raw_path", b"").decode("ascii", "replace")[:LONGEST_PATH]
     level = logging.DEBUG if scope["path"] in PROBES and status < 400 else logging.INFO
     spend = scope["state"].get("spend")
-    log.log(level, "%s %s %d seconds=%.3f%s", scope["method"], path, status, seconds, _tokens(spend) if spend else "")
+    log.log(
+        level,
+        "%s %s %d seconds=%.3f%s",
+        scope["method"],
+        _path(scope),
+        status,
+        seconds,
+        _tokens(spend) if spend else "",
+    )
 
 
 def log_refusal(request_id: str, error: ApiError) -> None:
@@ -49,6 +56,11 @@ def log_refusal(request_id: str, error: ApiError) -> None:
     token = _current.set(request_id)
     log.info("refused %d: %s", error.status, error)
     _current.reset(token)
+
+
+def _path(scope: Scope) -> str:
+    """Return a request's path as it was sent, in which no line can end."""
+    return scope.get("raw_path", b"").decode("ascii", "replace")[:LONGEST_PATH]
 
 
 def _tokens(spend: Spend) -> str:
@@ -93,7 +105,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, marked)
         except Exception as error:
-            log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            log.error("%s %s failed", scope["method"], _path(scope), exc_info=error)
             if not status:
                 await error_response(from_exception(error))(scope, receive, marked)
         finally:

@@ -118,14 +118,15 @@ async def test_what_nobody_caught_is_a_500_in_openais_shape(
 ) -> None:
     app: FastAPI = create_app(make_state(ScriptedEngine()))
 
-    @app.get("/broken")
-    async def broken() -> None:
+    @app.get("/broken/{rest}")
+    async def broken(rest: str) -> None:
         raise ZeroDivisionError("oops")
 
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        answer = await client.get("/broken", headers={"X-Request-Id": "abc"})
+        answer = await client.get("/broken/%0aforged", headers={"X-Request-Id": "abc"})
     assert answer.status_code == 500
     assert answer.json()["error"]["code"] == "internal_error"
     assert answer.headers["x-request-id"] == "abc"
+    assert not [line for line in caplog.text.splitlines() if line.startswith("forged")]
     assert sum("Traceback" in line for line in caplog.text.splitlines()) == 1
