@@ -131,11 +131,31 @@ def test_a_killed_server_takes_its_engines_with_it(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ctrl_c_while_starting_leaves_nothing(started: Callable[..., Serve], model_path: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("far", ["preparing", "engine"])
+def test_a_signal_while_starting_leaves_nothing(
+    started: Callable[..., Serve], model_path: str, number: int, far: str
+) -> None:
     server = started()
-    server.wait(lambda: bool(server.engines()), START_S)
-    assert server.end(signal.SIGINT) == 130
+    server.wait(
+        lambda: "preparing" in server.log.read_text() and (far == "preparing" or bool(server.engines())), START_S
+    )
+    assert server.end(number) == 130
     assert "stopped while starting" in server.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_second_signal_does_not_wait(started: Callable[..., Serve], model_path: str) -> None:
+    server = started("--drain-timeout-s", "3600")
+    server.wait(lambda: server.ready() == 200, START_S)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as response:
+        next(response.iter_lines())
+        server.process.send_signal(signal.SIGTERM)
+        server.wait(lambda: server.ready() == 503, 60)
+        assert server.end(signal.SIGTERM) == 130
+    assert server.log.read_text().endswith("guiderail: stopped at once\n")
 
 
 @pytest.mark.slow
