@@ -29,8 +29,8 @@ def place(
     """Plan for these settings on this machine.
 
     path: folder or Hub id of the engine's model; None without an engine. engine_on_cpu: returns True if vLLM is a CPU
-    build; called only where there are GPUs. Raises SettingsError for what does not fit and for a device that cannot be
-    used, and GuiderailError if a model's size cannot be determined.
+    build; called only where there are GPUs. Raises PlanError for what does not fit, SettingsError for a device that
+    cannot be used, and GuiderailError if a model's size cannot be determined.
     """
     local = {name: spec for name, spec in settings.reward.items() if not spec.urls}
     there = found()

@@ -25,8 +25,8 @@ from guiderail.server.api.app import create_app
 from guiderail.server.api.listener import Listener, raise_open_files
 from guiderail.server.api.request_log import start_logging
 from guiderail.server.ending import Ending, end_processes
-from guiderail.server.engines.lora import check_adapter
 from guiderail.server.engines.null import NoEngine
+from guiderail.server.engines.policies import check_adapter
 from guiderail.server.engines.remote_policy import RemotePolicy
 from guiderail.server.engines.served_engine import LocalEngine, ServedEngine
 from guiderail.server.engines.supervised import SupervisedEngine

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from guiderail.guides.core.errors import GuiderailError
-from guiderail.server.engines import policy_spec
-from guiderail.server.engines.policy_spec import RemotePolicySpec
+from guiderail.server.engines import policies
+from guiderail.server.engines.policies import RemotePolicySpec
 from guiderail.server.models.catalogue import DEFAULT_MODEL
 from guiderail.server.rewards.models import reward_spec
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     )
     lora: Annotated[dict[str, str], Repeated("NAME=PATH")] = Field({}, description="serve a LoRA adapter")
     max_lora_rank: int = Field(16, description="largest rank of an adapter")
-    policy: Annotated[dict[str, RemotePolicySpec], Repeated("NAME=URL[,KEY=VALUE]", policy_spec.parse_flag)] = Field(
+    policy: Annotated[dict[str, RemotePolicySpec], Repeated("NAME=URL[,KEY=VALUE]", policies.parse_flag)] = Field(
         {}, description="a policy on another vLLM server, as a guide's baseline (keys: model, key_env)"
     )
 

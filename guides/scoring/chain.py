@@ -69,11 +69,6 @@ class Chain:
         references = [step.reference for step in self.steps if isinstance(step, LogSigmoid)]
         return tuple(dict.fromkeys(ref.answer for ref in references if isinstance(ref, AnswerRef)))
 
-    @property
-    def strict(self) -> bool:
-        """True if different raw values stay different, up to rounding, so that the chain makes no ties."""
-        return all(step.strict for step in self.steps)
-
     def resolved(self, n: int) -> "Chain":
         """The chain with each default t filled in for n candidates (`default_t`)."""
         open_ = [isinstance(step, Exp | NegExp) and step.t is None for step in self.steps]

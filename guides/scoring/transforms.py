@@ -67,7 +67,6 @@ class Transform(Fields, ABC):
 
     name: str
     on_quantile: ClassVar[bool] = False  # acts on u in [0, 1] alone
-    strict: ClassVar[bool] = False  # makes no ties, up to rounding
 
     @property
     def needs_sample(self) -> bool:
@@ -91,7 +90,6 @@ class Identity(Transform):
     """Leaves the raw value."""
 
     name: Literal["identity"] = "identity"
-    strict: ClassVar[bool] = True
 
     def fit(self, sample: Array, answers: Mapping[str, float]) -> Fitted:
         return lambda x: x
@@ -199,7 +197,6 @@ class LogSigmoid(Transform):
         default=Quantile(quantile=0.85), description="What a good answer beats: a quantile, value or answer."
     )
     temperature: float = Field(default=1.0, gt=0, description="Divides the difference; undoes a reward's scaling.")
-    strict: ClassVar[bool] = True
 
     @property
     def needs_sample(self) -> bool:
@@ -245,7 +242,6 @@ class Standardize(Transform):
     name: Literal["standardize"] = "standardize"
     mean: Bounded | None = Field(default=None, description="Mean; default: the sample's.")
     std: Bounded | None = Field(default=None, gt=0, description="Standard deviation; default: the sample's.")
-    strict: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _both(self) -> Self:

@@ -1,10 +1,13 @@
-"""Cause of death of an engine's processes, from the end of their stderr and the signal or status they ended with.
+"""Processes of an engine: why they died, and their end with the server that started them.
 
-Their stderr is a pipe to this process, which passes everything on at once and remembers the end of it. So even what no
-Python code in them could report is kept: an abort inside a library, an instruction that the processor lacks.
+The cause of death is told from the end of their stderr and the signal or status that they ended with. Their stderr is a
+pipe to this process, which passes everything on at once and remembers the end of it. So even what no Python code in
+them could report is kept: an abort inside a library, an instruction that the processor lacks.
 """
 
 import asyncio
+import functools
+import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import re
@@ -112,3 +115,20 @@ def describe_end(status: int, lines: Sequence[str]) -> str:
     if told:
         return told[-1]
     return f"it ended with status {status} and said nothing" if status else "it ended and said nothing"
+
+
+@functools.cache
+def end_with_parent() -> None:
+    """Exit at once when the process that started this one by `multiprocessing` is gone.
+
+    The server ends vLLM's processes. A server that was killed (out of memory, `kill -9`) cannot; they would wait for it
+    forever, hold the memory that its successor needs, and ignore SIGTERM.
+    """
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="guiderail-parent", daemon=True).start()

@@ -14,9 +14,9 @@ from typing import Any
 from guiderail.guides.core.errors import EngineUnavailable, RequestError
 from guiderail.guides.core.interfaces import Renderer, Rollouts
 from guiderail.guides.core.types import Delta, Message, SamplingSpec, TokenPrompt
-from guiderail.server.engines.policy_spec import RemotePolicySpec
+from guiderail.server.engines.policies import RemotePolicySpec
 from guiderail.server.engines.sequences import EngineRollouts
-from guiderail.server.engines.vllm.params import sampling_fields
+from guiderail.server.engines.vllm_fields import body_of
 from guiderail.server.remote.remote_client import NoResponse, RemoteClient, RemoteError, ResponseBody, parse_body
 from guiderail.server.remote.remote_options import api_key
 
@@ -151,13 +151,3 @@ class _RemoteSequence:
         if self._task is not None and not self._task.cancelling():  # twice would interrupt the closing
             self._task.cancel()
         return ()
-
-
-def body_of(spec: SamplingSpec) -> dict[str, Any]:
-    """Return the sampling fields of a vLLM completion request."""
-    body = sampling_fields(spec)
-    if spec.logit_bias:
-        body["logit_bias"] = {str(token): value for token, value in spec.logit_bias.items()}
-    if spec.json_schema is not None:
-        body["structured_outputs"] = {"json": dict(spec.json_schema)}
-    return body

@@ -13,11 +13,15 @@ engine gets the rest, unless the operator says how much it needs.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.memory.devices import Gpu
 from guiderail.server.memory.kv_pool import default_pool, gib, least_pool
-from guiderail.server.settings import SettingsError
 
 CONTEXT = 640 * 2**20  # bytes that a process takes on a GPU before it allocates: CUDA context, libraries, workspaces
+
+
+class PlanError(GuiderailError):
+    """There is no plan: something does not fit, or is to be on a device that is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +111,12 @@ class Plan:
 def plan(gpus: Sequence[Gpu], utilization: float, engine: EngineNeed | None, rewards: Sequence[RewardNeed]) -> Plan:
     """Plan the shares of these GPUs. The engine takes the first ones.
 
-    utilization: the part of each GPU's memory that all together may take. Raises SettingsError saying what does not
+    utilization: the part of each GPU's memory that all together may take. Raises PlanError saying what does not
     fit where and what to change, and for a device that does not exist.
     """
     count = engine.gpus if engine is not None else 0
     if count > len(gpus):
-        raise SettingsError(f"--tensor-parallel-size {count}: only {len(gpus)} GPUs are visible")
+        raise PlanError(f"--tensor-parallel-size {count}: only {len(gpus)} GPUs are visible")
     parts = [_Part(gpu, utilization, engine if i < count else None) for i, gpu in enumerate(gpus)]
     for reward in sorted(rewards, key=lambda each: (each.device is None, -each.weights)):
         _choose(parts, reward).rewards.append(reward)
@@ -132,10 +136,10 @@ def _choose(parts: Sequence["_Part"], reward: RewardNeed) -> "_Part":
         found = [part for part in parts if f"cuda:{part.gpu.index}" == reward.device]
         if not found:
             there = ", ".join(f"cuda:{part.gpu.index}" for part in parts) or "no GPU"
-            raise SettingsError(f"--reward {reward.name}: there is no {reward.device}; there is {there}, and cpu")
+            raise PlanError(f"--reward {reward.name}: there is no {reward.device}; there is {there}, and cpu")
         return found[0]
     if not parts:
-        raise SettingsError(f"--reward {reward.name}: there is no GPU")
+        raise PlanError(f"--reward {reward.name}: there is no GPU")
     apart = [part for part in parts if part.engine is None]
     roomy = [part for part in apart if part.left(reward) >= 0]
     return max(
@@ -183,7 +187,7 @@ class _Part:
         return self.room - self.engine_least() - sum(reward.least for reward in self.rewards)
 
     def check(self, gpus: int) -> None:
-        """Raise SettingsError unless the least that every model needs fits."""
+        """Raise PlanError unless the least that every model needs fits."""
         if self.spare() >= 0 or not (self.engine or self.rewards):
             return
         needs = [f"reward {r.name} {gib(r.least)} (weights {gib(r.weights)})" for r in self.rewards]
@@ -192,7 +196,7 @@ class _Part:
             kv = "as --kv-cache-gb says" if self.engine.kv is not None else "of one whole context"
             size = gib(self.engine.kv if self.engine.kv is not None else self.engine.context / self.engine.gpus)
             needs.insert(0, f"the engine {gib(self.engine_least())} (weights {weights}, keys and values {kv} {size})")
-        raise SettingsError(
+        raise PlanError(
             f"GPU {self.gpu.index} ({self.gpu.name}) has {gib(self.gpu.total)}, {gib(self.gpu.free)} of them free; "
             f"of these {gib(max(0, self.room))} can be used, but {' and '.join(needs)} are needed at least: "
             + ", or ".join(self._advice(gpus))

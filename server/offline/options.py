@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.offline.journal import Journal, beside, whole_folder
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from guiderail.server.state import ServerState
 
     Prompts = Sequence[tuple[Message, ...]]
-    Measure = Callable[[ServerState, Prompts, SamplingSpec, Journal], Awaitable[dict[str, Any]]]
+    Measure = Callable[[ServerState, Prompts, SamplingSpec, Journal], Awaitable[dict[str, object]]]
 
 ENGINE_SETTINGS = (
     "model", "chat_template", "dtype", "max_model_len", "kv_cache_gb", "gpu_memory_utilization", "max_num_seqs",
@@ -39,8 +39,13 @@ REWARD_HELP = (
 class NamedReward:
     """A reward of the command line: its entry in the alignment object, and its model if one was given by path."""
 
-    spec: dict[str, Any]
+    spec: dict[str, object]
     model: dict[str, str] | None = None
+
+    @property
+    def name(self) -> str:
+        """The reward's name."""
+        return str(self.spec["name"])
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +75,7 @@ def report_on_prompts(
     rewards: Sequence[NamedReward],
     ours: Collection[str],
     measure: "Measure",
-    write: Callable[[Path, dict[str, Any]], str],
+    write: Callable[[Path, dict[str, object]], str],
 ) -> int:
     """Measure the served model's answers to --prompts and write the report into `out`; return the exit status.
 
@@ -142,14 +147,14 @@ def settings_for(args: argparse.Namespace, rewards: Sequence[NamedReward]) -> "S
     from guiderail.server.settings import load
 
     config = getattr(args, "config", None)
-    models: dict[str, Any] = dict(load(given(args, ENGINE_SETTINGS), config).reward)
+    models: dict[str, object] = dict(load(given(args, ENGINE_SETTINGS), config).reward)
     by_path: dict[str, dict[str, str]] = {}
     for reward in rewards:
-        name = reward.spec["name"]
+        name = reward.name
         if reward.model is not None and by_path.setdefault(name, reward.model) != reward.model:
             raise GuiderailError(f"'{name}' names two models; give each a name of its own")
     models |= by_path
-    asked = list(dict.fromkeys(reward.spec["name"] for reward in rewards))
+    asked = list(dict.fromkeys(reward.name for reward in rewards))
     only = {
         "guides": ["sampling"],
         "rewards": [name for name in asked if name not in models],
@@ -172,13 +177,13 @@ def terms_of(state: "ServerState", rewards: Sequence[NamedReward]) -> "tuple[Rew
         raise GuiderailError(str(error)) from error
 
 
-def describe_prompts(args: argparse.Namespace, file: "PromptFile", given: int, journal: Journal) -> dict[str, Any]:
+def describe_prompts(args: argparse.Namespace, file: "PromptFile", given: int, journal: Journal) -> dict[str, object]:
     """Description of a report's prompts: those of the file, less those that failed."""
     left = given - len(journal.failed)
     return {"file": Path(args.prompts).name, "sha256": file.sha256, "prompts": left}
 
 
-def describe_term(term: "RewardTerm") -> dict[str, Any]:
+def describe_term(term: "RewardTerm") -> dict[str, object]:
     """Name and parameters of a reward, for a report."""
     return {"name": term.name, **term.params.model_dump(mode="json", by_alias=True)}
 
@@ -217,7 +222,7 @@ def output_folder(path: str) -> Path:
     return out
 
 
-def write_report(out: Path, report: dict[str, Any]) -> None:
+def write_report(out: Path, report: dict[str, object]) -> None:
     """Write report.json into the folder, creating the folder if needed. NaN becomes null."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(_plain(report), indent=2, allow_nan=False) + "\n")

@@ -11,7 +11,7 @@ from serving import Live
 from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.types import Answer, Message, SamplingSpec, ScoreGroup, TokenPrompt
-from guiderail.server.engines.lora import check_adapter
+from guiderail.server.engines.policies import check_adapter
 from guiderail.server.engines.vllm.scheduling.short_steps import MANY_SEQUENCES
 from guiderail.server.rewards.likelihood_ratio import Implicit
 from guiderail.server.rewards.llm_judge import Judge

@@ -11,7 +11,7 @@ from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.memory.devices import Gpu
 from guiderail.server.memory.kv_pool import GIB
 from guiderail.server.memory.model_size import weight_bytes
-from guiderail.server.memory.shares import Plan
+from guiderail.server.memory.shares import Plan, PlanError
 from guiderail.server.placement import engine_need, place, reward_need
 from guiderail.server.settings import Settings, SettingsError, load
 
@@ -61,7 +61,7 @@ def test_a_device_is_the_operators_choice(device: str, there: str, tmp_path: Pat
 def test_a_device_that_cannot_be_used_is_refused(
     options: dict[str, Any], gpus: tuple[Gpu, ...], cpu_engines: bool, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises((PlanError, SettingsError), match=message):
         planned(*settings(tmp_path, tiny=options), gpus, cpu_engines)
 
 

@@ -10,7 +10,7 @@ from guiderail.guides.core.errors import EngineUnavailable, RequestError
 from guiderail.guides.core.interfaces import Rollouts
 from guiderail.guides.core.types import SamplingSpec, TokenLogprob, TokenPrompt
 from guiderail.server.engines.engine_stats import EngineStats
-from guiderail.server.engines.lora import check_adapter
+from guiderail.server.engines.policies import check_adapter
 from guiderail.server.engines.process_monitor import ProcessMonitor
 from guiderail.server.engines.sequences import EngineRollouts, EngineSequence, new_request_id, run_to_end
 from guiderail.server.engines.vllm.batch_invariance import invariant_environment

@@ -5,32 +5,11 @@ from typing import Any
 
 from guiderail.guides.core.errors import RequestError
 from guiderail.guides.core.types import SamplingSpec
+from guiderail.server.engines.vllm_fields import sampling_fields
 
 FORCED = "guiderail_forced"  # key of SamplingParams.extra_args; see forced_tokens.py
 PRIORITY = "guiderail_priority"  # likewise: the request's priority
 PRIORITY_STRIDE = 4096  # between the priorities of two requests: more than sequences of one
-
-
-def sampling_fields(spec: SamplingSpec) -> dict[str, Any]:
-    """Return the fields that vLLM's SamplingParams and its HTTP requests have in common."""
-    return {
-        "max_tokens": spec.max_tokens,
-        "temperature": spec.temperature,
-        "top_p": spec.top_p,
-        "top_k": spec.top_k,
-        "min_p": spec.min_p,
-        "stop": list(spec.stop),
-        "stop_token_ids": list(spec.stop_token_ids),
-        "include_stop_str_in_output": spec.include_stop_str_in_output,
-        "min_tokens": spec.min_tokens,
-        "ignore_eos": spec.ignore_eos,
-        "presence_penalty": spec.presence_penalty,
-        "frequency_penalty": spec.frequency_penalty,
-        "repetition_penalty": spec.repetition_penalty,
-        "skip_special_tokens": spec.skip_special_tokens,
-        "bad_words": list(spec.bad_words),
-        "allowed_token_ids": None if spec.allowed_token_ids is None else list(spec.allowed_token_ids),
-    }
 
 
 def sampling_params(

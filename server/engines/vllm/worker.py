@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from guiderail.server.engines.parent import end_with_parent
+from guiderail.server.engines.process_monitor import end_with_parent
 from guiderail.server.engines.vllm import float32_head  # noqa: F401  (registers it before a model is made)
 from guiderail.server.engines.vllm.batch_invariance import make_products_invariant
 

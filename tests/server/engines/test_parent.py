@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from guiderail.server.engines.parent import end_with_parent
+from guiderail.server.engines.process_monitor import end_with_parent
 
 PARENT = """
 import multiprocessing, time
@@ -24,7 +24,7 @@ if __name__ == "__main__":
 """
 CHILD = """
 import signal, time
-from guiderail.server.engines.parent import end_with_parent
+from guiderail.server.engines.process_monitor import end_with_parent
 def child():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_parent()

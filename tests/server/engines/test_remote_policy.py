@@ -17,9 +17,10 @@ from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.types import Delta, SamplingSpec, TokenPrompt
 from guiderail.guides.logit_mix import LogitMix
 from guiderail.guides.transfer_q import TransferQ
-from guiderail.server.engines.policy_spec import RemotePolicySpec, parse_flag
-from guiderail.server.engines.remote_policy import RemotePolicy, body_of
+from guiderail.server.engines.policies import RemotePolicySpec, parse_flag
+from guiderail.server.engines.remote_policy import RemotePolicy
 from guiderail.server.engines.supervised import SupervisedEngine
+from guiderail.server.engines.vllm_fields import body_of
 
 NO_ENGINE: Any = None
 

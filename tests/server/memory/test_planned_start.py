@@ -20,7 +20,7 @@ from guiderail.server.engines.engine_stats import EngineStats
 from guiderail.server.engines.vllm.engine_args import EngineSettings
 from guiderail.server.memory.devices import Gpu, gpus
 from guiderail.server.memory.kv_pool import GIB
-from guiderail.server.memory.shares import Plan, RewardShare
+from guiderail.server.memory.shares import Plan, PlanError, RewardShare
 from guiderail.server.settings import Settings, SettingsError, load
 from guiderail.server.state import ServerState
 
@@ -133,7 +133,7 @@ async def test_what_does_not_fit_is_said_before_anything_starts(
     with_gpus(1)
     head = tiny_head(tmp_path)
     options = {"model": str(tmp_path / "base"), "reward": {"r": {"path": head, "kv_gb": 30}}}
-    with pytest.raises(SettingsError, match="the reward's kv_gb"):
+    with pytest.raises(PlanError, match="the reward's kv_gb"):
         async with started(load(options, None)):
             pass
     assert built == []

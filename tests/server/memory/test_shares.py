@@ -8,8 +8,7 @@ import pytest
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.memory.devices import Gpu
 from guiderail.server.memory.kv_pool import GIB, LEAST_POOL, PASS_TOKENS, default_pool, host_pool, least_pool
-from guiderail.server.memory.shares import CONTEXT, EngineNeed, Plan, RewardNeed, plan
-from guiderail.server.settings import SettingsError
+from guiderail.server.memory.shares import CONTEXT, EngineNeed, Plan, PlanError, RewardNeed, plan
 
 MIB = 2**20
 H200 = Gpu(0, "NVIDIA H200", 143_155 * MIB, 142_600 * MIB)
@@ -63,7 +62,7 @@ def test_a_plan_gives_all_what_they_need_or_there_is_none(card: str, engine: str
     least = (own.weights + own.work + own.context if own else 0) + sum(each.least for each in needs)
     try:
         made = plan(gpus, 0.9, own, needs)
-    except SettingsError:
+    except PlanError:
         assert least > 0.9 * gpus[0].total - 3 * CONTEXT
         return
     survives_a_restart(made, gpus, own, needs)
@@ -118,7 +117,7 @@ def test_two_pools_give_way_alike() -> None:
 
 
 def test_what_does_not_fit_is_said_with_what_to_change() -> None:
-    with pytest.raises(SettingsError) as raised:
+    with pytest.raises(PlanError) as raised:
         plan((L4,), 0.9, ENGINE_8B, [REWARD_8B])
     text = str(raised.value)
     assert text.startswith("GPU 0 (NVIDIA L4) has 22.0 GiB, 21.8 GiB of them free; of these 19.8 GiB can be used")
@@ -145,7 +144,7 @@ def test_what_does_not_fit_is_said_with_what_to_change() -> None:
     ],
 )
 def test_the_advice_is_of_the_case(gpus: tuple[Gpu, ...], engine: EngineNeed, reward: RewardNeed, advice: str) -> None:
-    with pytest.raises(SettingsError, match=advice):
+    with pytest.raises(PlanError, match=advice):
         plan(gpus, 0.9, engine, [reward])
 
 
@@ -188,7 +187,7 @@ def test_where_no_other_gpu_has_room_it_is_the_engines() -> None:
 def test_the_engine_over_two_gpus_leaves_the_reward_the_emptier_one() -> None:
     gpus = (A100, replace(A100, index=1, free=A100.free))
     engine = replace(ENGINE_70B, gpus=2, context=20 * GIB)
-    with pytest.raises(SettingsError, match="GPU 0"):
+    with pytest.raises(PlanError, match="GPU 0"):
         plan((L4, replace(L4, index=1)), 0.9, engine, [])
     gpus = (H200, replace(H200, index=1))
     made = plan(gpus, 0.9, engine, [REWARD_8B])
@@ -198,7 +197,7 @@ def test_the_engine_over_two_gpus_leaves_the_reward_the_emptier_one() -> None:
         0.9 * H200.total - REWARD_8B.least - 131_072 * 131_072, rel=0.01
     )
     survives_a_restart(made, gpus, engine, (REWARD_8B,))
-    with pytest.raises(SettingsError, match="--tensor-parallel-size 3: only 2 GPUs"):
+    with pytest.raises(PlanError, match="--tensor-parallel-size 3: only 2 GPUs"):
         plan(gpus, 0.9, replace(engine, gpus=3), [])
 
 
@@ -206,7 +205,7 @@ def test_a_device_that_the_operator_names_is_taken() -> None:
     gpus = (A100, replace(A100, index=1))
     made = plan(gpus, 0.9, ENGINE_1B5, [replace(REWARD_0B5, device="cuda:0")])
     assert made.rewards["small"].device == "cuda:0"
-    with pytest.raises(SettingsError, match=r"--reward small: there is no cuda:7; there is cuda:0, cuda:1, and cpu"):
+    with pytest.raises(PlanError, match=r"--reward small: there is no cuda:7; there is cuda:0, cuda:1, and cpu"):
         plan(gpus, 0.9, ENGINE_1B5, [replace(REWARD_0B5, device="cuda:7")])
 
 

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from guiderail.server.engines.parent import end_with_parent
+from guiderail.server.engines.process_monitor import end_with_parent
 from guiderail.server.engines.vllm.scheduling.group_admission import GroupAdmission
 from guiderail.server.engines.vllm.scheduling.scheduler_state import SchedulerState
 from guiderail.server.engines.vllm.scheduling.short_steps import ShortSteps
