@@ -13,6 +13,7 @@ TASKS = {
     "rewards evaluate": ("server.offline.evaluate.reward_pairs", "how well rewards rank preference pairs"),
     "rewards calibrate": ("server.offline.calibrate", "store a reward's quantiles under the served model"),
     "loadtest": ("loadtest.command", "load-test any OpenAI-compatible server"),
+    "try-guide": ("server.offline.try_guide", "run a guide of a file on one prompt, without a server"),
     "evaluate curve": ("server.offline.evaluate.curve", "gold reward of best-of-N against N and KL"),
     "evaluate partial-correlation": ("server.offline.evaluate.partial", "how well partial rewards tell final ones"),
 }

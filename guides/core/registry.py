@@ -41,6 +41,19 @@ def describe(cls: type[Guide] | type[Reward]) -> str:
     return (cls.__doc__ or "").strip().partition("\n")[0]
 
 
+def checked_plugin(cls: type[Guide] | type[Reward], called: str) -> None:
+    """Raise PluginError unless the class describes itself and has parameters with defaults and a JSON schema."""
+    if not describe(cls):
+        raise PluginError(f"{called} has no docstring to describe it")
+    try:
+        cls.Params()
+        cls.Params.model_json_schema()
+    except ValueError as error:
+        raise PluginError(f"{called}: every parameter needs a default: {error}") from error
+    except Exception as error:
+        raise PluginError(f"{called}: its parameters have no JSON schema: {error}") from error
+
+
 def _load(group: str, kind: type[T], only: Collection[str] | None) -> dict[str, type[T]]:
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
@@ -59,15 +72,7 @@ def _load(group: str, kind: type[T], only: Collection[str] | None) -> dict[str, 
             raise PluginError(f"{group} '{name}' ({point.value}) does not load: {error!r}") from error
         if not (isinstance(cls, type) and issubclass(cls, kind)):
             raise PluginError(f"{group} '{name}' ({point.value}) is not a subclass of {kind.__name__}")
-        if not describe(cls):
-            raise PluginError(f"{group} '{name}' ({point.value}) has no docstring to describe it")
-        try:
-            cls.Params()
-            cls.Params.model_json_schema()
-        except ValueError as error:
-            raise PluginError(f"{group} '{name}': every parameter needs a default: {error}") from error
-        except Exception as error:
-            raise PluginError(f"{group} '{name}': its parameters have no JSON schema: {error}") from error
+        checked_plugin(cls, f"{group} '{name}' ({point.value})")
         loaded[name] = cls
     return loaded
 

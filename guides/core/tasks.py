@@ -14,12 +14,15 @@ MOST_THREADS = 8  # of one `Threads`; calls beyond wait for one that is free
 
 @asynccontextmanager
 async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
-    """asyncio.TaskGroup, but raising its first error bare instead of in an ExceptionGroup."""
+    """asyncio.TaskGroup, but raising its first error bare, with its own cause, instead of in an ExceptionGroup."""
+    first: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
             yield group
     except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None
+        first = failures.exceptions[0]
+    if first is not None:
+        raise first
 
 
 async def together(work: Iterable[Coroutine[None, None, T]], at_once: int | None = None) -> list[T]:

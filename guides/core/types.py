@@ -256,8 +256,9 @@ class Scored:
 class Final:
     """Event: the answer is complete. Exactly one, and the last.
 
-    `stopped_by` is "deadline" or "budget" when a limit cut the work short, else None. `chosen` is the
-    index of the answer in `candidates`.
+    `finish_reason` is OpenAI's: "stop", "length" or "content_filter"; `stop_reason` says what made it stop, as vLLM
+    does: a stop string or token, or a word of the guide's own. `stopped_by` is "deadline" or "budget" when a limit cut
+    the work short, else None. `chosen` is the index of the answer in `candidates`.
     """
 
     finish_reason: str

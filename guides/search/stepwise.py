@@ -80,9 +80,12 @@ class Steps:
             self.transcript.follow(beams[0], upto)
             yield self.transcript.token(last=ended is not None)
 
-    async def end(self) -> AsyncGenerator[Event, None]:
+    async def end(
+        self, finish_reason: str = "length", stop_reason: int | str | None = None
+    ) -> AsyncGenerator[Event, None]:
         """The last events: text that was held back, and Final with the whole answer's rewards.
 
+        finish_reason, stop_reason: what clients are told of an answer that the guide ended, by leaving its loop.
         After a limit the best of the whole answers that the last step drew is taken, or, if there is nothing else,
         its longest piece. Raises DeadlinePassed if there is nothing to return.
         """
@@ -91,7 +94,7 @@ class Steps:
             yield self.transcript.token(last=True)
         answer = self.transcript.whole()
         scores = await self._ctx.score([answer]) if self._ended is None else Scores.join([self._ended])
-        yield self.transcript.final(scores.of(0, answer), self._stopped_by)
+        yield self.transcript.final(scores.of(0, answer), self._stopped_by, finish_reason, stop_reason)
 
     async def _make_do(self) -> None:
         """Commit what a limit left, as far as it can be used."""
@@ -101,7 +104,7 @@ class Steps:
             pick = await self._ctx.select(scores, self._origin([self._left[c.index] for c in whole]))
             self._ended = scores.take([pick.row])
             self.transcript.commit(self._left[pick.chosen.index])
-        elif not self.transcript.token_ids:
+        elif not self.transcript.token_ids and self._stopped_by is not None:
             longest = max(self._left, key=lambda piece: len(piece.token_ids), default=Piece())
             if not longest.token_ids:
                 raise DeadlinePassed(f"the {self._stopped_by} left no room for a first token")

@@ -91,10 +91,22 @@ class Transcript:
         start, self._sent_tokens = self._sent_tokens, len(answer.token_ids)
         return Token(text, answer.token_ids[start:], (answer.logprobs or ())[start:] or None)
 
-    def final(self, answer: Candidate, stopped_by: str | None = None) -> Final:
-        """The event that ends the answer; `answer` is the committed whole, with its rewards."""
-        reason = answer.finish_reason if answer.finished else "length"
-        return Final(reason, answer.stop_reason, stopped_by, 0, (answer,))
+    def final(
+        self,
+        answer: Candidate,
+        stopped_by: str | None = None,
+        finish_reason: str = "length",
+        stop_reason: int | str | None = None,
+    ) -> Final:
+        """The event that ends the answer; `answer` is the committed whole, with its rewards.
+
+        finish_reason, stop_reason: of an answer that neither its own end nor a limit has ended, but the guide.
+        """
+        if answer.finished:
+            finish_reason, stop_reason = answer.finish_reason, answer.stop_reason
+        elif stopped_by is not None:
+            finish_reason, stop_reason = "length", answer.stop_reason
+        return Final(finish_reason, stop_reason, stopped_by, 0, (answer,))
 
     def fork(self) -> "Transcript":
         """A copy that goes its own way."""

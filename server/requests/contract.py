@@ -17,6 +17,8 @@ from guiderail.guides.core.guide import Guide
 from guiderail.guides.core.types import Candidate, Event, Final, Scored, Token
 from guiderail.server.openai_errors import ApiError
 
+FINISH_REASONS = ("stop", "length", "content_filter")  # of OpenAI's, those that a guide's answer can have
+
 
 class Contract:
     """The state of one run of the guide called `name`: whether it has kept its contract so far."""
@@ -64,7 +66,7 @@ class Contract:
         return self._final
 
     def _complete(self, final: Final) -> Final:
-        """The Final, if it says which of its candidates is the answer."""
+        """The Final, if it says which of its candidates is the answer, and why that ended."""
         if not isinstance(final.chosen, int) or not 0 <= final.chosen < len(final.candidates):
             raise self._failed(
                 f"its Final chose {final.chosen!r}, which is none of its {len(final.candidates)} candidates"
@@ -73,6 +75,9 @@ class Contract:
         told = (final.finish_reason, final.stop_reason, final.stopped_by, *map(_facts, final.candidates))
         if not isinstance(chosen, Candidate) or not isinstance(final.finish_reason, str) or not _is_json(told):
             raise self._failed("its Final holds what is no text or number")
+        if final.finish_reason not in FINISH_REASONS:
+            known = ", ".join(FINISH_REASONS)
+            raise self._failed(f"its Final has finish_reason {final.finish_reason!r}; known are {known}")
         return final
 
     def _failed(self, reason: str) -> GuideFailed:

@@ -1,8 +1,10 @@
 """The tutorial in guides/README.md, run as it is written; and the public API that it is written in."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -73,6 +75,15 @@ def test_all_that_is_public_is_there_and_listed() -> None:
     modules |= {"controlled_decoding", "speculative_rejection", "transfer_q"}
     public = {name for name in vars(guides) if not name.startswith("_")}
     assert public - modules == set(guides.__all__)
+
+
+def test_the_table_of_the_public_api_has_each_name_and_what_its_docstring_says() -> None:
+    lines = re.findall(r"^\| `(\w+)` \| (.+) \|$", TUTORIAL.partition("\n### The public API\n")[2], re.MULTILINE)
+    assert sorted(name for name, _ in lines) == sorted(guides.__all__)
+    for name, line in lines:
+        value = getattr(guides, name)
+        if isinstance(value, type | FunctionType):
+            assert line == " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split()), name
 
 
 def test_what_a_stepwise_guide_needs_is_public() -> None:

@@ -1,5 +1,6 @@
 """The text of guides that commit an answer in steps: the same as that of one plain generation, wherever steps end."""
 
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -12,10 +13,15 @@ from tabular_engine import PROMPT, TabularEngine, TabularRenderer
 
 from guiderail.guides.args import Args
 from guiderail.guides.controlled_decoding import ControlledDecoding
-from guiderail.guides.core.types import Final, SamplingSpec, Token, TokenPrompt
+from guiderail.guides.core.context import Context
+from guiderail.guides.core.guide import Guide
+from guiderail.guides.core.metering import Limits
+from guiderail.guides.core.types import Event, Final, SamplingSpec, Token, TokenPrompt
 from guiderail.guides.sampling import Sampling
+from guiderail.guides.scoring.kl import Origin
+from guiderail.guides.search.lookahead import value
 from guiderail.guides.search.sequence import Piece
-from guiderail.guides.search.stepwise import MAX_TOP_K
+from guiderail.guides.search.stepwise import MAX_TOP_K, Steps, draw_blocks
 from guiderail.guides.search.transcript import Transcript
 
 SMILE = "😀".encode()
@@ -173,3 +179,43 @@ async def test_log_probabilities_are_one_a_token_and_the_policys(name: str) -> N
     for each in found:
         assert len(each.top) >= 4
         assert list(each.top[:4]) == sorted(each.top[:4], key=lambda pair: -pair[1])
+
+
+class Early(Guide):
+    """Leaves its loop after so many steps, with reasons of its own."""
+
+    steps = 2
+
+    async def run(self, ctx: Context) -> AsyncGenerator[Event, None]:
+        steps = Steps(ctx, "blocks")
+        while steps.go_on(1) and steps.count < self.steps:
+            pieces = await draw_blocks(ctx, steps.transcript, 1, 3, steps.count)
+            if steps.cut_short(pieces):
+                break
+            pick = await ctx.select(await value(ctx, steps.transcript, pieces, [[]]), Origin("blocks", 1))
+            for event in steps.commit(pieces[pick.row], pick):
+                yield event
+        async for event in steps.end("stop", "enough"):
+            yield event
+
+
+@pytest.mark.parametrize(
+    ("steps", "script", "budget", "tokens", "reasons"),
+    [
+        (2, [1] * 20, None, 6, ("stop", "enough", None)),
+        (0, [1] * 20, None, 0, ("stop", "enough", None)),
+        (9, [1] * 4, None, 5, ("stop", None, None)),  # the policy ended it
+        (9, [1] * 20, None, 12, ("length", None, None)),  # max_tokens did
+        (9, [1] * 20, 7, 6, ("length", None, "budget")),
+    ],
+)
+async def test_a_guide_that_ends_its_answer_says_why(
+    steps: int, script: list[int], budget: int | None, tokens: int, reasons: tuple[str, str | None, str | None]
+) -> None:
+    engine = TabularEngine({None: Script(script, VOCABULARY)}, renderer=RENDERER)
+    sampling, limits = SamplingSpec(12, temperature=0.0, seed=1), Limits(max_tokens_generated=budget)
+    guide = Early(Early.Params())
+    guide.steps = steps
+    end = final(await run(guide, tabular_context(engine, flat_scores(), sampling=sampling, limits=limits)))
+    assert (end.finish_reason, end.stop_reason, end.stopped_by) == reasons
+    assert len(end.candidates[end.chosen].token_ids) == tokens

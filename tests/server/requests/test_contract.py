@@ -79,6 +79,7 @@ BROKEN: list[tuple[type[Guide], str]] = [
     (played(TOKEN, TypeError("a bad day")), "TypeError: a bad day"),
     (played(KeyError("no_such")), "KeyError: 'no_such'"),
     (played(StopAsyncIteration()), "StopAsyncIteration"),
+    (played(TOKEN, Final("tired", None, None, 0, (ANSWER,))), "its Final has finish_reason 'tired'"),
     (played(TOKEN), "it ended without a Final"),
     (played(), "it ended without a Final"),
     (played(TOKEN, FINAL, FINAL), "after its Final"),
@@ -157,3 +158,12 @@ async def test_beside_a_broken_guide_others_are_served() -> None:
             answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=b) for b in (broken, body) * 5))
     assert [answer.status_code for answer in answers] == [500, 200] * 5
     assert engine.num_running() == state.admission.waiting == 0
+
+
+@pytest.mark.parametrize("stop_reason", [None, "refused"])
+async def test_a_guide_may_say_why_its_answer_ends(stop_reason: str | None) -> None:
+    end = Final("content_filter", stop_reason, None, 0, (ANSWER,))
+    status, body = await ask(played(TOKEN, end))
+    assert status == 200
+    (choice,) = body["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("content_filter", stop_reason)

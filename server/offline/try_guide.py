@@ -1,0 +1,300 @@
+"""Run a guide of a file on one prompt, and print its candidates, their scores and the answer. No server is started.
+
+The policy is a script by default: short sentences at random, written at once, the same ones for a seed. With
+`--engine embedded` it is the served model, as for `guiderail serve`. The guide's rewards may be in its file too.
+"""
+
+import argparse
+import importlib.util
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
+
+from guiderail.guides.core.errors import GuiderailError
+from guiderail.server.offline.options import NamedReward, add_engine_arguments
+
+if TYPE_CHECKING:
+    from guiderail.guides.core.context import Context
+    from guiderail.guides.core.guide import Guide
+    from guiderail.guides.core.interfaces import Engine, Renderer
+    from guiderail.guides.core.reward import Reward
+    from guiderail.guides.core.types import Candidate, Final
+    from guiderail.guides.scoring.pipeline import Scorers
+    from guiderail.server.state import ServerState
+
+T = TypeVar("T")
+SHOWN = 60  # characters of a candidate's text
+
+
+@dataclass(frozen=True, slots=True)
+class GuideFile:
+    """A guide's file: the guide's class, and the rewards that the file defines, by the names of their classes."""
+
+    path: Path
+    guide: "type[Guide]"
+    rewards: "Mapping[str, type[Reward]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The engine, its renderer and model's name, and the rewards, with what scores by them."""
+
+    engine: "Engine"
+    renderer: "Renderer"
+    rewards: "Mapping[str, Reward]"
+    scorers: "Scorers"
+    model_name: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add = parser.add_argument
+    add("file", metavar="GUIDE.py", help="file with a subclass of guiderail.guides.Guide")
+    add("prompt", help="the user's message")
+    add("--guide", metavar="CLASS", help="the guide's class, where the file has several")
+    add("--params", default="{}", metavar="JSON", help='the guide\'s parameters, as in {"n": 8}')
+    add(
+        "--rewards", nargs="+", metavar="REWARD",
+        help='a reward\'s name, or an entry of "rewards" as JSON; rewards of the file go by the names of their classes '
+        "(length, if the guide needs a reward)",
+    )  # fmt: skip
+    add("--select", default="argmax", metavar="RULE", help="a selection rule's name, or JSON (argmax)")
+    add("--engine", choices=("scripted", "embedded"), default="scripted", help="what writes the answers (scripted)")
+    add("--max-tokens", type=int, default=32, help="maximum number of tokens in an answer (32)")
+    add("--temperature", type=float, default=1.0, help="sampling temperature (1)")
+    add("--seed", type=int, default=0, help="seed of the answers (0)")
+    add_engine_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return its exit status. Raises GuiderailError, which names the line for a guide's own fault."""
+    file = read_guide(Path(args.file), args.guide)
+    if args.engine == "embedded":
+        return _embedded(args, file)
+    import asyncio
+
+    return asyncio.run(_scripted(args, file))
+
+
+async def _scripted(args: argparse.Namespace, file: GuideFile) -> int:
+    from guiderail.guides.core.interfaces import Services
+    from guiderail.guides.core.registry import load_rewards
+    from guiderail.guides.scoring.pipeline import Scorers
+    from guiderail.server.metrics import Metrics
+    from guiderail.server.offline.scripted_policy import ScriptedPolicy, ScriptedRenderer
+    from guiderail.server.rewards.models.sentence_embedder import SentenceEmbedder
+    from guiderail.server.rewards.pairwise_judge import ServedJudge
+    from guiderail.server.scoring.batcher import BatchingScorer
+    from guiderail.server.scoring.calibrator import Calibrator
+
+    renderer = ScriptedRenderer()
+    engine, metrics = ScriptedPolicy(renderer), Metrics("scripted")
+    services = Services(engine, renderer)
+    installed = {str(spec["name"]) for spec in _specs(args, file)} - file.rewards.keys()
+    rewards = {name: cls() for name, cls in {**load_rewards(installed), **file.rewards}.items()}
+    for reward in rewards.values():
+        await reward.start(services)
+    scorer = BatchingScorer(rewards, metrics)
+    scorers = Scorers(
+        scorer, Calibrator((), metrics), SentenceEmbedder(None, "cpu"), ServedJudge(services, max_tokens=lambda: 512)
+    )
+    try:
+        return await _try(args, file, Parts(engine, renderer, rewards, scorers))
+    finally:
+        for reward in rewards.values():
+            await reward.close()
+
+
+def _embedded(args: argparse.Namespace, file: GuideFile) -> int:
+    from dataclasses import replace
+
+    from guiderail.server.offline.offline_state import run_offline
+    from guiderail.server.offline.options import settings_for
+    from guiderail.server.scoring.batcher import BatchingScorer
+
+    installed = [NamedReward(spec) for spec in _specs(args, file) if spec["name"] not in file.rewards]
+
+    async def main(state: "ServerState") -> int:
+        rewards = {**state.rewards, **{name: cls() for name, cls in file.rewards.items()}}
+        scorers = replace(state.scorers, scorer=BatchingScorer(rewards, state.metrics))
+        parts = Parts(state.engine, state.renderer, rewards, scorers, state.settings.model_name)
+        return await _try(args, file, parts)
+
+    return run_offline(settings_for(args, installed), main)
+
+
+async def _try(args: argparse.Namespace, file: GuideFile, parts: Parts) -> int:
+    from guiderail.guides.core.context import Context
+    from guiderail.guides.core.dialogue import Dialogue
+    from guiderail.guides.core.interfaces import Services
+    from guiderail.guides.core.metering import Limits, Spend
+    from guiderail.guides.core.types import Message, SamplingSpec, Scored, Token
+    from guiderail.guides.prompters import Template
+    from guiderail.guides.sampling import Sampling
+    from guiderail.guides.scoring.pipeline import Judging
+    from guiderail.server.openai_errors import ApiError
+    from guiderail.server.requests.contract import Contract
+    from guiderail.server.requests.resolve import Resolver
+    from guiderail.server.requests.specs import read_alignment
+    from guiderail.server.settings import OperatorLimits
+
+    name = file.guide.__name__
+    services = Services(parts.engine, parts.renderer, model_name=parts.model_name)
+    guides: dict[str, type[Guide]] = {"sampling": Sampling, name: file.guide}
+    asked = {
+        "guide": {"name": name, **_json_object(args.params, "--params")},
+        "rewards": _specs(args, file),
+        "select": json.loads(args.select) if args.select.lstrip().startswith("{") else args.select,
+    }
+    try:
+        resolver = Resolver(guides, parts.rewards, services, {}, {}, OperatorLimits())
+        alignment = resolver.resolve(read_alignment(asked))
+    except ApiError as error:
+        raise GuiderailError(f"{file.path}: {error}") from error
+    messages = (Message("user", args.prompt),)
+    sampling = SamplingSpec(args.max_tokens, args.temperature, seed=args.seed)
+    dialogue = Dialogue(
+        messages, Template().render(messages, parts.renderer), sampling, parts.renderer, parts.model_name
+    )
+    judging = Judging(alignment.rewards, alignment.combine, alignment.selection, alignment.calibration)
+    ctx = Context.of(
+        dialogue, judging, parts.engine, parts.scorers, limits=Limits(), spend=Spend(), request="try-guide"
+    )
+    contract, said = Contract(name), ""
+    scored: list[tuple[Candidate, ...]] = []  # by step
+    try:
+        async with ctx, contract.events(alignment.guide, ctx) as events:
+            async for event in events:
+                if contract.holds_back(event):
+                    continue
+                if isinstance(event, Token):
+                    said += event.text
+                    ctx.spend.tokens_accepted += len(event.token_ids)
+                elif isinstance(event, Scored):
+                    scored.append(event.candidates)
+        final = contract.final()
+    except (GuiderailError, ApiError) as error:
+        raise GuiderailError(f"{_place(error, file)}: {error}") from error
+    for number, candidates in enumerate(scored):
+        if candidates != final.candidates:
+            print(f"scored {number + 1}")
+            _print_candidates(candidates)
+    _print_answer(ctx, final, said)
+    return 0
+
+
+def read_guide(path: Path, name: str | None) -> GuideFile:
+    """Import a file and find its guide, the class called `name` if that is given. Raises GuiderailError."""
+    from guiderail.guides.core.guide import Guide
+    from guiderail.guides.core.registry import checked_plugin
+    from guiderail.guides.core.reward import Reward
+
+    module = _imported(path)
+    guides = {cls.__name__: cls for cls in _defined(module, Guide)}  # type: ignore[type-abstract]
+    if not guides:
+        raise GuiderailError(f"{path}: no class in it derives from guiderail.guides.Guide, with a 'run' of its own")
+    if name is None and len(guides) > 1:
+        raise GuiderailError(f"{path}: has the guides {', '.join(guides)}; choose one with --guide")
+    if name is not None and name not in guides:
+        raise GuiderailError(f"{path}: has no guide '{name}'; it has {', '.join(guides)}")
+    guide = guides[name or next(iter(guides))]
+    rewards = {cls.__name__: cls for cls in _defined(module, Reward)}  # type: ignore[type-abstract]
+    checked_plugin(guide, _named(path, guide))
+    for reward in rewards.values():
+        checked_plugin(reward, _named(path, reward))
+    return GuideFile(path, guide, rewards)
+
+
+def _named(path: Path, cls: type) -> str:
+    return f"{path}:{inspect.getsourcelines(cls)[1]}: {cls.__name__}"
+
+
+def _imported(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise GuiderailError(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise GuiderailError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where annotations are looked up
+    sys.path.append(str(path.resolve().parent))  # for modules beside it
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise GuiderailError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        raise GuiderailError(f"{path}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _defined(module: ModuleType, base: type[T]) -> list[type[T]]:
+    """Classes below `base` that the module defines and that can be made."""
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, base)]
+    return [cls for cls in classes if cls.__module__ == module.__name__ and not inspect.isabstract(cls)]
+
+
+def _specs(args: argparse.Namespace, file: GuideFile) -> list[dict[str, object]]:
+    """The entries of the alignment object's "rewards"."""
+    if args.rewards is None:
+        return [{"name": "length"}] if file.guide.steers and file.guide.needs_rewards else []
+    specs: list[dict[str, object]] = []
+    for text in args.rewards:
+        spec = _json_object(text, "--rewards") if text.lstrip().startswith("{") else {"name": text}
+        if not isinstance(spec.get("name"), str):
+            raise GuiderailError(f'--rewards {text}: "name" is missing')
+        specs.append(spec)
+    return specs
+
+
+def _json_object(text: str, flag: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise GuiderailError(f"{flag} {text}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise GuiderailError(f"{flag} {text}: must be a JSON object")
+    return value
+
+
+def _place(error: BaseException, file: GuideFile) -> str:
+    """The line of the guide's file where the error, or the one that it came of, was raised; else that of the class."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for each in reversed(chain):
+        frames = [f for f in traceback.extract_tb(each.__traceback__) if f.filename == str(file.path)]
+        if frames:
+            return f"{file.path}:{frames[-1].lineno}: in {frames[-1].name}"
+    return f"{file.path}:{inspect.getsourcelines(file.guide)[1]}"
+
+
+def _print_candidates(candidates: "Sequence[Candidate]", chosen: int | None = None) -> None:
+    for place, candidate in enumerate(candidates):
+        mark = ">" if place == chosen else " "
+        scores = "  ".join(f"{label} {value:.4g}" for label, value in candidate.rewards.items())
+        combined = "not scored" if candidate.combined is None else f"{candidate.combined:9.4g}"
+        text = candidate.text if len(candidate.text) <= SHOWN else f"...{candidate.text[-SHOWN:]}"
+        print(f"{mark}{candidate.index:4}  {combined:>10}  {scores}  {candidate.finish_reason}  {text!r}")
+
+
+def _print_answer(ctx: "Context", final: "Final", said: str) -> None:
+    answer = final.candidates[final.chosen]
+    print("chosen from")
+    _print_candidates(final.candidates, final.chosen)
+    print(f"answer ({final.stopped_by or final.finish_reason}): {said}")
+    if said != answer.text:
+        print(f"warning: its Tokens have another text than the candidate that Final chooses: {answer.text!r}")
+    spend, kl = ctx.spend, ctx.report.kl
+    print(
+        f"{spend.tokens_generated} tokens generated, {spend.tokens_accepted} in the answer, {spend.reward_calls} score "
+        f"calls; KL from the policy {'unknown' if kl is None else f'at most {kl:.3g} nats'}"
+    )
+    for warning in ctx.report.warnings:
+        print(f"warning: {warning}")
