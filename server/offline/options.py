@@ -123,9 +123,10 @@ def parse_reward(text: str, label: str | None = None) -> NamedReward:
     model = None
     if text.lstrip().startswith("{"):
         try:
-            spec: Any = read_body(text.encode(errors="surrogateescape"))
+            read = read_body(text.encode(errors="surrogateescape"))
         except JsonFault as error:
             raise GuiderailError(f"'{text}' {error}") from None
+        spec: dict[str, object] = read if isinstance(read, dict) else {}
         if not isinstance(spec.get("name"), str):
             raise GuiderailError(f"'{text}' names no reward: \"name\" is missing")
         for field in ("weight", "transform"):

@@ -46,7 +46,10 @@ IDS = {text: FIRST_WORD + i for i, text in enumerate(TEXTS)}
 KIND_OF = {IDS[text]: kind for kind, texts in WORDS.items() for text in texts}
 PIECES = re.compile("|".join(map(re.escape, sorted(TEXTS, key=len, reverse=True))))
 LEAST = 1e-6  # probability of a word that the grammar does not allow
-UNKNOWN = ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "json_schema")
+KNOWN = {
+    "max_tokens", "temperature", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "min_tokens",
+    "ignore_eos", "logit_bias", "logprobs", "skip_special_tokens", "stream", "priority",
+}  # fmt: skip
 
 
 def _table() -> dict[str, Array]:
@@ -114,8 +117,8 @@ class ScriptedPolicy:
         deadline: float | None = None,
     ) -> EngineRollouts:
         """Continue each prompt. Raises RequestError for mixed policies and sampling fields that it does not have."""
-        defaults = {field.name: field.default for field in fields(SamplingSpec)}
-        unknown = [name for name in UNKNOWN if getattr(sampling, name) != defaults[name]]
+        others = [field for field in fields(SamplingSpec) if field.name not in KNOWN]
+        unknown = [field.name for field in others if getattr(sampling, field.name) != field.default]
         if unknown or any(prompt.mix or prompt.adapter for prompt in prompts):
             raise RequestError(f"the scripted policy has no {unknown[0] if unknown else 'other policies'}")
         given = seeds or [sampling.seed] * len(prompts)
