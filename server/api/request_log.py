@@ -60,7 +60,8 @@ def log_refusal(request_id: str, error: ApiError) -> None:
 
 def _path(scope: Scope) -> str:
     """Return a request's path as it was sent, in which no line can end."""
-    return scope.get("raw_path", b"").decode("ascii", "replace")[:LONGEST_PATH]
+    raw: bytes = scope.get("raw_path", b"")
+    return raw.decode("ascii", "replace")[:LONGEST_PATH]
 
 
 def _tokens(spend: Spend) -> str:
