@@ -22,8 +22,10 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from fuzz_run import Findings, corpus, fuzz, real, scripted
+from fuzz_run import Findings, corpus, fuzz, growth, real, scripted
 from serve_process import START_S, Serve
+
+GROWTH = 64 * 2**20  # bytes; allocators keep some of what they had
 
 
 def main() -> int:
@@ -40,12 +42,12 @@ def main() -> int:
         from guiderail.server.settings import Settings
 
         renderer = ChatRenderer(catalogue.resolve(catalogue.DEFAULT_MODEL, Settings().cache))
-        return _report(_run(scripted(renderer), args.n, args.seed))
+        return _report(_run(scripted(renderer), args.n, args.seed, in_process=True))
     with TemporaryDirectory() as folder:
         server = Serve(Path(folder) / "log")
         try:
             server.wait(lambda: server.health() == 200, START_S)
-            findings = _run(real(server.url), args.n, args.seed)
+            findings = _run(real(server.url), args.n, args.seed, in_process=False)
             print(f"SIGTERM ends it with status {server.end(signal.SIGTERM, 60)}, and no process is left")
             log = server.log.read_text()
             print(f"{log.count('Traceback')} tracebacks in {log.count(chr(10))} lines of log")
@@ -54,7 +56,7 @@ def main() -> int:
     return _report(findings)
 
 
-def _run(opening: AbstractAsyncContextManager[Any], count: int, seed: int) -> Findings:
+def _run(opening: AbstractAsyncContextManager[Any], count: int, seed: int, *, in_process: bool) -> Findings:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     client, idle = loop.run_until_complete(opening.__aenter__())
@@ -77,6 +79,13 @@ def _run(opening: AbstractAsyncContextManager[Any], count: int, seed: int) -> Fi
         loop.run_until_complete(corpus(client, idle, findings))
         print(f"{findings.count} known requests, {len(findings.faults)} faults", flush=True)
         found = fuzz(loop, client, idle, count, seed, progress)
+        if in_process:
+            grown = loop.run_until_complete(
+                growth(client, idle, found.sample, lambda: psutil.Process().memory_info().rss)
+            )
+            print(f"the last {len(found.sample)} requests, sent again and again: {grown / 2**20:+.1f} MiB")
+            if grown > GROWTH:
+                found.add(f"memory grows by {grown / 2**20:.0f} MiB", found.sample[0])
         findings.count += found.count
         findings.faults |= found.faults
         return findings

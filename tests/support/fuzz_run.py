@@ -3,7 +3,8 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from nasty_bodies import REQUESTS, Sent
 
 SETTLE_S = 60.0  # for tasks that were told to end; longer marks a leak
+SAMPLE, TIMES = 150, 4  # requests that are sent again, and how often, to see whether memory grows
 SAME_EVERY = 250  # bodies, after which a seeded answer is asked for again
 
 
@@ -26,6 +28,7 @@ class Findings:
     """The faults, each with the smallest request that showed it."""
 
     count: int = 0
+    sample: list[Sent] = field(default_factory=list)  # the last ones
     faults: dict[str, Sent] = field(default_factory=dict)
 
     def add(self, fault: str, sent: Sent) -> None:
@@ -82,6 +85,8 @@ async def scripted(renderer: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Idle
                 await asyncio.sleep(0.01)
 
         yield client, idle
+        for reward in rewards.values():
+            await reward.close()
 
 
 @asynccontextmanager
@@ -132,11 +137,14 @@ def fuzz(
         phases=(Phase.generate,), suppress_health_check=list(HealthCheck),
     )  # fmt: skip
 
+    sample: deque[Sent] = deque(maxlen=SAMPLE)
+
     @quiet
     @given(st.data())
     def send(data: st.DataObject) -> None:
         sent = bodies.request(data.draw)
         findings.count += 1
+        sample.append(sent)
         if found := loop.run_until_complete(fault(client, sent, idle)):
             findings.add(found, sent)
         if findings.count % SAME_EVERY == 0 and loop.run_until_complete(seeded(client)) != before:
@@ -146,4 +154,18 @@ def fuzz(
     (send if seed is None else hypothesis_seed(seed)(send))()
     if loop.run_until_complete(seeded(client)) != before:
         findings.add("a seeded answer is another one than before", Sent("GET", "/"))
+    findings.sample = list(sample)
     return findings
+
+
+async def growth(client: httpx.AsyncClient, idle: Idle, sample: Sequence[Sent], memory: Callable[[], int]) -> int:
+    """Bytes by which memory grows when a sample is sent again and again; the first time is not counted.
+
+    Hypothesis remembers what it has drawn, so that memory grows in a fuzz whatever the server does.
+    """
+    sizes = []
+    for _ in range(TIMES):
+        for sent in sample:
+            await fault(client, sent, idle)
+        sizes.append(memory())
+    return sizes[-1] - sizes[0]
