@@ -74,8 +74,18 @@ def _tokens(spend: Spend) -> str:
     return "".join(f" {name}_tokens={count}" for name, count in counts.items() if count)
 
 
+MOST_LOGGED = 16_000  # characters of a record: errors quote what clients sent, which may be megabytes
+
+
 class _WithId(logging.Formatter):
-    """Ends the first line of a record with the id of the request that it is about."""
+    """Ends the first line of a record with the id of the request that it is about. Cuts the middle out of a long one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if len(text) <= MOST_LOGGED:
+            return text
+        half = MOST_LOGGED // 2
+        return f"{text[:half]}\n... {len(text) - 2 * half} characters cut ...\n{text[-half:]}"
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         text = super().formatMessage(record)

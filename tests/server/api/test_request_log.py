@@ -11,7 +11,7 @@ from raw_http import exchange, post
 from serving import serving
 
 from guiderail.server.api.app import create_app
-from guiderail.server.api.request_log import _WithId
+from guiderail.server.api.request_log import MOST_LOGGED, _WithId
 
 PATH = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "q"}], "max_tokens": 4, "seed": 10}
@@ -130,3 +130,14 @@ async def test_what_nobody_caught_is_a_500_in_openais_shape(
     assert answer.headers["x-request-id"] == "abc"
     assert not [line for line in caplog.text.splitlines() if line.startswith("forged")]
     assert sum("Traceback" in line for line in caplog.text.splitlines()) == 1
+
+
+def test_a_record_of_megabytes_is_cut_in_the_middle() -> None:
+    record = logging.LogRecord("guiderail", logging.ERROR, "", 0, "begin %s end", ("x" * 5_000_000,), None)
+    text = _WithId("%(message)s").format(record)
+    assert len(text) < MOST_LOGGED + 100
+    assert text.startswith("begin xxx")
+    assert text.endswith("xxx end")
+    assert "characters cut" in text
+    short = logging.LogRecord("guiderail", logging.ERROR, "", 0, "y" * MOST_LOGGED, (), None)
+    assert _WithId("%(message)s").format(short) == "y" * MOST_LOGGED
