@@ -7,6 +7,7 @@ directly; once it serves, requests in flight get the drain time and the engine i
 import asyncio
 import gc
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
@@ -55,12 +56,14 @@ from guiderail.server.settings import Settings, SettingsError
 from guiderail.server.state import ServerState
 from guiderail.server.workers import Workers
 
+SWITCH_S = 0.001  # threads that compute hand the interpreter on: the event loop waits for it at each of its turns
 END_S = 15.0  # of the shutdown, after the time that requests get: engines need some seconds
 
 
 def serve(settings: Settings) -> int:
     """Serve until told to stop. Raises GuiderailError if the server cannot start."""
     start_logging()
+    sys.setswitchinterval(SWITCH_S)
     raise_open_files()
     import uvloop
 

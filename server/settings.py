@@ -57,7 +57,7 @@ class OperatorLimits(BaseModel):
     max_client_requests: int | None = Field(None, ge=1, description="Requests of one client, running and waiting.")
     max_client_tokens: int | None = Field(None, ge=1, description="Tokens that those may ask for together.")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Bytes of a request's body.")
-    max_body_values: int = Field(2_000_000, ge=1000, description="Commas and opening brackets in a body.")
+    max_body_values: int = Field(1_500_000, ge=1000, description="Commas and opening brackets in a body.")
     max_messages: int = Field(8192, ge=1, description="Messages, and parts of their contents, of a request.")
     max_rewards: int = Field(64, ge=1, description="Rewards of a request.")
     max_answers: int = Field(16_384, ge=1, description="Answers of a request for scores, over all its inputs.")

@@ -78,7 +78,7 @@ MOST_LOGGED = 16_000  # characters of a record: errors quote what clients sent, 
 
 
 class _WithId(logging.Formatter):
-    """Ends the first line of a record with the id of the request that it is about. Cuts the middle out of a long one."""
+    """Ends a record's first line with the id of the request that it is about. Cuts the middle out of a long one."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)

@@ -239,7 +239,7 @@ async def _answered(label: str, work: Coroutine[object, None, Response]) -> Resp
 
 def parse(state: ServerState, model: type[S], body: Json) -> S:
     """Check a body against its schema and the operator's settings. Raises ApiError (400)."""
-    check_counts(body, state.settings.limits)
+    check_counts(body, state.settings.limits, state.engine.max_model_len)
     strict = state.settings.strict_fields
     try:
         return model.model_validate(body, context=STRICT if strict else None)

@@ -12,8 +12,11 @@ from guiderail.server.settings import OperatorLimits
 Body = Mapping[str, object]
 
 
-def check_counts(body: Body, limits: OperatorLimits) -> None:
-    """Raise ApiError (400) that names the first field of the body with too much in it. Wrong types are let through."""
+def check_counts(body: Body, limits: OperatorLimits, context: int) -> None:
+    """Raise ApiError (400) that names the first field of the body with too much in it. Wrong types are let through.
+
+    context: the most tokens that the model reads.
+    """
     alignment, prompts = body.get("alignment"), body.get("prompt")
     inputs = [each for each in _items(body.get("inputs")) if isinstance(each, Mapping)]
     checks = Checks(limits)
@@ -26,8 +29,12 @@ def check_counts(body: Body, limits: OperatorLimits) -> None:
             text = answer.get("text") if isinstance(answer, Mapping) else answer
             if isinstance(text, str) and len(text) > limits.max_answer_chars:
                 checks.most(f"inputs[{number}].answers[{index}]", len(text), "max_answer_chars", "characters")
-    if isinstance(prompts, list) and not isinstance(next(iter(prompts), None), int):
+    if isinstance(prompts, list) and isinstance(next(iter(prompts), None), int):
+        _check_length("prompt", prompts, context)
+    elif isinstance(prompts, list):
         checks.most("prompt", len(prompts), "max_candidates", "prompts")
+        for number, prompt in enumerate(prompts):
+            _check_length(f"prompt[{number}]", prompt, context)
     for field in ("logit_bias", "stop_token_ids"):
         checks.most(field, len(_items(body.get(field))), "max_biased_tokens", "entries")
     checks.most("rewards", len(_items(body.get("rewards"))), "max_rewards", "rewards")
@@ -35,6 +42,12 @@ def check_counts(body: Body, limits: OperatorLimits) -> None:
         checks.most("alignment.rewards", len(_items(alignment.get("rewards"))), "max_rewards", "rewards")
     for field in ("alignment", "rewards", "combine", "calibration"):
         checks.most(field, _values(body.get(field), limits.max_alignment_values), "max_alignment_values", "values")
+
+
+def _check_length(field: str, prompt: object, context: int) -> None:
+    if isinstance(prompt, list) and len(prompt) >= context:
+        message = f"'{field}' has {len(prompt)} tokens; the model's context is {context}, one of which must be left"
+        raise bad_request(message, field, "context_length_exceeded")
 
 
 @dataclass(frozen=True, slots=True)

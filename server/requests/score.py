@@ -24,7 +24,7 @@ from guiderail.server.requests.wire import unknown_warnings
 from guiderail.server.state import ServerState
 
 SCORED_AT_ONCE = 64  # inputs of a request: enough to fill the batches of a reward model
-ASKING_AT_ONCE = 8  # the same where a reward asks the engine, which takes a part of each one's questions at a time
+ASKING_AT_ONCE = 4  # the same where a reward asks the engine, which takes a part of each one's questions at a time
 ASKED_ROWS = 16  # sequences of one request for scores in the engine, at least
 
 

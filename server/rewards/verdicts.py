@@ -22,7 +22,7 @@ def quoted(text: str) -> str:
     return "\n".join("> " + _SPECIAL.sub(" ", line) for line in text.splitlines() or [""])
 
 
-AT_ONCE = 128  # questions that are put into prompts together, in a thread: thousands need never be there at a time
+AT_ONCE = 64  # questions that are put into prompts together, in a thread: thousands need never be there at a time
 
 
 class Verdicts:

@@ -16,6 +16,7 @@ LIMITS = OperatorLimits(
     max_messages=10, max_rewards=3, max_answers=6, max_answer_chars=1000, max_biased_tokens=5, max_candidates=4,
     max_alignment_values=100,
 )  # fmt: skip
+CONTEXT = 2000
 TURN = {"role": "user", "content": "hi"}
 PARTS = {"role": "user", "content": [{"type": "text", "text": "hi"}] * 4}
 
@@ -51,9 +52,20 @@ PARTS = {"role": "user", "content": [{"type": "text", "text": "hi"}] * 4}
 )
 def test_more_than_the_limit_is_refused_by_field_and_setting(body: dict[str, Any], field: str, setting: str) -> None:
     with pytest.raises(ApiError) as error:
-        check_counts(body, LIMITS)
+        check_counts(body, LIMITS, CONTEXT)
     assert (error.value.status, error.value.body["error"]["param"]) == (400, field)
     assert f"this server allows at most {getattr(LIMITS, setting)} (limits.{setting})" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"), [([1] * 2000, "prompt"), ([[1], [1] * 2000], "prompt[1]"), ([1, *["a"] * 5000], "prompt")]
+)
+def test_token_ids_beyond_the_context_are_refused(prompt: list[Any], field: str) -> None:
+    with pytest.raises(ApiError, match="the model's context is 2000") as error:
+        check_counts({"prompt": prompt}, LIMITS, CONTEXT)
+    assert error.value.body["error"] | {"message": ""} == {
+        "message": "", "type": "invalid_request_error", "param": field, "code": "context_length_exceeded",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -72,7 +84,7 @@ def test_more_than_the_limit_is_refused_by_field_and_setting(body: dict[str, Any
     ],
 )
 def test_what_is_within_the_limits_or_of_a_wrong_type_is_let_through(body: dict[str, Any]) -> None:
-    check_counts(body, LIMITS)
+    check_counts(body, LIMITS, CONTEXT)
 
 
 def test_counting_ends_at_the_limit() -> None:
@@ -87,7 +99,7 @@ def test_counting_ends_at_the_limit() -> None:
 
     nested = Endless([Endless([0] * 90)] * 90)
     with pytest.raises(ApiError):
-        check_counts({"alignment": {"a": nested}}, LIMITS)
+        check_counts({"alignment": {"a": nested}}, LIMITS, CONTEXT)
     assert Endless.looks < 5
 
 

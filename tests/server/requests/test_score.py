@@ -149,4 +149,4 @@ async def test_inputs_that_ask_the_engine_are_scored_a_few_at_a_time() -> None:
         body = BODY | {"inputs": BODY["inputs"] * 500, "rewards": ["counting"]}
         found = await client.post("/v1/rewards/score", json=body)
     assert [each["index"] for each in found.json()["data"]] == list(range(500))
-    assert (reward.scored, reward.peak) == (500, 8)
+    assert (reward.scored, reward.peak) == (500, 4)
