@@ -28,7 +28,7 @@ from guiderail.guides.core.tasks import together
 from guiderail.guides.core.types import Candidate, Event, Factor, Params
 from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.scoring.scores import Scores
-from guiderail.guides.scoring.transforms import Array, Bounded
+from guiderail.guides.scoring.transforms import Array
 from guiderail.guides.search.lookahead import Lookahead, roll_forward, successors, value
 from guiderail.guides.search.sequence import Piece
 from guiderail.guides.search.stepwise import MAX_TOP_K, UNKEPT, Steps, top_tokens
@@ -68,7 +68,7 @@ class DealParams(Params):
     lookahead: int | None = Field(default=20, ge=0, description="Tokens of the lookahead; null: to the end.")
     sampled: bool = Field(default=False, description="Sample the lookahead instead of decoding it greedily.")
     weight: Factor = Field(default=1.0, description="lambda: weight of the heuristic against log P.")
-    threshold: Bounded | None = Field(
+    threshold: float | None = Field(
         default=None, description="Hard constraint: a candidate whose combined reward is below it is dropped."
     )
     length_penalty: float = Field(default=0.0, ge=0, le=2, description="log P is divided by tokens ** this.")

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 
 from guiderail.guides.core.context import Context
-from guiderail.guides.core.errors import DeadlinePassed
+from guiderail.guides.core.errors import AlignmentField, DeadlinePassed, FieldError
 from guiderail.guides.core.types import Candidate, Event, Scored, TokenLogprob
 from guiderail.guides.scoring.kl import Origin, PoolKind
 from guiderail.guides.scoring.pipeline import Pick
@@ -87,7 +87,7 @@ class Steps:
 
         finish_reason, stop_reason: what clients are told of an answer that the guide ended, by leaving its loop.
         After a limit the best of the whole answers that the last step drew is taken, or, if there is nothing else,
-        its longest piece. Raises DeadlinePassed if there is nothing to return.
+        its longest piece. Raises DeadlinePassed, or FieldError for a budget, if there is nothing.
         """
         if self._ended is None:
             await self._make_do()
@@ -107,7 +107,9 @@ class Steps:
         elif not self.transcript.token_ids and self._stopped_by is not None:
             longest = max(self._left, key=lambda piece: len(piece.token_ids), default=Piece())
             if not longest.token_ids:
-                raise DeadlinePassed(f"the {self._stopped_by} left no room for a first token")
+                if self._stopped_by == "budget":
+                    raise FieldError(AlignmentField("budget"), " leaves no room for a first token of this guide's")
+                raise DeadlinePassed("the deadline left no room for a first token")
             self.transcript.commit(longest)
             self._ctx.report.moved(self._origin([longest]).kl_of(0, 1))
 
