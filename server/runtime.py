@@ -189,6 +189,10 @@ async def _prepare(
     services = Services(engine, renderer, frozenset(settings.lora), settings.model_name, frozenset(remote))
     stored = {file: calibration_store.load(file) for file in settings.calibration}
     state = assemble(settings, engine, renderer, guides, rewards, services, metrics, list(stored.values()), plan.beside)
+    try:
+        await state.resolver.vet_configured()
+    except ApiError as error:
+        raise SettingsError(f"the configured alignment, profiles or limits are wrong: {error}") from error
     for policy in remote.values():
         await policy.start(renderer)
     engine_comes = isinstance(engine, SupervisedEngine)

@@ -27,7 +27,7 @@ from guiderail.server.bounded.frames import read_frame, write_frame
 Json = None | bool | int | float | str | Sequence["Json"] | dict[str, "Json"]
 
 JOB_CPU_S = 1.0  # processor time of one job
-OWNER_CPU_S = 20.0  # processor time of one owner's jobs while some of them wait
+OWNER_CPU_S = 10.0  # processor time of one owner's jobs while some of them wait
 VETTED = 1024  # patterns and schemas whose verdicts are kept
 LARGEST_REPLY = 1 << 26  # bytes
 _TOO_LONG = f"takes more than {JOB_CPU_S:g} s of processor time"
@@ -43,7 +43,7 @@ class Refused(ValueError):
 
 @dataclass(slots=True)
 class _Job:
-    request: bytes
+    request: tuple[str, float, tuple[Json, ...]]  # its name, the limit in seconds, and the arguments
     result: Future[Json]
 
 
@@ -72,9 +72,8 @@ class Bounded:
         Cancelling the future takes the job out of the queue, unless it runs already.
         """
         result: Future[Json] = Future()
-        request = json.dumps([job, JOB_CPU_S, args]).encode()
         with self._wake:
-            self._lanes.setdefault(owner, _Lane()).jobs.append(_Job(request, result))
+            self._lanes.setdefault(owner, _Lane()).jobs.append(_Job((job, JOB_CPU_S, args), result))
             if self._idle:
                 self._wake.notify()
             elif len(self._workers) < self._wanted:
@@ -115,7 +114,7 @@ class Bounded:
                 continue
             used_s = JOB_CPU_S
             try:
-                value, used_s = worker.do(job.request)
+                value, used_s = worker.do(json.dumps(job.request).encode())
                 job.result.set_result(value)
             except Exception as error:
                 job.result.set_exception(error)

@@ -209,6 +209,14 @@ class Resolver:
             with _refused(f"{where}[{i}]"):
                 await self._rewards[term.name].vet(term.params, owner)
 
+    async def vet_configured(self) -> None:
+        """Have the rewards of the default, the profiles and the limits vetted. Raises ApiError naming the field."""
+        for term, _ in self._required:
+            with _refused("limits.required_rewards"):
+                await self._rewards[term.name].vet(term.params)
+        for name in (None, *self._profiles):
+            await self.vet(self.resolve(AlignmentSpec(profile=name)).rewards, "")
+
     def _prompter(self, spec: NamedSpec) -> Prompter:
         prompter = spec.build(self._prompters)
         with _refused(spec.where):

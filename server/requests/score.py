@@ -11,6 +11,7 @@ from guiderail.guides.core.metering import Limits, Spend
 from guiderail.guides.core.reward import next_turn
 from guiderail.guides.core.tasks import together
 from guiderail.guides.core.types import Candidate, SamplingSpec
+from guiderail.guides.scoring import Combine, RewardTerm
 from guiderail.guides.scoring.calibration import CalibrationSpec
 from guiderail.guides.scoring.pipeline import Judging
 from guiderail.guides.scoring.selection.best import Argmax
@@ -19,7 +20,7 @@ from guiderail.server.requests.admission import Work
 from guiderail.server.requests.clients import NOBODY, Client
 from guiderail.server.requests.run import admitted
 from guiderail.server.requests.schemas import ScoreInput, ScoreRequest
-from guiderail.server.requests.specs import NamedSpec, RewardSpec, read_calibration, read_name, read_rewards
+from guiderail.server.requests.specs import read_calibration, read_name, read_rewards
 from guiderail.server.requests.wire import unknown_warnings
 from guiderail.server.state import ServerState
 
@@ -41,7 +42,10 @@ def scoring(state: ServerState, request: ScoreRequest, client: Client = NOBODY) 
     asked = read_rewards(request.rewards, "rewards"), read_name(request.combine, "combine")
     spec = read_calibration(request.calibration, "calibration")
     spend, request_id = Spend(), uuid.uuid4().hex
-    inputs = tuple(_context(state, request, item, asked, spec, spend, request_id) for item in request.inputs)
+    pipelines = {count: state.resolver.pipeline(*asked, count) for count in {len(i.answers) for i in request.inputs}}
+    inputs = tuple(
+        _context(state, request, item, pipelines[len(item.answers)], spec, spend, request_id) for item in request.inputs
+    )
     rows, tokens = _cost(state, inputs)
     return Scoring(
         label="score", spend=spend, rows=rows, tokens=tokens, client=client, inputs=inputs, ignored=request.ignored
@@ -106,12 +110,12 @@ def _context(
     state: ServerState,
     request: ScoreRequest,
     item: ScoreInput,
-    asked: tuple[tuple[RewardSpec, ...], NamedSpec],
+    pipeline: tuple[tuple[RewardTerm, ...], Combine],
     calibration: CalibrationSpec,
     spend: Spend,
     request_id: str,
 ) -> tuple[Context, list[Candidate]]:
-    terms, combine = state.resolver.pipeline(*asked, len(item.answers))
+    terms, combine = pipeline
     messages = tuple(m.message for m in item.messages)
     prompt = next_turn(state.renderer, messages)
     room = state.engine.max_model_len - len(prompt.token_ids)

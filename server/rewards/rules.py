@@ -8,6 +8,7 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -173,6 +174,11 @@ class JsonSchemaParams(Params):
         default={}, alias="schema", description="JSON Schema (2020-12); empty: any JSON will do."
     )
 
+    @cached_property
+    def text(self) -> str:
+        """The schema as JSON."""
+        return json.dumps(self.schema_)
+
 
 class JsonSchema(_Rule[JsonSchemaParams]):
     """1 if the answer is JSON that satisfies a schema, 0.5 if it is other JSON, 0 if it is not JSON."""
@@ -187,9 +193,9 @@ class JsonSchema(_Rule[JsonSchemaParams]):
 
     async def vet(self, params: JsonSchemaParams, owner: str = "") -> None:
         try:
-            await bounded().vet("check_schema", json.dumps(params.schema_), owner)
+            await bounded().vet("check_schema", params.text, owner)
         except ValueError as error:
             raise ValueError(f"'schema' {error}") from error
 
     def job(self, prompt: str, params: JsonSchemaParams) -> tuple[Json, ...]:
-        return "validate", json.dumps(params.schema_)
+        return "validate", params.text

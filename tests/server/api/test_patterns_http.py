@@ -9,8 +9,10 @@ import pytest
 from fakes import ScriptedEngine, make_state
 from serving import serving
 
+from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.reward import Reward
-from guiderail.server.rewards.rules import JsonSchema, Keywords, Regex
+from guiderail.server.openai_errors import ApiError
+from guiderail.server.rewards.rules import JsonSchema, Keywords, Regex, RegexParams
 
 HI = [{"role": "user", "content": "Say something."}]
 CHAT, SCORE = "/v1/chat/completions", "/v1/rewards/score"
@@ -96,3 +98,26 @@ async def test_a_schema_that_fits_is_answered() -> None:
     async with serving(make_state(ScriptedEngine())) as url, httpx.AsyncClient(base_url=url) as client:
         response = await client.post(CHAT, content=json.dumps(formatted(tree)))
     assert response.status_code == 200, response.text
+
+
+async def test_patterns_of_the_configuration_are_looked_at_before_requests_come() -> None:
+    bad = {"rewards": [{"name": "regex", "pattern": "("}]}
+    for settings in ({"alignment": bad}, {"profiles": {"p": bad}}, {"limits": {"required_rewards": bad["rewards"]}}):
+        with pytest.raises(ApiError, match="not a regular expression"):
+            await make_state(ScriptedEngine(), rules(), **settings).resolver.vet_configured()
+
+
+async def test_a_request_for_scores_has_its_parameters_checked_once() -> None:
+    checked = []
+
+    class Counting(Regex):
+        def check(self, params: RegexParams, services: Services) -> None:
+            checked.append(params.pattern)
+
+    many = {"inputs": [{"messages": HI, "answers": ["a"]}] * 50, "rewards": [{"name": "regex", "pattern": "a"}]}
+    async with (
+        serving(make_state(ScriptedEngine(), {"regex": Counting()})) as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        assert (await client.post(SCORE, json=many)).status_code == 200
+    assert checked == ["a"]
