@@ -8,9 +8,9 @@ import pytest
 from fakes import ScriptedEngine, make_state
 
 from guiderail.server.api.app import create_app
-from guiderail.server.api.transport import LARGE_BODY_BYTES
 from guiderail.server.openai_errors import MAX_MESSAGE, MAX_PARAM
 from guiderail.server.rewards.rules import JsonSchema, Length
+from guiderail.server.workers import SMALL
 
 HI: Any = [{"role": "user", "content": "Hi"}]
 CHAT, TEXT, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/rewards/score"
@@ -141,7 +141,7 @@ async def test_a_look_up_takes_any_json(alignment: Any, param: str) -> None:
 
 
 async def test_a_large_body_is_read_like_a_small_one() -> None:
-    long = "x" * LARGE_BODY_BYTES
+    long = "x" * SMALL
     async with client() as http:
         body = GOOD[SCORE] | {"inputs": [{"messages": HI, "answers": [long]}]}
         assert (await http.post(SCORE, json=body)).status_code == 200
