@@ -159,11 +159,17 @@ class SamplingSpec:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability of one emitted token, and of the most likely ones at that place."""
+    """Log-probability of one emitted token, and of the most likely ones at that place.
+
+    Once its text has been delivered, `part` is that text and `offset` where it begins, in characters; tokens that share
+    a character have its whole text in common.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
+    part: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from guiderail.guides.core.types import Candidate, Final, TokenLogprob
 from guiderail.guides.scoring import token_entropy
@@ -63,14 +64,13 @@ class ChatBody:
             return None
         count = self.request.contexts[0].sampling.logprobs or 0
         content = []
-        for each in found:
-            top = [self._entry(token, logprob) for token, logprob in each.top[:count]]
-            content.append({**self._entry(each.token_id, each.logprob), "top_logprobs": top})
+        for each, (text, own) in zip(found, spelled(found, self.renderer), strict=True):
+            top = [
+                _entry(self.renderer.token_text(token), logprob, self.renderer.token_bytes(token))
+                for token, logprob in each.top[:count]
+            ]
+            content.append({**_entry(text, each.logprob, own), "top_logprobs": top})
         return {"content": content, "refusal": None}
-
-    def _entry(self, token: int, logprob: float) -> Json:
-        text = self.renderer.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 @dataclass(slots=True)
@@ -81,7 +81,6 @@ class TextBody:
     renderer: ChatRenderer
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
-    offsets: dict[int, int] = field(default_factory=dict)
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
@@ -90,7 +89,7 @@ class TextBody:
         return {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(index, logprobs),
+            "logprobs": self._logprobs(logprobs),
             "finish_reason": final.finish_reason,
             "stop_reason": final.stop_reason,
         }
@@ -101,35 +100,51 @@ class TextBody:
 
     def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> Json:
         """The choice of a chunk that brings text."""
-        return {"index": index, "text": text, "logprobs": self._logprobs(index, logprobs), "finish_reason": None}
+        return {"index": index, "text": text, "logprobs": self._logprobs(logprobs), "finish_reason": None}
 
     def closing(self, index: int, final: Final) -> Json:
         """The choice of an answer's last chunk."""
         return self.choice(index, "", None, final)
 
-    def _logprobs(self, index: int, found: Sequence[TokenLogprob] | None) -> Json | None:
+    def _logprobs(self, found: Sequence[TokenLogprob] | None) -> Json | None:
         if found is None:
             return None
         count = self.request.contexts[0].sampling.logprobs or 0
-        offset = self.offsets.get(index, 0)
-        tokens, offsets = [], []
-        for each in found:
-            text = self.renderer.token_text(each.token_id)
-            tokens.append(text)
-            offsets.append(offset)
-            offset += len(text)
-        self.offsets[index] = offset
         return {
-            "tokens": tokens,
+            "tokens": [text for text, _ in spelled(found, self.renderer)],
             "token_logprobs": [each.logprob for each in found],
             "top_logprobs": [
                 {self.renderer.token_text(token): logprob for token, logprob in each.top[:count]} for each in found
             ],
-            "text_offset": offsets,
+            "text_offset": [each.offset for each in found],
         }
 
 
 Body = ChatBody | TextBody
+
+
+def spelled(found: Sequence[TokenLogprob], renderer: ChatRenderer) -> list[tuple[str, bytes | None]]:
+    """Return text and bytes of delivered tokens. The bytes together are the delivered text's; None where they are not.
+
+    A space that the decoder drops at a text's start is not of the token either.
+    """
+    result: list[tuple[str, bytes | None]] = []
+    for (_, part), group in groupby(found, key=lambda each: (each.offset, each.part)):
+        ids = [each.token_id for each in group]
+        known = [renderer.token_bytes(token) for token in ids]
+        pieces = [each for each in known if each is not None]
+        whole, wanted = b"".join(pieces), None if part is None else part.encode()
+        if len(pieces) == len(ids) and wanted is not None and whole == b" " + wanted and pieces[0][:1] == b" ":
+            pieces[0], whole = pieces[0][1:], wanted
+        if len(pieces) == len(ids) and wanted in (None, whole):
+            result += [(each.decode(errors="replace"), each) for each in pieces]
+        else:
+            result += [(renderer.token_text(token), None) for token in ids]
+    return result
+
+
+def _entry(token: str, logprob: float, own: bytes | None) -> Json:
+    return {"token": token, "logprob": logprob, "bytes": None if own is None else list(own)}
 
 
 def envelope(body: Body, kind: str, choices: list[Json]) -> Json:

@@ -13,6 +13,7 @@ from guiderail.guides.core.types import Message, TokenPrompt
 from guiderail.server.models.chat_text import ChatText, Text
 from guiderail.server.models.control_tokens import ControlTokens
 from guiderail.server.models.token_bytes import token_bytes
+from guiderail.server.models.token_spelling import TokenSpelling
 
 
 class ChatRenderer:
@@ -45,6 +46,7 @@ class ChatRenderer:
         self._context = context
         self._token_bytes = token_bytes(self._tokenizer.backend_tokenizer.to_str())
         self._allow_control_tokens, self._plain_completions = allow_control_tokens, plain_completions
+        self.token_bytes = lru_cache(maxsize=65536)(TokenSpelling(self._tokenizer.backend_tokenizer).of)
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
 
     @property
@@ -119,5 +121,7 @@ class ChatRenderer:
 
     def _token_text(self, token_id: int) -> str:
         """Return the text of one token alone (part of a multi-byte character shows as a replacement character)."""
+        if (known := self.token_bytes(token_id)) is not None:
+            return known.decode(errors="replace")
         text: str = self._tokenizer.decode([token_id])
         return text

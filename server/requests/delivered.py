@@ -6,6 +6,7 @@ cleaner cuts. What is held back or cut must not be told by its log-probabilities
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from guiderail.guides.core.decoder import Decoder
 from guiderail.guides.core.types import TokenLogprob
@@ -40,7 +41,11 @@ class Delivered:
             self._start = at if at >= 0 else sys.maxsize  # a cleaner that rewrites: no token is of its text
         start = self._start or 0
         upto = start + len(self._sent)
-        ready = [each for begin, end, each in self._waiting if start <= begin < end <= upto]
+        ready = [
+            replace(each, offset=begin - start, part=self._raw[begin:end])
+            for begin, end, each in self._waiting
+            if start <= begin < end <= upto
+        ]
         self._waiting = [item for item in self._waiting if item[1] > upto or item[0] == item[1]]
         return tuple(ready)
 

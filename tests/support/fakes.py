@@ -153,6 +153,9 @@ class LetterRenderer:
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        return chr(token_id).encode(errors="replace")
+
 
 class LastDigit(TextReward):
     """The digit that the first word ends with."""
@@ -195,4 +198,5 @@ def make_state(engine: ScriptedEngine, rewards: dict[str, Reward] | None = None,
     all_rewards = {"last_digit": LastDigit(), **(rewards or {})}
     config = Settings(served_model_name="fake", **settings)
     guides = load_guides(["sampling", "best_of_n"])
-    return assemble(config, engine, renderer, guides, all_rewards, Services(engine, renderer), Metrics("fake"))
+    services = Services(engine, renderer, context=lambda: engine.max_model_len)
+    return assemble(config, engine, renderer, guides, all_rewards, services, Metrics("fake"))

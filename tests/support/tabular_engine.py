@@ -56,6 +56,11 @@ class TabularRenderer:
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id], skip_special_tokens=False)
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        if self._texts is None:
+            return self.token_text(token_id).encode()
+        return {EOS: b"$", **self._texts}.get(token_id, b".")
+
 
 @dataclass
 class Clock:
