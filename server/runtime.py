@@ -186,7 +186,9 @@ async def _prepare(
         plain_completions=settings.plain_completions,
         context=lambda: engine.max_model_len,
     )
-    services = Services(engine, renderer, frozenset(settings.lora), settings.model_name, frozenset(remote))
+    services = Services(
+        engine, renderer, frozenset(settings.lora), settings.model_name, frozenset(remote), lambda: engine.max_model_len
+    )
     stored = {file: calibration_store.load(file) for file in settings.calibration}
     state = assemble(settings, engine, renderer, guides, rewards, services, metrics, list(stored.values()), plan.beside)
     try:

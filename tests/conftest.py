@@ -113,7 +113,9 @@ async def live(model_path: str, adapters: dict[str, str], plugin_path: str, rewa
     )
     await engine.start()
     renderer = ChatRenderer(model_path)
-    services = Services(engine, renderer, frozenset(adapters), settings.model_name)
+    services = Services(
+        engine, renderer, frozenset(adapters), settings.model_name, context=lambda: engine.max_model_len
+    )
     rewards: dict[str, Reward] = {name: cls() for name, cls in load_rewards().items()}
     rewards["neural"] = model_reward(RewardModelSpec(path=reward_head), settings.cache, print)
     await start_rewards(rewards, services)

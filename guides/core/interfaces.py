@@ -1,6 +1,6 @@
 """Interfaces of what guides, rewards and the scoring of answers use of a server; each says the least that is needed."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -85,7 +85,8 @@ class Renderer(Protocol):
 class Services:
     """Parts of the server that a reward may use: the engine, its renderer, the names of its model and LoRA adapters.
 
-    remote: names of policies on other servers, which can be rolled out and nothing else.
+    remote: names of policies on other servers, which can be rolled out and nothing else. context: gives the tokens of
+    prompt and answer that the engine takes together, 0 while it has not started.
     """
 
     engine: Engine
@@ -93,6 +94,7 @@ class Services:
     adapters: frozenset[str] = frozenset()
     model_name: str = ""
     remote: frozenset[str] = frozenset()
+    context: Callable[[], int] = lambda: 0
 
 
 @dataclass(frozen=True, slots=True)

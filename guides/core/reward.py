@@ -52,6 +52,14 @@ class Reward(ABC, Generic[P_co]):
         """
         return
 
+    def room(self, group: ScoreGroup[P_co]) -> int | None:
+        """Tokens that an answer may have if the reward is to read it behind the group's conversation; None: any number.
+
+        Asked before any work, with the answers that are known. Raises RequestError (TooLong) if the conversation, or
+        one of them behind it, is too long as it is.
+        """
+        return None
+
     def revision(self) -> str:
         """Identity of what computes the values: change it when they change, so that stored calibrations are refused."""
         return "1"

@@ -13,6 +13,7 @@ from guiderail.guides.scoring.pipeline import Judging
 from guiderail.server.openai_errors import ApiError, bad_request
 from guiderail.server.requests.admission import Work
 from guiderail.server.requests.clients import NOBODY, Client
+from guiderail.server.requests.lengths import room
 from guiderail.server.requests.resolve import Alignment
 from guiderail.server.requests.sampling_fields import refuse_unkept, sampling_spec
 from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, SamplingFields
@@ -89,8 +90,6 @@ def _request(
     tokens = 0
     for messages, prompt in prompts:
         max_tokens = _max_tokens(state, request, len(prompt.token_ids))
-        if request.min_tokens > max_tokens:
-            raise bad_request(f"'min_tokens' must not exceed max_tokens, which is {max_tokens}", "min_tokens")
         dialogue = Dialogue(
             messages=messages,
             prompt=prompt,
@@ -101,6 +100,10 @@ def _request(
             cleaner=partial(alignment.prompter.cleaner, messages[-1].content if _goes_on(request) else ""),
             continues=_goes_on(request),
         )
+        max_tokens = _readable(request, max_tokens, room(state.rewards, alignment.rewards, dialogue))
+        if request.min_tokens > max_tokens:
+            raise bad_request(f"'min_tokens' must not exceed max_tokens, which is {max_tokens}", "min_tokens")
+        dialogue = replace(dialogue, sampling=replace(dialogue.sampling, max_tokens=max_tokens))
         contexts += [
             Context.of(
                 dialogue, asked, state.engine, state.scorers,
@@ -210,6 +213,20 @@ def _room(state: ServerState, prompt_len: int, field: str) -> int:
             "context_length_exceeded",
         )
     return context - prompt_len
+
+
+def _readable(request: ChatRequest | CompletionRequest, max_tokens: int, room: tuple[int, str] | None) -> int:
+    """Return the tokens that an answer may have for all rewards to read it. Raises ApiError (400)."""
+    if room is None or max_tokens <= room[0]:
+        return max_tokens
+    left, reward = room
+    if request.token_limit is None and left > 0:
+        return left
+    raise bad_request(
+        f"'max_tokens' is {max_tokens}; beside what else reward '{reward}' reads, an answer may have {left} tokens",
+        "max_tokens",
+        "context_length_exceeded",
+    )
 
 
 def _in_vocabulary(state: ServerState, token_ids: list[int], field: str) -> list[int]:

@@ -18,6 +18,7 @@ from guiderail.guides.scoring.selection.best import Argmax
 from guiderail.server.openai_errors import bad_request
 from guiderail.server.requests.admission import Work
 from guiderail.server.requests.clients import NOBODY, Client
+from guiderail.server.requests.lengths import room as room_of
 from guiderail.server.requests.run import admitted
 from guiderail.server.requests.schemas import ScoreInput, ScoreRequest
 from guiderail.server.requests.specs import read_calibration, read_name, read_rewards
@@ -133,6 +134,8 @@ def _context(
         renderer=state.renderer,
         model_name=state.settings.model_name,
     )
+    answers = (dialogue.answer(c.text, c.token_ids, partial=c.finish_reason == "partial") for c in candidates)
+    room_of(state.rewards, terms, dialogue, tuple(answers))
     ctx = Context.of(
         dialogue, Judging(terms, combine, Argmax(), calibration), state.engine, state.scorers,
         limits=Limits(), spend=spend, request=request_id,

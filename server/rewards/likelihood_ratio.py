@@ -16,13 +16,13 @@ from typing import ClassVar, Protocol
 
 from pydantic import Field
 
-from guiderail.guides.core.errors import RequestError
+from guiderail.guides.core.errors import RequestError, TooLong
 from guiderail.guides.core.interfaces import ScoreResult, Services
 from guiderail.guides.core.reward import Reward, next_turn
 from guiderail.guides.core.types import PROMPT, Answer, Divisor, Message, Params, ScoreGroup, TokenPrompt
 from guiderail.server.engines.engine_stats import RunnerStats
 from guiderail.server.rewards.models.backend import ModelReward, Text
-from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder, TooLong
+from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder, surely_fits
 
 DEFAULT_MESSAGE = "You are a helpful, polite and honest assistant. You answer clearly and never insult anyone."
 
@@ -62,15 +62,25 @@ class Implicit(Reward[ImplicitParams]):
         if policy == (params.reference_adapter, params.reference_system_message):
             raise ValueError("policy and reference are the same, so the ratio is always 0")
 
+    def room(self, group: ScoreGroup[ImplicitParams]) -> int | None:
+        """What the longer one of both prompts leaves of the context. Raises TooLong."""
+        services = self._services
+        if services is None or not (context := services.context()):
+            return None
+        longer = max(len(prompt.token_ids) for prompt in _prompts(services, group))
+        _fits(context, longer, [len(_ids(services, answer)) for answer in group.answers])
+        return context - longer
+
     async def score(self, groups: Sequence[ScoreGroup[ImplicitParams]]) -> list[ScoreResult]:
         assert self._services is not None
         return [await self._score_group(self._services, group) for group in groups]
 
     async def _score_group(self, services: Services, group: ScoreGroup[ImplicitParams]) -> ScoreResult:
         params = group.params
-        policy = _prompt(services, group, params.system_message, params.adapter)
-        reference = _prompt(services, group, params.reference_system_message, params.reference_adapter)
-        answers = [a.token_ids or tuple(services.renderer.encode(a.text, plain=True)) for a in group.answers]
+        policy, reference = _prompts(services, group)
+        answers = [_ids(services, answer) for answer in group.answers]
+        if context := services.context():
+            _fits(context, max(len(policy.token_ids), len(reference.token_ids)), list(map(len, answers)))
         present = [ids for ids in answers if ids]  # an empty answer has likelihood 1 under any policy
         rows = await services.engine.answer_logprobs(
             [policy] * len(present) + [reference] * len(present), [*present, *present]
@@ -82,6 +92,30 @@ class Implicit(Reward[ImplicitParams]):
         values = tuple(next(ratios) if ids else 0.0 for ids in answers)
         context = len(policy.token_ids) + len(reference.token_ids)
         return ScoreResult(values, sum(context + 2 * len(ids) for ids in present))
+
+
+def _fits(context: int, prompt: int, answers: Sequence[int]) -> None:
+    """Raise TooLong unless a prompt of so many tokens and the longest of the answers fit a context."""
+    longest = max(answers, default=1)
+    if prompt + longest > context:
+        raise TooLong(
+            f"the longer prompt of policy and reference has {prompt} tokens and the answer {longest}; the model's "
+            f"context is {context}",
+            "messages",
+        )
+
+
+def _ids(services: Services, answer: Answer) -> tuple[int, ...]:
+    return answer.token_ids or tuple(services.renderer.encode(answer.text, plain=True))
+
+
+def _prompts(services: Services, group: ScoreGroup[ImplicitParams]) -> tuple[TokenPrompt, TokenPrompt]:
+    """Return the request's prompt under the policy and under the reference."""
+    params = group.params
+    return (
+        _prompt(services, group, params.system_message, params.adapter),
+        _prompt(services, group, params.reference_system_message, params.reference_adapter),
+    )
 
 
 def _prompt(services: Services, group: ScoreGroup, system_message: str | None, adapter: str | None) -> TokenPrompt:
@@ -141,6 +175,16 @@ class ImplicitOfModels(ModelReward[ImplicitOfModelsParams]):
     def stats(self) -> RunnerStats | None:
         """Counts of both models, once they are loaded."""
         return self._pair.stats if self._pair is not None else None
+
+    def room(self, group: ScoreGroup[ImplicitOfModelsParams]) -> int | None:
+        """Any, in tokens that are not the models'. Raises TooLong for what is longer than they read already."""
+        pair = self._pair
+        if pair is None or surely_fits(group.messages, group.answers, pair.longest):
+            return None
+        asked = [(group, answer) for answer in group.answers or (Answer("", partial=True),)]
+        for model in (pair.policy, pair.reference):
+            _texts(model, asked, pair.longest)
+        return None
 
     def revision(self) -> str:
         return self._identity()

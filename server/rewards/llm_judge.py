@@ -12,7 +12,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from guiderail.guides.core.interfaces import ScoreResult, Services
-from guiderail.guides.core.reward import Reward, answer_texts, instructions, prompt_text
+from guiderail.guides.core.reward import Reward, answer_texts, begun, instructions, prompt_text
 from guiderail.guides.core.types import Params, ScoreGroup
 from guiderail.server.rewards.verdicts import Verdicts, quoted
 
@@ -46,6 +46,18 @@ class Judge(Reward[JudgeParams]):
         if params.adapter is not None and params.adapter not in services.adapters:
             known = ", ".join(sorted(services.adapters)) or "none"
             raise ValueError(f"'adapter': no LoRA adapter '{params.adapter}'; loaded: {known}")
+
+    def room(self, group: ScoreGroup[JudgeParams]) -> int | None:
+        """What question and rubric leave of the context. Raises TooLong."""
+        if self._verdicts is None:
+            return None
+        left = self._verdicts.room(_question(group, begun(group.messages)))
+        if left is None:
+            return None
+        for answer in answer_texts(group):
+            if len(quoted(answer).encode(errors="replace")) > left:  # as many tokens at most
+                self._verdicts.room(_question(group, answer))
+        return left
 
     async def score(self, groups: Sequence[ScoreGroup[JudgeParams]]) -> list[ScoreResult]:
         assert self._verdicts is not None

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+from guiderail.guides.core.errors import TooLong
 from guiderail.guides.core.interfaces import Services
 from guiderail.guides.core.types import Message, TokenPrompt
 
@@ -55,12 +56,38 @@ class Verdicts:
         return found, tokens
 
     def _prompts(self, left: Iterator[str], adapter: str | None) -> list[TokenPrompt]:
-        """Return the prompts of the next AT_ONCE questions."""
-        renderer, some = self._services.renderer, islice(left, AT_ONCE)
+        """Return the prompts of the next AT_ONCE questions. Raises TooLong."""
+        prompts = [self._prompt(text, adapter) for text in islice(left, AT_ONCE)]
+        if context := self._services.context():
+            for prompt in prompts:
+                self._fit(prompt, context)
+        return prompts
+
+    def _prompt(self, text: str, adapter: str | None) -> TokenPrompt:
+        renderer = self._services.renderer
         if renderer.has_chat_template:
-            return [TokenPrompt(renderer.render([Message("user", text)]).token_ids, adapter) for text in some]
-        encoded = (renderer.encode(text + "\nReply:", add_special_tokens=True, plain=True) for text in some)
-        return [TokenPrompt(tuple(ids), adapter) for ids in encoded]
+            return TokenPrompt(renderer.render([Message("user", text)]).token_ids, adapter)
+        return TokenPrompt(tuple(renderer.encode(text + "\nReply:", add_special_tokens=True, plain=True)), adapter)
+
+    def room(self, text: str) -> int | None:
+        """Return the tokens that the context has left for more text in the question; None while it is not known.
+
+        Raises TooLong if the question is too long as it is.
+        """
+        if not (context := self._services.context()):
+            return None
+        return context - 1 - self._fit(self._prompt(text, None), context)
+
+    @staticmethod
+    def _fit(prompt: TokenPrompt, context: int) -> int:
+        """Return the prompt's number of tokens. Raises TooLong if that leaves none of the context."""
+        if (length := len(prompt.token_ids)) >= context:
+            raise TooLong(
+                f"what the judge is asked, with the texts in it, has {length} tokens; it may have {context - 1}: the "
+                f"model's context is {context}",
+                "messages",
+            )
+        return length
 
 
 def probability_of_first(first: float, second: float) -> float:

@@ -21,6 +21,7 @@ from guiderail.guides.core.errors import (
     FieldError,
     RequestError,
     RewardFailed,
+    TooLong,
     raised_at,
     told,
 )
@@ -186,7 +187,8 @@ class BatchingScorer:
         except RequestError as error:
             if error.param is None:
                 raise FieldError(AlignmentField("rewards"), f": reward '{name}': {error}") from error
-            raise RequestError(f"reward '{name}': {error}", error.param) from error
+            kind = TooLong if isinstance(error, TooLong) else RequestError
+            raise kind(f"reward '{name}': {error}", error.param) from error
         except (Exception, GeneratorExit, SystemExit) as error:  # the last would end the event loop
             place = raised_at(error, type(self._rewards[name])) if self._debug else ""
             raise RewardFailed(name, f"{told(error)}{place}") from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from guiderail.guides.core.errors import GuiderailError, RequestError, RewardFailed
+from guiderail.guides.core.errors import GuiderailError, RequestError, RewardFailed, TooLong
 from guiderail.guides.core.seeds import Seeds
 from guiderail.guides.core.tasks import together
 from guiderail.guides.core.types import PROMPT, Answer, Message, SamplingSpec, ScoreGroup, TokenPrompt
@@ -119,7 +119,7 @@ async def score(
             starts = range(0, sizes[index], SCORE_CALL)
             try:
                 await together(call(index, start) for start in starts)
-            except RewardFailed as error:
+            except (RewardFailed, TooLong) as error:
                 kept.fail(pools[index].item or f"prompt {index + 1}", error)
                 return None
             return tuple(value for start in starts for value in kept[f"{term.label} {index}.{start}"])

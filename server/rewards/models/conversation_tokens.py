@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from guiderail.guides.core.errors import RequestError
-from guiderail.guides.core.types import PROMPT, Message
+from guiderail.guides.core.types import PROMPT, Answer, Message
 from guiderail.server.models.chat_text import ChatText, Text, Turn
 from guiderail.server.models.control_tokens import DISGUISE, ControlTokens
 
-
-class TooLong(RequestError, ValueError):
-    """A conversation is longer than its reward model reads."""
+TEMPLATE_TOKENS, OPENING = 32, 256  # more than a template writes around a message, and before the first and the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +111,15 @@ class ConversationEncoder:
                 return self._chat.render(folded, continue_final_message=goes_on)
             except Exception:
                 raise _refused(error) from error
+
+
+def surely_fits(messages: Sequence[Message], answers: Sequence[Answer], limit: int) -> bool:
+    """Return True where a conversation with any of the answers has at most `limit` tokens whatever its tokenizer is.
+
+    A token has at least one byte, and templates write little around a message.
+    """
+    sizes = [len(m.content.encode(errors="replace")) + TEMPLATE_TOKENS for m in messages]
+    return sum(sizes) + max((len(a.text.encode(errors="replace")) for a in answers), default=0) + OPENING <= limit
 
 
 def _unused(text: str) -> str:

@@ -31,6 +31,7 @@ from guiderail.server.rewards.models.neural import LoadedReward, NeuralReward
 from guiderail.server.rewards.models.policy_loading import implicit_reward
 from guiderail.server.rewards.models.remote_reward import RemotePooler, RemoteReward, connect
 from guiderail.server.rewards.models.reward_spec import RewardModelSpec
+from guiderail.server.rewards.models.trained_head import require_head
 
 BUNDLED = {path.name: path for path in sorted((Path(__file__).parent / "heads").glob("*")) if path.is_dir()}
 
@@ -120,8 +121,13 @@ def check_source(name: str, spec: RewardModelSpec) -> None:
             raise GuiderailError(f"{flag} {spec.path} has no head.safetensors")
         return
     where = Path(catalogue.check_name(spec.path, flag))
-    if where.is_dir() and not spec.urls and not any(where.glob("*.safetensors")):
+    if spec.urls:
+        return
+    if where.is_dir() and not any(where.glob("*.safetensors")):
         raise GuiderailError(f"{flag} {spec.path} has no weights in safetensors")
+    # What is on the Hub is looked at when it is loaded.
+    if spec.reference is None and (where.is_dir() or spec.path in catalogue.EMBEDDED):
+        require_head(spec.path, str(where), flag)
 
 
 def _computes_in(spec: RewardModelSpec, dtype: Any) -> str:
@@ -172,7 +178,9 @@ def classifier_folder(path: str, cache: Path, say: Callable[[str], None] = lambd
     """
     folder, card = head_folder(path), head_card(path)
     if card is None:
-        return catalogue.resolve(path, cache, say)
+        where = catalogue.resolve(path, cache, say)
+        require_head(path, where)
+        return where
     digest = catalogue.file_sha256(folder / "head.safetensors")[:12]
     target = cache / "rewards" / f"{folder.name}-{digest}-as-stored"
     if not target.exists():
@@ -246,6 +254,7 @@ def load_model(
 
     where = catalogue.resolve(path, cache, say)
     try:
+        require_head(path, where)
         model = AutoModelForSequenceClassification.from_pretrained(where, dtype=kind, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise GuiderailError(f"reward model {path} does not load: {error}") from error

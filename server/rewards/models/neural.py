@@ -12,12 +12,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from guiderail.guides.core.errors import TooLong
 from guiderail.guides.core.interfaces import ScoreResult, Services
 from guiderail.guides.core.reward import begun
 from guiderail.guides.core.types import LARGEST_FACTOR, Answer, Params, ScoreGroup
 from guiderail.server.engines.engine_stats import RunnerStats
 from guiderail.server.rewards.models.backend import Backend, ModelReward
-from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder, Rendered, TooLong, windows
+from guiderail.server.rewards.models.conversation_tokens import ConversationEncoder, Rendered, surely_fits, windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,19 @@ class NeuralReward(ModelReward[NeuralRewardParams]):
         if params.heads is not None and self._backend is not None and len(params.heads) != self._backend.heads:
             raise ValueError(f"'heads' has {len(params.heads)} weights; the model has {self._backend.heads} heads")
 
+    def room(self, group: ScoreGroup[NeuralRewardParams]) -> int | None:
+        """Any, in tokens that are not the model's. Raises TooLong for what is longer than it reads already."""
+        limit = self._limit()
+        if (
+            limit is None
+            or self._rule(group.params.long) != "refuse"
+            or surely_fits(group.messages, group.answers, limit)
+        ):
+            return None
+        answers = group.answers or (Answer("", partial=True),)
+        self._encode([(self._texts(group, answer)[-1], group.params.long) for answer in answers])
+        return None
+
     def revision(self) -> str:
         weights = self._identity() if self._identity is not None else super().revision()
         return f"{weights}-head{self._head}"
@@ -154,11 +168,17 @@ class NeuralReward(ModelReward[NeuralRewardParams]):
         encoded = self._conversations.encode([text for text, _ in texts])
         return [self._windows(ids, text.ended, long) for ids, (text, long) in zip(encoded, texts, strict=True)]
 
+    def _limit(self) -> int | None:
+        return min((each for each in (self._last_tokens, self._longest) if each is not None), default=None)
+
+    def _rule(self, long: str | None) -> str:
+        return long or ("refuse" if self._last_tokens is None else "last")
+
     def _windows(self, ids: list[int], ended: bool, long: str | None) -> tuple[list[list[int]], str]:
-        limit = min((each for each in (self._last_tokens, self._longest) if each is not None), default=len(ids))
-        if len(ids) <= limit:
+        limit = self._limit()
+        if limit is None or len(ids) <= limit:
             return [ids], ""
-        match long or ("refuse" if self._last_tokens is None else "last"):
+        match self._rule(long):
             case "worst":
                 return windows(ids, limit, end=ended), ""
             case "last":
