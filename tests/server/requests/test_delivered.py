@@ -1,6 +1,7 @@
 """Log-probabilities cover the delivered text: what was cut, held back or ended the answer is not in them."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -47,8 +48,9 @@ def test_tokens_that_reach_into_what_is_cut_are_left_out_and_parts_of_a_characte
     texts = {1: b"Hi", 2: "é".encode()[:1], 3: "é".encode()[1:], 4: b"! Ser", 5: b"vus", 6: "ü".encode()[:1]}
     delivered = Delivered(Decoder(TabularRenderer(texts), TokenPrompt((1000, 1001))))
     rows = entries((1, 2, 3, 4, 5, 6, 0))
-    assert delivered.take(rows[:2], "Hi", "Hi") == (rows[0],)
-    assert delivered.take(rows[2:3], "é", "é") == (rows[1], rows[2])
+    assert delivered.take(rows[:2], "Hi", "Hi") == (replace(rows[0], part="Hi"),)
+    both = tuple(replace(row, offset=2, part="é") for row in rows[1:3])
+    assert delivered.take(rows[2:3], "é", "é") == both
     assert delivered.take(rows[3:], "! ", "! ") == ()  # "! Ser" has text that was not sent; no end of sequence
     assert delivered.take([], "", "") == ()
 
