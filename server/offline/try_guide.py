@@ -5,16 +5,11 @@ The policy is a script by default: short sentences at random, written at once, t
 """
 
 import argparse
-import importlib.util
-import inspect
 import json
-import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from guiderail.guides.core.errors import GuiderailError
 from guiderail.server.offline.options import NamedReward, add_engine_arguments
@@ -26,19 +21,10 @@ if TYPE_CHECKING:
     from guiderail.guides.core.reward import Reward
     from guiderail.guides.core.types import Candidate, Final
     from guiderail.guides.scoring.pipeline import Scorers
+    from guiderail.server.offline.guide_file import GuideFile
     from guiderail.server.state import ServerState
 
-T = TypeVar("T")
 SHOWN = 60  # characters of a candidate's text
-
-
-@dataclass(frozen=True, slots=True)
-class GuideFile:
-    """A guide's file: the guide's class, and the rewards that the file defines, by the names of their classes."""
-
-    path: Path
-    guide: "type[Guide]"
-    rewards: "Mapping[str, type[Reward]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit status. Raises GuiderailError, which names the line for a guide's own fault."""
+    from guiderail.server.offline.guide_file import read_guide
+
     file = read_guide(Path(args.file), args.guide)
     if args.engine == "embedded":
         return _embedded(args, file)
@@ -82,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     return asyncio.run(_scripted(args, file))
 
 
-async def _scripted(args: argparse.Namespace, file: GuideFile) -> int:
+async def _scripted(args: argparse.Namespace, file: "GuideFile") -> int:
     from guiderail.guides.core.interfaces import Services
     from guiderail.guides.core.registry import load_rewards
     from guiderail.guides.scoring.pipeline import Scorers
@@ -111,7 +99,7 @@ async def _scripted(args: argparse.Namespace, file: GuideFile) -> int:
             await reward.close()
 
 
-def _embedded(args: argparse.Namespace, file: GuideFile) -> int:
+def _embedded(args: argparse.Namespace, file: "GuideFile") -> int:
     from dataclasses import replace
 
     from guiderail.server.offline.offline_state import run_offline
@@ -129,7 +117,7 @@ def _embedded(args: argparse.Namespace, file: GuideFile) -> int:
     return run_offline(settings_for(args, installed), main)
 
 
-async def _try(args: argparse.Namespace, file: GuideFile, parts: Parts) -> int:
+async def _try(args: argparse.Namespace, file: "GuideFile", parts: Parts) -> int:
     from guiderail.guides.core.context import Context
     from guiderail.guides.core.dialogue import Dialogue
     from guiderail.guides.core.interfaces import Services
@@ -138,6 +126,7 @@ async def _try(args: argparse.Namespace, file: GuideFile, parts: Parts) -> int:
     from guiderail.guides.prompters import Template
     from guiderail.guides.sampling import Sampling
     from guiderail.guides.scoring.pipeline import Judging
+    from guiderail.server.offline.guide_file import place_of
     from guiderail.server.openai_errors import ApiError
     from guiderail.server.requests.contract import Contract
     from guiderail.server.requests.resolve import Resolver
@@ -180,7 +169,7 @@ async def _try(args: argparse.Namespace, file: GuideFile, parts: Parts) -> int:
                     scored.append(event.candidates)
         final = contract.final()
     except (GuiderailError, ApiError) as error:
-        raise GuiderailError(f"{_place(error, file)}: {error}") from error
+        raise GuiderailError(f"{place_of(error, file)}: {error}") from error
     for number, candidates in enumerate(scored):
         if candidates != final.candidates:
             print(f"scored {number + 1}")
@@ -189,58 +178,7 @@ async def _try(args: argparse.Namespace, file: GuideFile, parts: Parts) -> int:
     return 0
 
 
-def read_guide(path: Path, name: str | None) -> GuideFile:
-    """Import a file and find its guide, the class called `name` if that is given. Raises GuiderailError."""
-    from guiderail.guides.core.guide import Guide
-    from guiderail.guides.core.registry import checked_plugin
-    from guiderail.guides.core.reward import Reward
-
-    module = _imported(path)
-    guides = {cls.__name__: cls for cls in _defined(module, Guide)}  # type: ignore[type-abstract]
-    if not guides:
-        raise GuiderailError(f"{path}: no class in it derives from guiderail.guides.Guide, with a 'run' of its own")
-    if name is None and len(guides) > 1:
-        raise GuiderailError(f"{path}: has the guides {', '.join(guides)}; choose one with --guide")
-    if name is not None and name not in guides:
-        raise GuiderailError(f"{path}: has no guide '{name}'; it has {', '.join(guides)}")
-    guide = guides[name or next(iter(guides))]
-    rewards = {cls.__name__: cls for cls in _defined(module, Reward)}  # type: ignore[type-abstract]
-    checked_plugin(guide, _named(path, guide))
-    for reward in rewards.values():
-        checked_plugin(reward, _named(path, reward))
-    return GuideFile(path, guide, rewards)
-
-
-def _named(path: Path, cls: type) -> str:
-    return f"{path}:{inspect.getsourcelines(cls)[1]}: {cls.__name__}"
-
-
-def _imported(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise GuiderailError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise GuiderailError(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where annotations are looked up
-    sys.path.append(str(path.resolve().parent))  # for modules beside it
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise GuiderailError(f"{error.filename}:{error.lineno}: {error.msg}") from error
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        raise GuiderailError(f"{path}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}") from error
-    return module
-
-
-def _defined(module: ModuleType, base: type[T]) -> list[type[T]]:
-    """Classes below `base` that the module defines and that can be made."""
-    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, base)]
-    return [cls for cls in classes if cls.__module__ == module.__name__ and not inspect.isabstract(cls)]
-
-
-def _specs(args: argparse.Namespace, file: GuideFile) -> list[dict[str, object]]:
+def _specs(args: argparse.Namespace, file: "GuideFile") -> list[dict[str, object]]:
     """The entries of the alignment object's "rewards"."""
     if args.rewards is None:
         return [{"name": "length"}] if file.guide.steers and file.guide.needs_rewards else []
@@ -261,18 +199,6 @@ def _json_object(text: str, flag: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise GuiderailError(f"{flag} {text}: must be a JSON object")
     return value
-
-
-def _place(error: BaseException, file: GuideFile) -> str:
-    """The line of the guide's file where the error, or the one that it came of, was raised; else that of the class."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    for each in reversed(chain):
-        frames = [f for f in traceback.extract_tb(each.__traceback__) if f.filename == str(file.path)]
-        if frames:
-            return f"{file.path}:{frames[-1].lineno}: in {frames[-1].name}"
-    return f"{file.path}:{inspect.getsourcelines(file.guide)[1]}"
 
 
 def _print_candidates(candidates: "Sequence[Candidate]", chosen: int | None = None) -> None:
