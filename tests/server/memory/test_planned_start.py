@@ -71,7 +71,7 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
         def place(settings: Settings, path: str | None, say: Any, **options: Any) -> Plan:
             return placement(settings, path, say, engine_on_cpu=lambda: False, found=lambda: there)
 
-        def on_cpu(spec: Any, cache: Path, say: Any, share: RewardShare | None) -> Any:
+        def on_cpu(spec: Any, cache: Path, say: Any, share: RewardShare | None, **more: Any) -> Any:
             placed.append(share.device if share else "anywhere")
             return neural(spec, cache, say, share and replace(share, device="cpu", limit=None))
 
