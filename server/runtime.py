@@ -6,6 +6,7 @@ directly; once it serves, requests in flight get the drain time and the engine i
 
 import asyncio
 import gc
+import os
 import signal
 import sys
 import time
@@ -68,9 +69,13 @@ def serve(settings: Settings) -> int:
     import uvloop
 
     try:
-        return uvloop.run(_serve(settings))
+        status = uvloop.run(_serve(settings))
     except KeyboardInterrupt:
         return 130
+    signal.setitimer(signal.ITIMER_REAL, 0)  # the interpreter's own exit may be slow, and no handler runs in it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # no thread that still computes, of which executors wait at the exit, keeps the process
 
 
 async def _serve(settings: Settings) -> int:
