@@ -206,7 +206,7 @@ def main(only: str) -> None:
     with TemporaryDirectory() as folder:
         server = Serve(Path(folder) / "log", "--max-model-len", "2048")
         try:
-            server.wait(lambda: server.health() == 200, START_S)
+            server.wait(lambda: server.ready() == 200, START_S)
             asyncio.run(measure(server.url, only, kept() if only else {}))
             status = server.end(signal.SIGTERM, END_S)
             log = server.log.read_text()

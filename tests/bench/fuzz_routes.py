@@ -46,7 +46,7 @@ def main() -> int:
     with TemporaryDirectory() as folder:
         server = Serve(Path(folder) / "log")
         try:
-            server.wait(lambda: server.health() == 200, START_S)
+            server.wait(lambda: server.ready() == 200, START_S)
             findings = _run(real(server.url), args.n, args.seed, in_process=False)
             print(f"SIGTERM ends it with status {server.end(signal.SIGTERM, 60)}, and no process is left")
             log = server.log.read_text()
