@@ -1,5 +1,6 @@
 """`guiderail serve` as a process: start, engine loss and return, SIGTERM, Ctrl-C, and nothing left behind."""
 
+import json
 import os
 import re
 import shutil
@@ -221,3 +222,23 @@ def test_a_broken_plugin_stops_the_start(started: Callable[..., Serve], model_pa
     assert server.process.wait(START_S) == 1
     assert "'sour'" in server.log.read_text()
     assert "sour milk" in server.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sigterm_tells_what_it_cuts_off(started: Callable[..., Serve], model_path: str) -> None:
+    server = started("--drain-timeout-s", "1")
+    server.wait(lambda: server.ready() == 200, START_S)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 400, "ignore_eos": True, "n": 64}
+    url = f"{server.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body | {"stream": True}, timeout=120) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.family()
+        server.process.send_signal(signal.SIGTERM)
+        events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["error"]["code"] == "shutting_down"
+    assert server.process.wait(60) == 0
+    assert not psutil.wait_procs(server.family(), timeout=5)[1]
+    assert "Traceback" not in server.log.read_text()

@@ -43,6 +43,7 @@ def requests(tokens: int) -> list[tuple[str, dict[str, Any]]]:
                 "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}],
                 "max_tokens": tokens,
                 "seed": 100 + 10 * i + j,
+                "return_token_ids": True,
             },
         )
         for i, (kind, body) in enumerate(KINDS.items())
@@ -51,15 +52,15 @@ def requests(tokens: int) -> list[tuple[str, dict[str, Any]]]:
 
 
 async def answer(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
-    """The text of a request's answer."""
+    """The tokens of a request's answer, if it asks for them, and its text."""
     response = await client.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
-    text: str = response.json()["choices"][0]["message"]["content"]
-    return text
+    choice = response.json()["choices"][0]
+    return f"{choice.get('token_ids')} {choice['message']['content']}"
 
 
 async def answers(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Texts of all requests in order: "alone" and "again" one by one, "beside" all at once and beside strangers."""
+    """Answers to all requests in order: "alone" and "again" one by one, "beside" all at once and beside strangers."""
     alone = [await answer(client, body) for body in bodies]
     again = [await answer(client, body) for body in bodies]
     strangers = [
