@@ -59,7 +59,8 @@ async def forced(engine: Any, prompts: list[TokenPrompt], answers: list[list[int
             max_tokens=len(answer), temperature=0, logprobs=TOP, ignore_eos=True, detokenize=False,
             extra_args={FORCED: answer}, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        return list(await engine._logprobs(prompt, params))
+        (found,) = await engine._logprobs([(prompt, params)], 1)
+        return list(found)
 
     await asyncio.gather(
         *(one(prompt, answer[:2]) for prompt, answer in zip(prompts, answers, strict=True))

@@ -142,6 +142,8 @@ async def test_a_dropped_row_is_freed_while_the_others_go_on(live: Live) -> None
         async for delta in rollouts:
             if delta.row == 2 and delta.finish_reason is None and engine.num_running() == 4:
                 await rollouts.drop(2)
+                for _ in range(20):  # what is dropped in one turn of the event loop is freed together, in the next ones
+                    await asyncio.sleep(0)
                 assert engine.num_running() == 3
             if delta.finish_reason:
                 ends[delta.row] = delta.finish_reason

@@ -84,7 +84,7 @@ async def test_the_endpoint_scores_given_answers(live: Live, reference: Any) -> 
             {"inputs": [{"messages": ASK, "answers": ["a"]}], "rewards": [{"name": "neural", "heads": [1]}]},
             "rewards[0]",
         ),
-        ({"inputs": [{"messages": ASK, "answers": ["a"], "x": 1}], "rewards": ["length"]}, "inputs[0].x"),
+        ({"inputs": [{"messages": ASK, "answers": ["a"], "anwsers": []}], "rewards": ["length"]}, "inputs[0].anwsers"),
         ({"inputs": [{"messages": ASK, "answers": [3]}], "rewards": ["length"]}, "inputs[0].answers[0]"),
     ],
 )

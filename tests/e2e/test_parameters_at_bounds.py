@@ -29,7 +29,7 @@ async def test_every_seed_gives_the_same_answers_again(live: Live, seed: int) ->
         ("temperature", 2), ("temperature", 5e-324), ("temperature", 0), ("top_p", 5e-324), ("top_p", 1), ("top_k", -1),
         ("top_k", 2**31 - 1), ("min_p", 1), ("min_p", 5e-324), ("repetition_penalty", 0.01), ("repetition_penalty", 10),
         ("presence_penalty", -2), ("frequency_penalty", 2), ("logit_bias", {"5": 100, "6": -100}), ("priority", 100),
-        ("stop_token_ids", [0]), ("min_tokens", 8), ("stop", "x" * 4000),
+        ("stop_token_ids", [0]), ("min_tokens", 8), ("stop", "x" * 1024),
     ],
     ids=str,
 )  # fmt: skip
@@ -45,7 +45,7 @@ async def test_the_bounds_are_the_engines(live: Live, field: str, value: Any) ->
         ({"temperature": 2.0000001}, "temperature"), ({"temperature": 1e308}, "temperature"), ({"top_k": 2**31}, "top_k"),
         ({"top_k": 2**64}, "top_k"), ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"stop_token_ids": [2**40]}, "stop_token_ids"), ({"logit_bias": {"49152": 1}}, "logit_bias"),
-        ({"min_tokens": 9}, "min_tokens"), ({"seed": 2**63}, "seed"),
+        ({"min_tokens": 9}, "min_tokens"), ({"stop": "x" * 1025}, "stop"), ({"seed": 2**63}, "seed"),
         ({"alignment": {"guide": {"name": "logit_mix", "tilt": [{"token": 49152, "value": 1}]}}}, "alignment.guide.tilt"),
         ({"alignment": {"guide": {"name": "logit_mix", "tilt": [{"token": 2**40}]}}}, "alignment.guide.tilt[0].token"),
     ],
