@@ -11,7 +11,7 @@ from guiderail.server.api.app import create_app
 from guiderail.server.api.routes import parse
 from guiderail.server.openai_errors import ApiError
 from guiderail.server.requests.schemas import ChatRequest, CompletionRequest, SamplingFields, ScoreRequest
-from guiderail.server.requests.wire import MOST_SAID, nearest
+from guiderail.server.requests.wire import MOST_SAID, MOST_UNKNOWN, nearest
 
 HI: Any = [{"role": "user", "content": "Hi"}]
 CHAT, TEXT, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/rewards/score"
@@ -22,6 +22,8 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 MODELS = {CHAT: ChatRequest, TEXT: CompletionRequest, SCORE: ScoreRequest}
 HEADER = "x-guiderail-ignored-fields"
+STATE = make_state(ScriptedEngine())
+STRICT_STATE = make_state(ScriptedEngine(), strict_fields=True)
 
 
 def client(**settings: Any) -> httpx.AsyncClient:
@@ -31,7 +33,7 @@ def client(**settings: Any) -> httpx.AsyncClient:
 
 def error_of(path: str, **fields: Any) -> dict[str, Any]:
     with pytest.raises(ApiError) as failure:
-        parse(MODELS[path], GOOD[path] | fields)
+        parse(STATE, MODELS[path], GOOD[path] | fields)
     assert failure.value.status == 400
     return dict(failure.value.body["error"])
 
@@ -122,7 +124,9 @@ async def test_unknown_fields_of_parts_are_said_and_not_without_end() -> None:
     async with client() as http:
         answer = await http.post(CHAT, json=GOOD[CHAT] | {"messages": messages})
         assert answer.headers[HEADER] == "messages[0].id, messages[0].content[0].lang"
-        many = await http.post(CHAT, json=GOOD[CHAT] | {f"unknown_{i}_{'x' * 500}": i for i in range(1000)})
+        many = await http.post(CHAT, json=GOOD[CHAT] | {f"unknown_{i}_{'x' * 500}": i for i in range(MOST_UNKNOWN)})
+        endless = await http.post(CHAT, json=GOOD[CHAT] | {f"unknown_{i}": i for i in range(MOST_UNKNOWN + 1)})
+    assert (endless.status_code, endless.json()["error"]["param"]) == (400, "unknown_0")
     assert len(many.headers[HEADER].split(", ")) == MOST_SAID
     assert len(many.json()["alignment"]["warnings"]) == MOST_SAID
 
@@ -185,7 +189,7 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
 )  # fmt: skip
 def test_an_assistants_message_is_taken_as_servers_and_clients_write_it(more: dict[str, Any], text: str) -> None:
     body = {"messages": [*HI, {"role": "assistant"} | more, *HI]}
-    request = parse(ChatRequest, body, strict=True)
+    request = parse(STRICT_STATE, ChatRequest, body)
     assert request.messages[1].message.content == text
 
 
