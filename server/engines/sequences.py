@@ -79,10 +79,6 @@ class EngineRollouts:
             await asyncio.gather(self._freeing, return_exceptions=True)
         await _end([self._sequences[row] for row in sorted(self._running)], self._tasks, self._free)
 
-    async def _give_up(self, rows: Iterable[int]) -> None:
-        if ids := [each for row in rows for each in self._sequences[row].give_up()]:
-            await self._free(ids)
-
     def _drop_all(self, reason: str) -> None:
         for row in sorted(self._running):
             self._drop(row, reason)
@@ -102,7 +98,7 @@ class EngineRollouts:
     async def _free_dropped(self) -> None:
         while self._dropped:
             rows, self._dropped = self._dropped, []
-            await self._give_up(rows)
+            await _give_up([self._sequences[row] for row in rows], self._free)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         if len(self._sequences) == 1:  # no task and queue between the engine and a plain stream
@@ -178,11 +174,16 @@ async def run_to_end(sequences: Iterable[EngineSequence], at_once: int, free: Fr
     return [last[number] for number in range(len(last))]
 
 
+async def _give_up(sequences: Iterable[EngineSequence], free: Free) -> None:
+    """Free the work of all sequences in one call."""
+    if ids := [each for sequence in sequences for each in sequence.give_up()]:
+        await free(ids)
+
+
 async def _end(running: Iterable[EngineSequence], tasks: Sequence[asyncio.Task[None]], free: Free) -> None:
     """Free the work of all sequences in one call, and only then end the tasks, each of which would free its own."""
     try:
-        if ids := [each for sequence in running for each in sequence.give_up()]:
-            await free(ids)
+        await _give_up(running, free)
     finally:
         for task in tasks:
             task.cancel()

@@ -44,7 +44,7 @@ class ChatRenderer:
         self._control = ControlTokens(self._tokenizer)
         self._chat = ChatText(self._tokenizer, self._control, partial(self._check_length, "messages"))
         self._context = context
-        self._token_bytes = token_bytes(self._tokenizer.backend_tokenizer.to_str())
+        self._bound = token_bytes(self._tokenizer.backend_tokenizer.to_str())
         self._allow_control_tokens, self._plain_completions = allow_control_tokens, plain_completions
         self.token_bytes = lru_cache(maxsize=65536)(TokenSpelling(self._tokenizer.backend_tokenizer).of)
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
@@ -106,7 +106,7 @@ class ChatRenderer:
 
     def _check_length(self, field: str, text: str) -> None:
         """Raise TooLong for a text of which the number of bytes alone says that the model cannot read it."""
-        context, bound = self._context(), self._token_bytes
+        context, bound = self._context(), self._bound
         if not context or bound is None or len(text) * 4 <= context * bound.longest:
             return
         if (least := bound.least(text)) > context:

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from guiderail.server.models.token_spelling import BYTE_OF
+
 NFC_SHRINKS = 3  # in UTF-8 at most, by Unicode's FAQ on normalization
 
 
@@ -39,7 +41,7 @@ def token_bytes(description: str) -> TokenBytes | None:
         return None
     vocabulary, dropped = model["vocab"], b""
     if "ByteLevel" in splits:  # a character of a token's text is a byte
-        dropped = bytes(byte for character, byte in _byte_level().items() if character not in vocabulary)
+        dropped = bytes(byte for character, byte in BYTE_OF.items() if character not in vocabulary)
         if dropped and (model.get("unk_token") is not None or shrinks > 1):
             return None
         longest = max(map(len, vocabulary))
@@ -84,10 +86,3 @@ def _splits(pre_tokenizer: dict[str, Any] | None) -> list[str] | None:
         kind in ("Split", "Punctuation") and pre_tokenizer["behavior"] != "Removed"
     )
     return [kind] if keeps else None
-
-
-def _byte_level() -> dict[str, int]:
-    """Return the characters that stand for the 256 bytes, with their bytes."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + number): byte for number, byte in enumerate(hidden)}

@@ -29,8 +29,8 @@ class TokenSpelling:
         if piece is None:
             return b""
         if self._byte_level:  # as the decoder does it, for added tokens too
-            known = all(character in _CODE for character in piece)
-            return bytes(_CODE[character] for character in piece) if known else bytes(piece.encode())
+            known = all(character in BYTE_OF for character in piece)
+            return bytes(BYTE_OF[character] for character in piece) if known else bytes(piece.encode())
         if not self._pieces:
             return None
         if self._fallback and (byte := _BYTE.fullmatch(piece)):
@@ -59,4 +59,4 @@ def _code() -> dict[str, int]:
     return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
 
 
-_CODE = _code()
+BYTE_OF = _code()
